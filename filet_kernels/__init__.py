@@ -1,0 +1,19 @@
+"""Kernels and mathematics of FILet, one layer at a time. Needs torch alone."""
+
+from filet_kernels.energy import fisher_energies
+from filet_kernels.lora import lora_factors, residual_weight, select
+from filet_kernels.moments import Moments, SecondMoment
+from filet_kernels.quadform import quadform_diag
+from filet_kernels.syrk import syrk_
+
+__all__ = [
+    "Moments",
+    "SecondMoment",
+    "fisher_energies",
+    "lora_factors",
+    "quadform_diag",
+    "residual_weight",
+    "select",
+    "syrk_",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,43 @@
+"""FILet initialisation of LoRA adapters for transformers and PEFT models."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from filet.adapters import FiletCallback, load, restore_base, save_as_lora
+    from filet.config import FiletConfig
+    from filet.initialize import apply_statistics, initialize_lora_filet_weights
+    from filet.report import FiletReport, ModuleReport
+    from filet.statistics import Statistics, collect_statistics
+
+__all__ = [
+    "FiletCallback",
+    "FiletConfig",
+    "FiletReport",
+    "ModuleReport",
+    "Statistics",
+    "apply_statistics",
+    "collect_statistics",
+    "initialize_lora_filet_weights",
+    "load",
+    "restore_base",
+    "save_as_lora",
+]
+
+_MODULES = {
+    "adapters": ("FiletCallback", "load", "restore_base", "save_as_lora"),
+    "config": ("FiletConfig",),
+    "initialize": ("apply_statistics", "initialize_lora_filet_weights"),
+    "report": ("FiletReport", "ModuleReport"),
+    "statistics": ("Statistics", "collect_statistics"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first used: transformers takes seconds that `filet --help` has no use for.
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"filet.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

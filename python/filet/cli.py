@@ -1,0 +1,692 @@
+"""The command line: ``filet init``, ``filet stats`` and ``filet inspect``.
+
+Models come from local folders only, as safetensors unless ``--allow-pickle`` is given, and without
+code of their own unless ``--trust-remote-code`` is. Everything is written beside its destination
+and renamed into place when it is complete.
+
+Heavy imports happen inside the commands, so that ``filet --help`` and ``filet inspect`` are quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main"]
+
+PLOT_FILE = "energies.png"
+SCALINGS = ("fisher", "singular", "constant-min", "constant-max")
+
+_DESCRIPTION = """\
+Initialise LoRA adapters with FILet: in the directions to which the loss on your data is least
+sensitive."""
+
+_EPILOG = """\
+examples:
+  filet init --model llama --data train.jsonl --output adapter --rank 32
+  filet stats --model llama --data train.jsonl --output llama.safetensors
+  filet init --model llama --statistics llama.safetensors --output adapter-r64 --rank 64
+  filet inspect adapter
+
+exit status: 0 done, 1 an error (said in one line; --debug shows where), 2 wrong usage,
+130 interrupted; after 1 and 130 nothing half-written is left."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments, without the program's name; ``sys.argv[1:]`` by default.
+
+    Returns:
+        0 done, 1 an expected error (one line on stderr), 130 interrupted. Wrong usage raises
+        SystemExit with status 2, and ``--help`` with status 0, as argparse does.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    with warnings.catch_warnings():
+        if not args.debug:
+            warnings.simplefilter("default", UserWarning)
+            for noise in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+                warnings.simplefilter("ignore", noise)
+            warnings.showwarning = _show_warning
+        try:
+            args.check(args, parser)
+            args.run(args)
+            sys.stdout.flush()
+            return 0
+        except KeyboardInterrupt:
+            if args.debug:
+                raise
+            print("filet: interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            # The reader of our output is gone (filet inspect | head): nothing more to say to it.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except _expected_errors() as error:
+            if args.debug:
+                raise
+            print(f"filet: error: {_one_line(error)}", file=sys.stderr)
+            return 1
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="filet",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    init = commands.add_parser(
+        "init",
+        help="write a FILet-initialised LoRA adapter for a model",
+        description="Run the data through the model, choose the directions and write a plain LoRA "
+        "adapter that any PEFT loads, with a report and a picture of the energies beside it.",
+    )
+    source = init.add_argument_group("model and data")
+    _add_model(source, required=True)
+    either = source.add_mutually_exclusive_group(required=True)
+    _add_data(source, either)
+    either.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help="use statistics that 'filet stats' or --save-statistics wrote: the model is loaded "
+        "for its weights and not run",
+    )
+    adapter = init.add_argument_group("adapter")
+    adapter.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder to create"
+    )
+    adapter.add_argument(
+        "--save-statistics",
+        type=Path,
+        metavar="FILE",
+        help="also keep the statistics, to be used again with --statistics",
+    )
+    adapter.add_argument(
+        "--rank",
+        type=_positive,
+        default=32,
+        metavar="R",
+        help="directions chosen in every layer (default: 32)",
+    )
+    adapter.add_argument(
+        "--alpha",
+        type=_positive,
+        metavar="N",
+        help="LoRA's alpha (default: the rank, so that the scaling alpha/rank is 1)",
+    )
+    adapter.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(rank)")
+    _add_targets(adapter)
+    method = init.add_argument_group("method")
+    method.add_argument(
+        "--select",
+        choices=("min", "max", "random"),
+        default="min",
+        help="which energies to choose (default: min)",
+    )
+    method.add_argument(
+        "--scaling",
+        choices=SCALINGS,
+        default="fisher",
+        help="how A and B are scaled (default: fisher)",
+    )
+    method.add_argument(
+        "--normalization",
+        choices=("mean", "sum"),
+        default="mean",
+        help="energies of the mean or of the summed loss; scales A and B, does not change the "
+        "choice (default: mean)",
+    )
+    _add_fisher(method)
+    method.add_argument(
+        "--base",
+        choices=("residual", "untouched"),
+        default="residual",
+        help="what filet.load does with the base weights when training goes on: write W - s B A "
+        "into them, or leave them and add a frozen second adapter. The saved adapter is the "
+        "same; untouched also works where a weight is used twice (default: residual)",
+    )
+    _add_run(init.add_argument_group("running"), overwrite="replace an adapter that is there")
+    init.set_defaults(run=_init, check=_check_init)
+
+    stats = commands.add_parser(
+        "stats",
+        help="collect statistics once, for any rank and variant; or merge several",
+        description="Run the data through the model and save the statistics that 'filet init "
+        "--statistics' takes, or merge files of statistics of the same model.",
+    )
+    stats.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="a .safetensors file to create"
+    )
+    stats.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="merge these files of statistics instead of running a model: the result is what one "
+        "run over all their data gives",
+    )
+    source = stats.add_argument_group("model and data (not with --merge)")
+    _add_model(source, required=False)
+    _add_data(source, source)
+    method = stats.add_argument_group("method")
+    _add_targets(method)
+    _add_fisher(method)
+    _add_run(stats.add_argument_group("running"), overwrite="replace the file if it is there")
+    stats.set_defaults(run=_stats, check=_check_stats)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="print the table of an initialisation and draw its energies",
+        description="Print the report that 'filet init' wrote and draw the energies, layer by "
+        "layer, with the chosen directions marked.",
+    )
+    inspect.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="what 'filet init' wrote, or the report itself"
+    )
+    inspect.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help=f"where to draw (default: FOLDER/{PLOT_FILE})",
+    )
+    _add_debug(inspect)
+    inspect.set_defaults(run=_inspect, check=lambda args, parser: None)
+    return parser
+
+
+def _add_model(group: argparse._ArgumentGroup, *, required: bool) -> None:
+    group.add_argument(
+        "--model",
+        type=Path,
+        required=required,
+        metavar="DIR",
+        help="local folder of a causal language model and its tokenizer; nothing is downloaded",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="type of the weights in memory (default: auto, as saved)",
+    )
+    group.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to run (default: auto, a GPU if there is one)",
+    )
+    group.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="also load weights that are not safetensors; such files can run code: only if you "
+        "trust their source",
+    )
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that lies in the model's folder",
+    )
+
+
+def _add_data(
+    group: argparse._ArgumentGroup,
+    where: argparse._ArgumentGroup | argparse._MutuallyExclusiveGroup,
+) -> None:
+    where.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help=".txt (blocks between blank lines, else lines), .jsonl, .jsonl.gz or .parquet",
+    )
+    group.add_argument(
+        "--samples",
+        type=_samples,
+        default=320,
+        metavar="N",
+        help="take the first N samples of the file, or 'all' (default: 320)",
+    )
+    group.add_argument(
+        "--max-length",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="tokens kept of a sample (default: 512)",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="samples that go through the model at once; the result does not depend on it "
+        "(default: 8)",
+    )
+    group.add_argument("--text-field", metavar="NAME", help="field that holds a whole text")
+    group.add_argument("--prompt-field", metavar="NAME", help="field that holds the prompt")
+    group.add_argument(
+        "--response-field", metavar="NAME", help="field that holds what follows the prompt"
+    )
+    group.add_argument(
+        "--mask-prompt", action="store_true", help="count the loss on the response only"
+    )
+
+
+def _add_targets(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--target-modules",
+        nargs="+",
+        default=["all-linear"],
+        metavar="NAME",
+        help="names of the linear layers (default: all-linear, all but the output layer)",
+    )
+
+
+def _add_fisher(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--fisher",
+        choices=("empirical", "sampled"),
+        default="empirical",
+        help="labels of the data, or drawn from the model (default: empirical)",
+    )
+    group.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="of everything random (default: 0)"
+    )
+
+
+def _add_run(group: argparse._ArgumentGroup, *, overwrite: str) -> None:
+    group.add_argument("--overwrite", action="store_true", help=overwrite)
+    group.add_argument("--no-progress", action="store_true", help="no progress bars")
+    _add_debug(group)
+
+
+def _add_debug(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return value
+
+
+def _seed(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number in [0, 2**63), got {text!r}")
+    return value
+
+
+def _samples(text: str) -> int | None:
+    """A positive number, or None for ``all``."""
+    return None if text == "all" else _positive(text)
+
+
+def _check_init(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.statistics is not None and args.save_statistics is not None:
+        parser.error("init: --save-statistics has nothing to save with --statistics")
+    _check_fields(args, parser)
+
+
+def _check_stats(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.merge is None:
+        missing = [f"--{name}" for name in ("model", "data") if getattr(args, name) is None]
+        if missing:
+            parser.error(f"stats: {' and '.join(missing)} required (or --merge)")
+    elif args.model is not None or args.data is not None:
+        parser.error("stats: --merge excludes --model and --data")
+    elif len(args.merge) < 2:
+        parser.error("stats: --merge needs at least two files")
+    _check_fields(args, parser)
+
+
+def _check_fields(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.text_field and (args.prompt_field or args.response_field):
+        parser.error("--text-field excludes --prompt-field and --response-field")
+    if args.response_field and not args.prompt_field:
+        parser.error("--response-field needs --prompt-field")
+    if args.max_length < 2:
+        parser.error("--max-length must be at least 2")
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+def _init(args: argparse.Namespace) -> None:
+    inputs = [args.model, args.data, args.statistics]
+    _check_folder_output(args.output, args.overwrite, inputs)
+    if args.save_statistics is not None:
+        _check_file_output(args.save_statistics, args.overwrite, inputs, option="--save-statistics")
+        if _inside(args.save_statistics, args.output):
+            raise ValueError("--save-statistics must not lie in the folder that --output creates")
+    draw = importlib.util.find_spec("matplotlib") is not None
+    if not draw:
+        warnings.warn(f"matplotlib is not installed: {PLOT_FILE} is left out", stacklevel=1)
+    _check_model_folder(args)
+
+    import filet
+
+    config = _config(args)
+    progress = not args.no_progress
+    loader = [] if args.data is None else _load_data(args)
+    statistics = None if args.statistics is None else filet.Statistics.load(args.statistics)
+    peft_model = _load_peft_model(args, rank=args.rank, alpha=args.alpha)
+    if statistics is not None:
+        report = filet.apply_statistics(peft_model, statistics, config=config)
+    elif args.save_statistics is not None:
+        statistics = filet.collect_statistics(
+            peft_model, loader, config=config, show_progress_bar=progress
+        )
+        # Before they are applied: an error in that does not cost the pass.
+        with _staged(args.save_statistics) as staged:
+            statistics.save(staged)
+        report = filet.apply_statistics(peft_model, statistics, config=config)
+    else:
+        # Refuses before the pass what it cannot apply after it: a rank too high, say.
+        report = filet.initialize_lora_filet_weights(
+            peft_model, loader, config=config, show_progress_bar=progress
+        )
+    with _staged(args.output) as staged:
+        staged.mkdir()
+        filet.save_as_lora(peft_model, staged)
+        report.save(staged)
+        if draw and report.modules:
+            report.plot(staged / PLOT_FILE)
+    _print(report.table())
+    _print(f"{'written':<14}{args.output}")
+
+
+def _stats(args: argparse.Namespace) -> None:
+    inputs = args.merge or [args.model, args.data]
+    if args.output.suffix != ".safetensors":
+        raise ValueError(f"--output must be a .safetensors file, got {args.output}")
+    _check_file_output(args.output, args.overwrite, inputs, option="--output")
+    if args.merge is not None:
+        import filet
+
+        first, *others = args.merge
+        statistics = filet.Statistics.load(first)
+        for path in others:  # one at a time: they can be large
+            statistics = statistics.merge(filet.Statistics.load(path))
+    else:
+        _check_model_folder(args)
+        loader = _load_data(args)
+
+        import filet
+
+        # The rank does not enter the statistics: 1 costs least.
+        peft_model = _load_peft_model(args, rank=1, alpha=1)
+        statistics = filet.collect_statistics(
+            peft_model, loader, config=_config(args), show_progress_bar=not args.no_progress
+        )
+    with _staged(args.output) as staged:
+        statistics.save(staged)
+    _print(f"{'written':<14}{args.output}")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from filet.report import FiletReport
+
+    report = FiletReport.load(args.folder)
+    _print(report.table())
+    folder = args.folder if args.folder.is_dir() else args.folder.parent
+    path = args.plot or folder / PLOT_FILE
+    if report.modules:
+        report.plot(path)
+        _print(f"{'drawn':<14}{path}")
+
+
+# -- model and data --------------------------------------------------------------------------------
+
+
+def _config(args: argparse.Namespace) -> Any:
+    from filet import FiletConfig
+
+    chosen: dict[str, Any] = {"fisher": args.fisher, "seed": args.seed, "samples": args.samples}
+    if args.command == "init":
+        chosen["base"] = args.base
+        chosen["select"] = args.select
+        chosen["scaling"] = args.scaling.replace("-", "_")
+        chosen["normalization"] = args.normalization
+    return FiletConfig(**chosen)
+
+
+def _check_model_folder(args: argparse.Namespace) -> None:
+    """Refuse what is not a local model, before anything heavy is imported."""
+    folder: Path = args.model
+    if not folder.is_dir():
+        raise ValueError(
+            f"--model: no folder {str(folder)!r}; models come from a local folder, nothing is "
+            "downloaded"
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"--model: {folder} holds an adapter; give the folder of its base model")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--model: no config.json in {folder}")
+    if not args.allow_pickle and not any(folder.glob("*.safetensors")):
+        pickled = sorted(
+            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")
+        )
+        found = f", only {', '.join(pickled[:3])}" if pickled else ""
+        raise ValueError(
+            f"--model: no safetensors weights in {folder}{found}"
+            + ("; --allow-pickle loads them, if you trust their source" if pickled else "")
+        )
+
+
+def _load_data(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Read and tokenise the data: its errors come before the model is loaded."""
+    from filet.data import batches, read_samples
+
+    samples = read_samples(
+        args.data,
+        text_field=args.text_field,
+        prompt_field=args.prompt_field,
+        response_field=args.response_field,
+        limit=args.samples,
+    )
+    if args.mask_prompt and all(sample.response is None for sample in samples):
+        raise ValueError(f"--mask-prompt: {args.data} has no responses, only whole texts")
+
+    transformers = _transformers(args)
+    with _own_code(args):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(args.model), local_files_only=True, trust_remote_code=args.trust_remote_code
+        )
+    return batches(
+        samples,
+        tokenizer,
+        max_length=args.max_length,
+        batch_size=args.batch_size,
+        mask_prompt=args.mask_prompt,
+    )
+
+
+def _load_peft_model(args: argparse.Namespace, *, rank: int, alpha: int | None) -> Any:
+    """The model with a default LoRA adapter on its targets."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device")
+    transformers = _transformers(args)
+    with _own_code(args):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(args.model),
+            dtype=args.dtype if args.dtype == "auto" else getattr(torch, args.dtype),
+            local_files_only=True,
+            trust_remote_code=args.trust_remote_code,
+            use_safetensors=None if args.allow_pickle else True,
+        )
+    model = model.to(device)
+    targets = args.target_modules
+    torch.manual_seed(args.seed)  # modules that keep PEFT's default get the same A every time
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        use_rslora=getattr(args, "rslora", False),
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+    )
+    return get_peft_model(model, lora)
+
+
+@contextlib.contextmanager
+def _own_code(args: argparse.Namespace) -> Iterator[None]:
+    """transformers' refusal to run a model's own code, in the words of this command line."""
+    try:
+        yield
+    except ValueError as error:
+        if args.trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"--model: {args.model} needs Python code that lies beside its weights; "
+            "--trust-remote-code runs it, if you trust its source"
+        ) from error
+
+
+def _transformers(args: argparse.Namespace) -> Any:
+    """transformers, as quiet as was asked for."""
+    import transformers
+
+    if not args.debug:
+        transformers.logging.set_verbosity_error()
+    if args.no_progress:
+        transformers.logging.disable_progress_bar()
+    return transformers
+
+
+# -- output ----------------------------------------------------------------------------------------
+
+
+def _inside(path: str | os.PathLike[str], folder: Path) -> bool:
+    return Path(path).resolve().is_relative_to(folder.resolve())
+
+
+def _check_folder_output(output: Path, overwrite: bool, inputs: Sequence[Path | None]) -> None:
+    """Refuse, before any work, an output folder that would destroy something."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output: {output} is a file, not a folder")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"--output: {output} is not empty; --overwrite replaces it")
+    if not (output / "adapter_config.json").is_file():
+        raise ValueError(f"--output: {output} holds no adapter; --overwrite replaces only adapters")
+    for path in inputs:
+        if path is not None and _inside(path, output):
+            raise ValueError(f"--output: {output} holds {path}, which is read")
+
+
+def _check_file_output(
+    output: Path, overwrite: bool, inputs: Sequence[Path | None], *, option: str
+) -> None:
+    """Refuse, before any work, an output file that would destroy something."""
+    if output.is_dir():
+        raise ValueError(f"{option}: {output} is a folder, not a file")
+    if not output.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{option}: {output} exists; --overwrite replaces it")
+    if any(path is not None and output.resolve() == path.resolve() for path in inputs):
+        raise ValueError(f"{option}: {output} is also read")
+
+
+@contextlib.contextmanager
+def _staged(output: Path) -> Iterator[Path]:
+    """A path to write a file or a folder to, which takes the place of ``output`` at the end.
+
+    It lies in a temporary folder beside ``output``, on the same disk. When the block raises, the
+    temporary folder is removed and whatever ``output`` was before is untouched; otherwise the old
+    one is put aside, the new one renamed into place, and the old one removed.
+    """
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    workspace = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        staged = workspace / output.name
+        try:
+            yield staged
+        except OSError as error:
+            if error.strerror and (error.filename is None or _inside(error.filename, workspace)):
+                # A full disk, say: name the destination, not the temporary folder.
+                raise OSError(error.errno, error.strerror, str(output)) from error
+            raise
+        if output.is_dir():
+            aside = workspace / f"{output.name}.old"
+            os.rename(output, aside)
+            try:
+                os.rename(staged, output)
+            except BaseException:
+                os.rename(aside, output)
+                raise
+        else:
+            os.replace(staged, output)
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+
+
+# -- messages --------------------------------------------------------------------------------------
+
+
+def _print(text: str) -> None:
+    """Print where the terminal may know ASCII only: names of files can hold anything."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, errors="replace").decode(encoding))
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"filet: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """What a user can cause; anything else is a bug and keeps its traceback."""
+    errors: tuple[type[Exception], ...] = (
+        ValueError,
+        TypeError,
+        OSError,
+        RuntimeError,
+        FloatingPointError,
+        ImportError,
+        MemoryError,
+    )
+    safetensors = sys.modules.get("safetensors")
+    return errors if safetensors is None else (*errors, safetensors.SafetensorError)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

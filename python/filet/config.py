@@ -1,0 +1,69 @@
+"""What a FILet initialisation does: one frozen, validated object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_type_hints
+
+from filet_kernels.energy import Normalization
+from filet_kernels.lora import Scaling, Selection
+
+__all__ = ["FiletConfig"]
+
+Base = Literal["residual", "untouched"]
+Fisher = Literal["empirical", "sampled"]
+LossReduction = Literal["auto", "mean", "sum"]
+
+
+@dataclass(frozen=True)
+class FiletConfig:
+    """Settings of :func:`filet.initialize_lora_filet_weights` (FILet, arXiv 2605.01046).
+
+    Attributes:
+        base: how the model keeps its function. "residual" (the paper's) writes W_res = W − s B A
+            into the base weights; "untouched" leaves them bitwise as they are and adds a second,
+            frozen adapter (A, −B) that is active beside the trained one.
+        select: which directions become the adapter: the "min" Fisher energies (the paper's main
+            method), the "max", or "random" ones.
+        scaling: of A and B: "fisher", "singular", "constant_min" or "constant_max", see
+            :func:`filet_kernels.lora_factors`.
+        normalization: "mean" (the paper's) takes g as the gradient of the mean loss over the whole
+            minibatch, "sum" of the summed loss. It scales the energies, not their order.
+        fisher: labels from the data ("empirical", the paper's) or drawn from the model's own
+            predictions ("sampled", the true Fisher; needs ``outputs.logits`` and labels that say
+            which positions count).
+        samples: size of the minibatch, 320 in the paper; the dataloader is read no further. None
+            reads all of it.
+        seed: of the random selection and of the sampled labels.
+        loss_reduction: what the loss is that the model (or ``forward_fn``) returns: the "mean" or
+            the "sum" over the labelled positions. "auto" compares the first batch's loss with both,
+            and is an error where neither fits. A ``forward_fn`` that returns ``(loss, terms)``
+            settles it: the mean over that many terms.
+        share_inputs: modules called with the very same tensor (q/k/v, gate/up) share one input
+            moment. False gives each its own.
+    """
+
+    base: Base = "residual"
+    select: Selection = "min"
+    scaling: Scaling = "fisher"
+    normalization: Normalization = "mean"
+    fisher: Fisher = "empirical"
+    samples: int | None = 320
+    seed: int = 0
+    loss_reduction: LossReduction = "auto"
+    share_inputs: bool = True
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            allowed = get_args(hints[field.name])
+            value = getattr(self, field.name)
+            if allowed and all(isinstance(choice, str) for choice in allowed):
+                if value not in allowed:
+                    raise ValueError(f"{field.name}={value!r}; expected one of {allowed}")
+        if self.samples is not None and (type(self.samples) is not int or self.samples < 1):
+            raise ValueError(f"samples={self.samples!r}; expected an integer ≥ 1, or None for all")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed!r}; expected an integer in [0, 2**63)")
+        if not isinstance(self.share_inputs, bool):
+            raise ValueError(f"share_inputs={self.share_inputs!r}; expected True or False")

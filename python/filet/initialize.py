@@ -1,0 +1,270 @@
+"""FILet initialisation of a PeftModel: statistics in, adapter and base weights out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from filet.adapters import Layer, adapter_states, commit, twin_name
+from filet.config import FiletConfig
+from filet.report import FiletReport, ModuleReport
+from filet.statistics import (
+    Statistics,
+    check_statistics,
+    check_targets,
+    collect_statistics,
+    peak_memory,
+)
+from filet.targets import Target, check_peft_model, find_targets
+from filet.walk import ForwardFn, some
+from filet_kernels import Moments, SecondMoment, fisher_energies, lora_factors, select
+
+__all__ = ["apply_statistics", "initialize_lora_filet_weights"]
+
+
+def initialize_lora_filet_weights(
+    peft_model: PeftModel,
+    dataloader: Iterable[Any],
+    config: FiletConfig | None = None,
+    adapter_name: str = "default",
+    forward_fn: ForwardFn | None = None,
+    show_progress_bar: bool = True,
+) -> FiletReport:
+    """Initialise a LoRA adapter with FILet (arXiv 2605.01046, Algorithm 1), in place.
+
+    Runs ``config.samples`` samples forward and backward, and gives every target module the r
+    directions of least Fisher energy,
+        A = diag(E_I)^½ V̂_Iᵀ,  B = Û_I diag(E_I)^½,  W_res = W − s B A,
+    s being PEFT's scaling of the module, so that the model's function stays what it was.
+
+    Args:
+        peft_model: what ``get_peft_model(model, LoraConfig(...))`` returned (any rank, alpha,
+            patterns, rslora; A and B may be on the meta device). Its adapter, and in residual mode
+            its base weights, are overwritten once everything has succeeded; on an exception or
+            Ctrl-C the model is what it was. Residual mode keeps a copy of the original weights in
+            host memory, for :func:`filet.restore_base`.
+        dataloader, forward_fn, show_progress_bar: see :func:`filet.collect_statistics`.
+        config: :class:`FiletConfig`, the paper's settings by default.
+        adapter_name: which adapter.
+
+    Returns:
+        :class:`FiletReport`: energies, choices and errors by module, times, peak memory.
+
+    Raises:
+        As :func:`filet.collect_statistics` and :func:`filet.apply_statistics`.
+    """
+    config = config or FiletConfig()
+    _prepare(peft_model, config, adapter_name)  # what is refused is refused before the pass
+    statistics = collect_statistics(
+        peft_model, dataloader, config, adapter_name, forward_fn, show_progress_bar
+    )
+    return _apply(peft_model, statistics, config, adapter_name)
+
+
+def apply_statistics(
+    peft_model: PeftModel,
+    statistics: Statistics,
+    config: FiletConfig | None = None,
+    adapter_name: str = "default",
+) -> FiletReport:
+    """Initialise a LoRA adapter from statistics taken before, without running the model.
+
+    The same statistics serve every rank, selection, scaling and base mode. Arguments and result as
+    in :func:`initialize_lora_filet_weights`.
+
+    Raises:
+        ValueError: statistics of another model (the first difference is named), a rank above the
+            number of candidate directions, an adapter whose base weights are FILet's residual
+            already, or in residual mode a base weight that other adapters or modules use as well.
+    """
+    config = config or FiletConfig()
+    targets = _prepare(peft_model, config, adapter_name)[0]
+    check_statistics(statistics, targets)
+    return _apply(peft_model, statistics, config, adapter_name)
+
+
+def _prepare(
+    peft_model: PeftModel, config: FiletConfig, adapter_name: str
+) -> tuple[dict[str, Target], dict[str, str]]:
+    """The adapter's targets, after every check that needs no data."""
+    peft_model = check_peft_model(peft_model, adapter_name)
+    targets, unsupported = find_targets(peft_model, adapter_name)
+    check_targets(targets, unsupported, adapter_name)
+    for name, state in adapter_states(peft_model).items():
+        taken = next((module for module in targets if module in state.layers), None)
+        if state.base == "residual" and taken is not None:
+            raise ValueError(
+                f"the base weight of {taken} is the residual of adapter {name!r}; expected "
+                f"original weights: call filet.restore_base(peft_model, {name!r}) first"
+            )
+    if config.base == "residual":
+        _check_sole_user(peft_model, targets, adapter_name)
+    for name, target in targets.items():
+        candidates = int((target.weight != 0).any(0).sum())
+        if target.rank > candidates:
+            raise ValueError(
+                f"{name}: rank {target.rank} exceeds its {candidates} candidate directions "
+                f"(non-zero columns of W {tuple(target.weight.shape)}); expected a smaller r, or "
+                "rank_pattern for this module"
+            )
+    return targets, unsupported
+
+
+def _check_sole_user(peft_model: PeftModel, targets: dict[str, Target], adapter_name: str) -> None:
+    """Residual mode changes W: nobody else may depend on it."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in peft_model.base_model.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for name, target in targets.items():
+        used_by = names[id(target.parameter)]
+        if len(used_by) > 1:
+            raise ValueError(
+                f"the weight of {name} is shared ({', '.join(used_by)}), so writing its residual "
+                "would change the other module too; expected FiletConfig(base='untouched'), or "
+                "target_modules without it"
+            )
+        others = set(target.layer.lora_A) - {adapter_name, twin_name(adapter_name)}
+        if others:
+            raise ValueError(
+                f"{name} also has the adapter {sorted(others)[0]!r}, whose function would change "
+                "with the base weight; expected FiletConfig(base='untouched')"
+            )
+
+
+def _apply(
+    peft_model: PeftModel, statistics: Statistics, config: FiletConfig, adapter_name: str
+) -> FiletReport:
+    targets, unsupported = find_targets(peft_model, adapter_name)
+    left_default = dict(unsupported)
+    layers: dict[str, Layer] = {}
+    reports: dict[str, ModuleReport] = {}
+    start = time.perf_counter()
+    for name, target in targets.items():
+        moments = statistics.moments[name]
+        empty = _nothing_seen(moments)
+        if empty is not None:
+            left_default[name] = empty
+            continue
+        weight = target.weight
+        energies = fisher_energies(
+            weight, _moved(moments, weight.device), normalization=config.normalization
+        )
+        indices = select(energies, target.rank, config.select, seed=config.seed)
+        A, B = lora_factors(
+            weight, energies, indices, scaling=config.scaling, dtype=target.A.weight.dtype
+        )
+        layers[name] = Layer(A, B, statistics.fingerprints[name])
+        reports[name] = ModuleReport(
+            name=name,
+            shape=moments.shape,
+            rank=target.rank,
+            energies=energies.cpu(),
+            indices=indices.cpu(),
+            input_space=moments.input.space,
+            output_space=moments.output.space,
+            input_tokens=int(moments.input.count),
+            output_tokens=int(moments.output.count),
+            shared_input=statistics.shared_input.get(name),
+            residual_error=0.0,
+        )
+    if not layers:
+        raise ValueError(
+            f"no module of adapter {adapter_name!r} saw a token and its gradient; expected data "
+            "that reaches at least one of them"
+        )
+    selected = time.perf_counter()
+    errors = commit(peft_model, adapter_name, targets, layers, config.base)
+    _materialise_rest(peft_model, adapter_name, config.seed)
+    written = time.perf_counter()
+    devices = {t.weight.device for t in targets.values() if t.weight.device.type == "cuda"}
+    _warn(left_default, layers)
+    return FiletReport(
+        modules={
+            name: dataclasses.replace(report, residual_error=errors[name])
+            for name, report in reports.items()
+        },
+        left_default=left_default,
+        seconds={
+            "statistics": statistics.seconds,
+            "selection": selected - start,
+            "writing": written - selected,
+        },
+        peak_memory=max(statistics.peak_memory, peak_memory(devices)),
+        samples=statistics.samples,
+        tokens=statistics.tokens,
+        loss_terms=statistics.loss_terms,
+        config={**dataclasses.asdict(config), "fisher": statistics.fisher},
+    )
+
+
+def _nothing_seen(moments: Moments) -> str | None:
+    if not int(moments.input.count):
+        return "it saw no token"
+    if not int(moments.output.count):
+        return "no gradient reached it"
+    return None
+
+
+def _moved(moments: Moments, device: torch.device) -> Moments:
+    """The moments on the weight's device (statistics from a file are on the CPU)."""
+    if moments.input.sum.device == device == moments.output.sum.device:
+        return moments
+
+    def moved(side: SecondMoment) -> SecondMoment:
+        return dataclasses.replace(side, sum=side.sum.to(device), count=side.count.to(device))
+
+    loss_terms = moments.loss_terms.to(device)
+    return Moments(moved(moments.input), moved(moments.output), moments.shape, loss_terms)
+
+
+def _materialise_rest(peft_model: PeftModel, adapter_name: str, seed: int) -> None:
+    """Give PEFT's default initialisation to adapter weights that are still on the meta device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in peft_model.base_model.model.modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            device = layer.get_base_layer().weight.device
+            waiting = False
+            for factors in (layer.lora_A, layer.lora_B):
+                if adapter_name in factors and factors[adapter_name].weight.device.type == "meta":
+                    factors[adapter_name].to_empty(device=device)
+                    waiting = True
+            for parameters in (layer.lora_embedding_A, layer.lora_embedding_B):
+                if adapter_name in parameters and parameters[adapter_name].device.type == "meta":
+                    old = parameters[adapter_name]
+                    parameters[adapter_name] = nn.Parameter(
+                        torch.empty_like(old, device=device), requires_grad=old.requires_grad
+                    )
+                    waiting = True
+            if waiting:
+                layer.reset_lora_parameters(adapter_name, True)
+
+
+def _warn(left_default: dict[str, str], layers: dict[str, Layer]) -> None:
+    if left_default:
+        shown = [f"{name} ({reason})" for name, reason in left_default.items()]
+        warnings.warn(
+            f"{len(left_default)} modules keep PEFT's default LoRA initialisation: {some(shown)}",
+            stacklevel=4,
+        )
+    dead = [
+        name
+        for name, layer in layers.items()
+        if bool(((layer.A0 == 0).all(1) & (layer.B0 == 0).all(0)).any())
+    ]
+    if dead:
+        warnings.warn(
+            f"{some(dead)}: some chosen directions have no energy at all (or less than the "
+            "adapter's dtype can hold), so their rows of A and columns of B are zero and will not "
+            "train; expected more samples, a float32 adapter, or another scaling",
+            stacklevel=4,
+        )

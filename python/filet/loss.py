@@ -1,0 +1,237 @@
+"""The summed token loss behind a batch, whatever reduction the model used.
+
+FILet's g is the gradient of the loss *summed* over its terms: then the second moments of two
+batches add up, and the result does not depend on how the samples were batched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from filet.config import FiletConfig
+
+__all__ = ["SummedLoss"]
+
+_IGNORED = -100
+# The model's loss and ours are the same cross-entropy of the same logits. They differ by rounding
+# alone, 2⁻⁸ where the model sums in bfloat16.
+_TOLERANCE = 1e-2
+
+
+class SummedLoss:
+    """Turns what ``forward_fn`` returned into (loss, factor, terms): factor · loss is the sum.
+
+    Whether the model reduces to a mean or a sum, and whether its logits predict the next label, is
+    found by comparing its loss with both, on the first batch that tells.
+    """
+
+    def __init__(self, config: FiletConfig, base_model: nn.Module) -> None:
+        self.config = config
+        self.is_encoder_decoder = bool(
+            getattr(getattr(base_model, "config", None), "is_encoder_decoder", False)
+        )
+        # transformers names the loss a model computes after its head; causal heads shift labels.
+        # The oldest of them (GPT2LMHeadModel) have a name of their own, and no loss_type.
+        loss_type = getattr(base_model, "loss_type", None)
+        named = re.search(r"(?<!With)LMHeadModel$", type(base_model).__name__) is not None
+        causal = named or loss_type in ("ForCausalLM", "ForConditionalGeneration")
+        self.shift = causal and not self.is_encoder_decoder
+        self.known = causal or loss_type is not None
+        self.reduction = None if config.loss_reduction == "auto" else config.loss_reduction
+        self.settled = False
+
+    def without_padded_terms(self, batch: Any) -> Any:
+        """The batch less the labels that a padded position predicts: no padded position counts.
+
+        With padding on the left, the first token's label is one of them. Labels stay as they are
+        for a model of which it is not known whether it shifts them.
+        """
+        labels = _labels(batch)
+        mask = batch.get("attention_mask") if labels is not None else None
+        if labels is None or not isinstance(mask, Tensor):
+            return batch
+        if self.is_encoder_decoder or not self.known:
+            return batch
+        if labels.dim() != 2 or labels.shape != mask.shape or labels.is_floating_point():
+            return batch
+        predicts = mask != 0
+        if self.shift:
+            predicts = F.pad(predicts[:, :-1], (1, 0), value=True)
+        return {**batch, "labels": labels.masked_fill(~predicts, _IGNORED)}
+
+    def __call__(self, result: Any, batch: Any) -> tuple[Tensor, float, int]:
+        """
+        Args:
+            result: what ``forward_fn`` returned: an output with ``.loss``, a scalar loss, or
+                ``(loss, terms)``.
+            batch: the batch; its ``labels`` say which positions count.
+
+        Returns:
+            loss () with gradient, the factor that makes it the summed loss, and its terms.
+        """
+        loss = result if isinstance(result, Tensor) else getattr(result, "loss", None)
+        loss = loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
+        logits, labels = getattr(result, "logits", None), _labels(batch)
+        if loss is not None and not self.settled:
+            self._settle(float(loss.detach()), logits, labels)
+        if self.config.fisher == "sampled":
+            return self._sampled(logits, labels, batch)
+        if type(result) is tuple and len(result) == 2 and not _has_rows(result[1]):
+            loss, terms = result[0], int(result[1])
+            return loss, float(terms), terms
+        if loss is None:
+            raise ValueError(
+                f"the model returned a {type(result).__name__} without a scalar loss; expected "
+                "labels in the batch, or a forward_fn(model, batch) that returns the loss, an "
+                "output with .loss, or (loss, terms)"
+            )
+        if labels is None:
+            raise ValueError(
+                "the batch has no 'labels', so the number of terms in its loss is unknown; "
+                "expected labels, or a forward_fn that returns (loss, terms) with loss their mean"
+            )
+        terms = self._terms(labels)
+        if terms == 0 and logits is not None:
+            return (logits * 0).sum(), 1.0, 0  # the mean over no term is NaN, the sum is 0
+        if self.reduction is None and terms > 1:
+            return loss, math.nan, terms  # a loss of NaN or infinity: the hooks say where it began
+        return loss, float(terms) if self.reduction == "mean" else 1.0, terms
+
+    def _settle(self, loss: float, logits: Tensor | None, labels: Tensor | None) -> None:
+        if logits is None or labels is None or labels.is_floating_point():
+            # Nothing to compare with: the library's convention, a mean over the labels.
+            self.reduction = self.reduction or "mean"
+            self.settled = True
+            return
+        if not math.isfinite(loss):
+            return
+        candidates: list[tuple[float, Literal["mean", "sum"], bool, int]] = []
+        for shift in (self.shift, not self.shift):
+            rows = None if shift and labels.dim() < 2 else _pair(logits, labels, shift)
+            if rows is None:
+                continue
+            total, terms = _cross_entropy_sum(*rows)
+            candidates += [
+                (total / max(terms, 1), "mean", shift, terms),
+                (total, "sum", shift, terms),
+            ]
+        if candidates and not any(
+            terms for _, _, shift, terms in candidates if shift == self.shift
+        ):
+            return  # no label: the next batch tells
+        candidates = [c for c in candidates if self.reduction in (None, c[1])]
+        if candidates:
+            value, reduction, shift, terms = min(candidates, key=lambda c: abs(c[0] - loss))
+            if abs(value - loss) <= _TOLERANCE * max(abs(loss), 1e-6):
+                self.shift = shift
+                if terms > 1:  # the mean and the sum of a single term are the same
+                    self.reduction, self.settled = reduction, True
+                return
+        self.settled = True
+        if self.config.loss_reduction == "auto" and self.config.fisher == "empirical":
+            raise ValueError(
+                f"the model's loss of a batch, {loss:.6g}, is neither the mean nor the sum of the "
+                "cross-entropy over its labels; expected FiletConfig(loss_reduction='mean' or "
+                "'sum'), or a forward_fn that returns (loss, terms) with loss their mean"
+            )
+
+    def _terms(self, labels: Tensor) -> int:
+        if labels.is_floating_point():
+            return labels.numel()
+        return int((_shifted(labels) if self.shift else labels).ne(_IGNORED).sum())
+
+    def _sampled(
+        self, logits: Tensor | None, labels: Tensor | None, batch: Any
+    ) -> tuple[Tensor, float, int]:
+        """Cross-entropy against labels drawn from the model, at the positions that have one.
+
+        The draw of a sample depends on the seed and on the sample's own input, not on the batch or
+        the place it came in.
+        """
+        if logits is None or labels is None or labels.is_floating_point():
+            raise ValueError(
+                "fisher='sampled' draws labels from the model; expected outputs with .logits, and "
+                "integer 'labels' in the batch that say which positions count"
+            )
+        pair = _pair(logits, labels, self.shift and labels.dim() > 1)
+        if pair is None:
+            raise ValueError(
+                f"fisher='sampled': logits {tuple(logits.shape)} do not fit labels "
+                f"{tuple(labels.shape)}; expected one row of logits for each label"
+            )
+        loss = logits.new_zeros((), dtype=torch.float32)
+        terms = 0
+        for index, (rows, wanted) in enumerate(zip(*pair, strict=True)):
+            rows = rows.reshape(-1, rows.shape[-1])[wanted.reshape(-1).ne(_IGNORED)].float()
+            with torch.no_grad():
+                generator = torch.Generator().manual_seed(self._sample_seed(batch, index))
+                uniform = torch.rand(rows.shape[0], 1, generator=generator, dtype=torch.float64)
+                cumulative = rows.double().softmax(-1).cumsum(-1)
+                drawn = torch.searchsorted(
+                    cumulative, uniform.to(rows.device) * cumulative[:, -1:], right=True
+                ).squeeze(1)
+                drawn.clamp_max_(rows.shape[-1] - 1)
+            loss = loss + F.cross_entropy(rows, drawn, reduction="sum")
+            terms += rows.shape[0]
+        return loss, 1.0, terms
+
+    def _sample_seed(self, batch: Any, index: int) -> int:
+        digest = hashlib.blake2b(str(self.config.seed).encode(), digest_size=8)
+        mask = batch.get("attention_mask")
+        for key in sorted(batch):
+            value = batch[key]
+            # Masks, labels and what the decoder takes carry the batch's padding.
+            if key in ("attention_mask", "labels") or key.startswith("decoder_"):
+                continue
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                continue
+            row = value[index]
+            if isinstance(mask, Tensor) and mask.dim() == 2 and value.shape[:2] == mask.shape:
+                row = row[mask[index] != 0]
+            row = row.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+            digest.update(key.encode() + row.numpy().tobytes())
+        return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def _has_rows(value: Any) -> bool:
+    return not isinstance(value, (int, float)) and not (
+        isinstance(value, Tensor) and value.numel() == 1
+    )
+
+
+def _labels(batch: Any) -> Tensor | None:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return labels if isinstance(labels, Tensor) else None
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    return labels[..., 1:]
+
+
+def _pair(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor] | None:
+    """Logits (B, …, V) and labels (B, …) aligned row by row, or None where they do not fit."""
+    if shift:
+        logits, labels = logits[..., :-1, :], _shifted(labels)
+    if logits.shape[:-1] != labels.shape:
+        return None
+    return logits, labels.to(logits.device)
+
+
+@torch.no_grad()
+def _cross_entropy_sum(logits: Tensor, labels: Tensor) -> tuple[float, int]:
+    """Sum and number of the terms, a sample at a time so that no second full copy exists."""
+    total, terms = 0.0, 0
+    for rows, wanted in zip(logits, labels, strict=True):
+        counted = wanted.reshape(-1).ne(_IGNORED)
+        rows = rows.reshape(-1, rows.shape[-1])[counted].float()
+        total += float(F.cross_entropy(rows, wanted.reshape(-1)[counted], reduction="sum"))
+        terms += rows.shape[0]
+    return total, terms

@@ -1,0 +1,135 @@
+"""Which layers of a PeftModel FILet can initialise, and their weights as the paper writes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel, PeftType
+from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["Target", "check_peft_model", "find_targets", "fingerprint"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A LoRA layer over a plain linear module."""
+
+    name: str  # path below the base model, "model.layers.0.self_attn.q_proj"
+    layer: lora.Linear
+    adapter: str
+
+    @property
+    def base(self) -> nn.Linear | Conv1D:
+        return self.layer.get_base_layer()
+
+    @property
+    def parameter(self) -> Tensor:
+        """The base weight, a parameter, as the module stores it."""
+        return self.base.weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight as a view (m, n) = (out, in), detached: Conv1D stores it transposed."""
+        weight = self.parameter.detach()
+        return weight.T if isinstance(self.base, Conv1D) else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.base.bias
+        return None if bias is None else bias.detach()
+
+    @property
+    def rank(self) -> int:
+        return self.layer.r[self.adapter]
+
+    @property
+    def scaling(self) -> float:
+        return self.layer.scaling[self.adapter]
+
+    @property
+    def A(self) -> nn.Linear:
+        return self.layer.lora_A[self.adapter]
+
+    @property
+    def B(self) -> nn.Linear:
+        return self.layer.lora_B[self.adapter]
+
+
+def check_peft_model(peft_model: object, adapter_name: str) -> PeftModel:
+    """The model, if it is a PeftModel with a LoRA adapter of that name; an error otherwise."""
+    if not isinstance(peft_model, PeftModel):
+        raise TypeError(
+            f"peft_model is a {type(peft_model).__name__}; expected the PeftModel that "
+            "peft.get_peft_model(model, LoraConfig(...)) returns"
+        )
+    if adapter_name not in peft_model.peft_config:
+        raise ValueError(
+            f"adapter_name={adapter_name!r}; expected one of {list(peft_model.peft_config)}"
+        )
+    kind = peft_model.peft_config[adapter_name].peft_type
+    if kind != PeftType.LORA:
+        raise ValueError(f"adapter {adapter_name!r} is of type {kind}; expected a LoRA adapter")
+    return peft_model
+
+
+def find_targets(
+    peft_model: PeftModel, adapter_name: str
+) -> tuple[dict[str, Target], dict[str, str]]:
+    """The adapter's layers that can be initialised, and for each of the others the reason."""
+    targets: dict[str, Target] = {}
+    unsupported: dict[str, str] = {}
+    for name, layer in peft_model.base_model.model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if adapter_name not in {*layer.lora_A, *layer.lora_embedding_A}:
+            continue
+        reason = _unsupported(layer, adapter_name)
+        if reason is None:
+            targets[name] = Target(name, layer, adapter_name)
+        else:
+            unsupported[name] = reason
+    return targets, unsupported
+
+
+def _unsupported(layer: LoraLayer, adapter_name: str) -> str | None:
+    base = layer.get_base_layer()
+    kind = type(base).__name__
+    if adapter_name in layer.lora_variant:
+        return f"its adapter is a {type(layer.lora_variant[adapter_name]).__name__}, not plain LoRA"
+    if type(layer) is not lora.Linear or not isinstance(base, (nn.Linear, Conv1D)):
+        return f"{kind} is not a linear module (or is quantised)"
+    if base.weight.dtype not in _DTYPES:
+        return (
+            f"the weight of this {kind} is {base.weight.dtype}: quantised, which is not supported"
+        )
+    if base.weight.device.type == "meta":
+        raise ValueError(
+            "a base weight is on the meta device (not loaded, or offloaded by device_map); "
+            "load the model onto real devices before initialising it"
+        )
+    return None
+
+
+def fingerprint(weight: Tensor) -> str:
+    """Hash of a weight's exact bits, shape and dtype, the same on every device and machine.
+
+    A position-weighted sum of the elements' bits, modulo 2⁶⁴: integer sums do not depend on their
+    order, so it is computed where the weight lies, without copying it to the host.
+    """
+    bits = weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
+    columns = torch.arange(bits.shape[1], device=bits.device, dtype=torch.int64) * 2 + 1
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    step = max(1, 2**22 // max(1, bits.shape[1]))  # 32 MiB of int64 at a time
+    for start in range(0, bits.shape[0], step):
+        rows = bits[start : start + step].to(torch.int64)
+        index = torch.arange(start, start + rows.shape[0], device=bits.device, dtype=torch.int64)
+        # Odd multipliers are invertible modulo 2⁶⁴, so no single change goes unseen.
+        total += ((rows * columns).sum(1) * (index * 2 + 1) * -7046029254386353131).sum()
+    shape = "x".join(map(str, weight.shape))
+    return f"{str(weight.dtype).removeprefix('torch.')}:{shape}:{int(total) & (2**64 - 1):016x}"

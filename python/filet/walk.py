@@ -1,0 +1,592 @@
+"""The pass over the data: forward, backward, and the second moments taken on the way.
+
+x and y are there in a module's forward, g and h (the gradient with respect to the module's *own*
+input) in the backward: each moment is accumulated where its vector exists anyway, and nothing is
+kept for later. Weights stay frozen, so no weight gradient is ever computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from filet.config import FiletConfig
+from filet.loss import SummedLoss
+from filet.targets import Target
+from filet_kernels import Moments, SecondMoment
+
+__all__ = ["ForwardFn", "collect_moments", "empty_moments", "preserved", "some"]
+
+ForwardFn = Callable[[Any, Any], Any]
+
+# Loss scale where gradients are float16: the largest |g| of the first batch is put at 2⁴. That
+# leaves 2¹² of room below the largest float16 (65504), and 2¹⁸ above its smallest normal number.
+_FP16_PEAK = 2.0**4
+# Where another gradient on the way, the logits', say, overflows before that: this far below it.
+_FP16_ROOM = 2.0**5
+
+
+class MomentHooks:
+    """Hooks on the base modules of the targets that accumulate each one's :class:`Moments`.
+
+    x and y are counted while ``phase`` is "forward", which is once also under gradient
+    checkpointing, whose recomputation runs in the backward. g and h are counted when their
+    gradient arrives, which is once as well: of the two forward runs only one is differentiated.
+    """
+
+    def __init__(self, targets: dict[str, Target], config: FiletConfig) -> None:
+        self.targets = targets
+        self.config = config
+        self.moments: dict[str, Moments] = {}
+        self.shared_input: dict[str, str] = {}  # module -> the module whose input moment it uses
+        self.phase = "idle"  # "forward" | "backward" | "probe"
+        self.gradient_scale = 1.0  # what g and h of this batch are multiplied by
+        self.half = False  # a target gave float16, and so will its gradient be
+        self.peaks: list[Tensor] = []  # of a probe: max |g| of each gradient that arrived
+        self.unmasked: set[str] = set()  # modules whose rows the attention mask could not be put to
+        self._masks: dict[str, Tensor | None] = {}
+        self._seen: dict[int, tuple[weakref.ref[Tensor], SecondMoment]] = {}
+        self._calls: dict[str, int] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> MomentHooks:
+        for target in self.targets.values():
+            self._handles.append(
+                target.base.register_forward_pre_hook(_bound(self._before, target))
+            )
+            self._handles.append(target.base.register_forward_hook(_bound(self._after, target)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._seen.clear()
+
+    def start_batch(self, masks: dict[str, Tensor | None]) -> None:
+        """``masks`` (B, T) of the tokens to count: "encoder" and "decoder"; None counts all."""
+        self._masks = masks
+        self._seen.clear()
+        self._calls.clear()
+
+    def finish_batch(self, index: int) -> None:
+        """Raise for what this batch showed to be wrong. One device synchronisation a device."""
+        for follower, leader in self.shared_input.items():
+            if self._calls.get(follower, 0) != self._calls.get(leader, 0):
+                raise _sharing_broke(follower, leader, index)
+        self._seen.clear()
+        names = list(self.moments)
+        # The first module of the forward, then the first of the backward, is where it began.
+        checks = [(name, self.moments[name].input) for name in names]
+        checks += [(name, self.moments[name].output) for name in reversed(names)]
+        by_device: dict[torch.device, list[int]] = {}
+        for position, (_, moment) in enumerate(checks):
+            by_device.setdefault(moment.sum.device, []).append(position)
+        bad: list[int] = []
+        for positions in by_device.values():
+            # A NaN or infinity in any counted row stays on the diagonal, the sum of squares.
+            totals = torch.stack([checks[p][1].sum.diagonal().sum() for p in positions])
+            bad += [
+                p for p, fine in zip(positions, totals.isfinite().tolist(), strict=True) if not fine
+            ]
+        if bad:
+            name, moment = checks[min(bad)]
+            where = {"x": "its input", "y": "its output"}.get(
+                moment.space, "the gradient it received"
+            )
+            raise FloatingPointError(
+                f"{name}: {where} has a NaN or infinity in batch {index} (counted from 0); "
+                "expected finite values (check that batch, and the model's dtype)"
+            )
+
+    # The hooks.
+
+    def _before(self, target: Target, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if not args or not isinstance(args[0], Tensor):
+            raise TypeError(
+                f"{target.name} was called with {type(args[0]).__name__ if args else 'no'} "
+                "positional input; expected a tensor"
+            )
+        x = args[0]
+        if self.phase == "forward":
+            self._count_input(target, x)
+        if not torch.is_grad_enabled():
+            return None
+        moments = self.moments.get(target.name)
+        needs_h = moments is not None and moments.output.space == "h"
+        if not x.requires_grad:
+            x = x.detach().requires_grad_()  # the first target on its path: gradients start here
+        elif needs_h:
+            x = x.view_as(x)  # an own node, whose gradient is this module's alone
+        else:
+            return None
+        if needs_h:
+            x.register_hook(_bound(self._gradient, target, "h"))
+        return (x, *args[1:])
+
+    def _after(self, target: Target, module: nn.Module, args: Any, output: Tensor) -> None:
+        moments = self.moments.get(target.name)
+        self.half = self.half or output.dtype == torch.float16
+        wants_g = moments is not None and moments.output.space == "g"
+        if wants_g and output.requires_grad:
+            output.register_hook(_bound(self._gradient, target, "g"))
+
+    def _count_input(self, target: Target, x: Tensor) -> None:
+        name = target.name
+        self._calls[name] = self._calls.get(name, 0) + 1
+        reference, moment = self._seen.get(id(x), (None, None))
+        if reference is not None and reference() is not x:
+            moment = None  # another tensor that has died since
+        if name not in self.moments:
+            share = moment if self.config.share_inputs else None
+            self.moments[name] = empty_moments(target.weight, share)
+            if share is not None:
+                self.shared_input[name] = next(
+                    other for other, m in self.moments.items() if m.input is share
+                )
+        mine = self.moments[name].input
+        if name in self.shared_input:
+            if moment is not mine:
+                raise _sharing_broke(name, self.shared_input[name], None)
+        elif mine.space == "x":
+            self._add(target, mine, x.detach())
+            self._seen[id(x)] = (weakref.ref(x), mine)
+        else:
+            self._add(target, mine, _unrounded_output(x.detach(), target, mine.sum.dtype))
+
+    def _gradient(self, target: Target, space: str, gradient: Tensor) -> None:
+        if self.phase == "probe":
+            rows, weights = self._rows(target, gradient.detach())
+            peak = rows.abs().amax(-1)
+            if weights is not None:
+                peak = torch.where(weights, peak, 0)
+            self.peaks.append(peak.max() if peak.numel() else peak.sum())
+        elif self.phase == "backward":
+            output = self.moments[target.name].output
+            self._add(target, output, gradient.detach(), alpha=self.gradient_scale**-2)
+
+    def _add(self, target: Target, moment: SecondMoment, v: Tensor, *, alpha: float = 1.0) -> None:
+        rows, weights = self._rows(target, v)
+        device = moment.sum.device
+        if rows.device != device:
+            rows, weights = rows.to(device), None if weights is None else weights.to(device)
+        with torch.no_grad():
+            moment.update(rows, weights=weights, alpha=alpha)
+
+    def _rows(self, target: Target, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """v as rows (…, T, d) that :func:`syrk_` takes, and which of them count."""
+        rows = v.unsqueeze(0) if v.dim() == 1 else v if v.dim() <= 3 else v.flatten(0, -2)
+        side = self._side(target.name)
+        mask = self._masks.get(side)
+        if mask is None:
+            return rows, None
+        if mask.device != v.device:
+            self._masks[side] = mask = mask.to(v.device, non_blocking=True)
+        if rows.shape[:-1] == mask.shape:
+            return rows, mask
+        if rows.shape[:-1] == (mask.numel(),):
+            return rows, mask.flatten()
+        if rows.shape[:-1] != mask.shape[:1]:  # one row a sample (a pooler) always counts
+            self.unmasked.add(target.name)
+        return rows, None
+
+    def _side(self, name: str) -> str:
+        """Whose tokens a module of an encoder-decoder sees; "decoder" where there is one side."""
+        if "encoder" not in self._masks:
+            return "decoder"
+        parts = name.split(".")
+        crosses = any(
+            word in part for part in parts for word in ("EncDec", "encoder_attn", "cross")
+        )
+        if crosses:
+            return "encoder" if parts[-1].lower()[:1] in ("k", "v") else "decoder"
+        return "encoder" if "encoder" in parts and "decoder" not in parts else "decoder"
+
+
+def empty_moments(weight: Tensor, shared_input: SecondMoment | None = None) -> Moments:
+    """Accumulators for a layer with this weight: float32 sums, float64 for a float64 weight."""
+    return Moments.zeros(
+        (weight.shape[0], weight.shape[1]),
+        dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+        device=weight.device,
+        input=shared_input,
+    )
+
+
+@torch.no_grad()
+def _unrounded_output(x: Tensor, target: Target, dtype: torch.dtype) -> Tensor:
+    """y = W x without bias in ``dtype``, not rounded to the model's.
+
+    The module's own output would do, but for its rounding: on SmolLM2-135M in bfloat16 that moved
+    the selected energies of one down_proj, whose inputs have outliers, by 6e-3, and the choice in
+    two layers; with this they are within 1.1e-4. It costs the product once more.
+    """
+    W = target.weight
+    with torch.autocast(x.device.type, enabled=False):
+        if x.is_cuda and x.dtype == W.dtype and W.dtype in (torch.bfloat16, torch.float16):
+            rows = torch.mm(x.reshape(-1, x.shape[-1]), W.T, out_dtype=dtype)
+            return rows.view(*x.shape[:-1], W.shape[0])
+        return F.linear(x.to(dtype), W.to(dtype))
+
+
+def _bound(method: Callable[..., Any], *first: Any) -> Callable[..., Any]:
+    """``method`` with its first arguments fixed, as a plain function that torch can hook."""
+    return lambda *args: method(*first, *args)
+
+
+def _sharing_broke(follower: str, leader: str, batch: int | None) -> RuntimeError:
+    where = "" if batch is None else f" in batch {batch}"
+    return RuntimeError(
+        f"{follower} took the same input tensor as {leader} at first, but not{where} later; "
+        "expected FiletConfig(share_inputs=False) for a model that changes its data flow"
+    )
+
+
+def collect_moments(
+    peft_model: PeftModel,
+    targets: dict[str, Target],
+    dataloader: Iterable[Any],
+    config: FiletConfig,
+    forward_fn: ForwardFn | None,
+    show_progress_bar: bool,
+) -> tuple[MomentHooks, dict[str, int]]:
+    """Run the samples forward and backward; returns the hooks' moments and the counts.
+
+    The model must be inside :func:`preserved`. Counts: "samples", "tokens", "loss_terms".
+    """
+    forward_fn = forward_fn or _default_forward
+    base_model = peft_model.base_model.model
+    summed_loss = SummedLoss(config, base_model)
+    device = _input_device(base_model)
+    is_encoder_decoder = bool(
+        getattr(getattr(base_model, "config", None), "is_encoder_decoder", False)
+    )
+    counts = {"samples": 0, "tokens": 0, "loss_terms": 0}
+    scale: float | None = None
+    progress = tqdm(
+        total=_expected_samples(dataloader, config.samples),
+        unit="sample",
+        desc="FILet statistics",
+        disable=not show_progress_bar,
+    )
+    with progress, MomentHooks(targets, config) as hooks:
+        for index, batch in enumerate(dataloader):
+            size = _batch_size(batch)
+            if config.samples is not None:
+                size = min(size, config.samples - counts["samples"])
+                batch = _first_samples(batch, size)
+            if size == 0:
+                continue
+            masks, tokens = _token_masks(batch, size, is_encoder_decoder)
+            batch = _to_device(summed_loss.without_padded_terms(batch), device)
+            hooks.start_batch(masks)
+            hooks.phase = "forward"
+            loss, factor, terms = summed_loss(forward_fn(peft_model, batch), batch)
+            if scale is None and terms:
+                scale = _loss_scale(hooks, loss, factor, index) if hooks.half else 1.0
+            hooks.phase = "backward"
+            hooks.gradient_scale = scale or 1.0  # none yet: no term, and every gradient is zero
+            _backward(loss, factor * hooks.gradient_scale, index)
+            hooks.phase = "idle"
+            hooks.finish_batch(index)
+            counts["samples"] += size
+            counts["tokens"] += tokens
+            counts["loss_terms"] += terms
+            progress.update(size)
+            elapsed = progress.format_dict["elapsed"]
+            if elapsed:
+                progress.set_postfix_str(f"{counts['tokens'] / elapsed:,.0f} tokens/s")
+            if config.samples is not None and counts["samples"] >= config.samples:
+                break
+        progress.total = counts["samples"]
+    if counts["samples"] == 0:
+        raise ValueError("the dataloader gave no sample; expected at least one")
+    for moments in hooks.moments.values():
+        # Of the whole run, also for a module (an expert) that only later batches reached.
+        moments.loss_terms.fill_(counts["loss_terms"])
+    if hooks.unmasked:
+        warnings.warn(
+            f"{some(sorted(hooks.unmasked))}: the rows of their inputs do not follow the batch's "
+            "attention_mask, so padding counts there like any token; expected batches without "
+            "padding (of one sample, say)",
+            stacklevel=3,
+        )
+    return hooks, counts
+
+
+def _backward(loss: Tensor, factor: float, index: int, retain_graph: bool = False) -> None:
+    if not loss.requires_grad:
+        raise RuntimeError(
+            f"the loss of batch {index} has no gradient: no target module took part in it, or "
+            "forward_fn ran under torch.no_grad(); expected a loss that depends on the targets"
+        )
+    loss = loss.to(torch.promote_types(loss.dtype, torch.float32)) * factor
+    loss.backward(retain_graph=retain_graph)
+
+
+def _loss_scale(hooks: MomentHooks, loss: Tensor, factor: float, index: int) -> float:
+    """The power of two that keeps float16 gradients away from underflow and overflow.
+
+    Found by going backward through this batch's graph, which stays for the backward that counts.
+    """
+    hooks.phase = "probe"
+    scale, ceiling = 1.0, math.inf
+    for _ in range(12):
+        hooks.peaks = []
+        _backward(loss, factor * scale, index, retain_graph=True)
+        peak = max((float(peak) for peak in hooks.peaks), default=0.0, key=_nan_last)
+        if not math.isfinite(peak):
+            ceiling = scale = scale / _FP16_ROOM
+            continue
+        gain = 2.0 ** math.floor(math.log2(_FP16_PEAK / peak)) if peak else 2.0**12
+        wanted = min(scale * gain, ceiling)
+        if peak and wanted <= scale:
+            return wanted
+        scale = wanted
+    hooks.finish_batch(index)  # names the module where a NaN of the forward began
+    raise FloatingPointError(
+        f"no loss scale keeps the float16 gradients of batch {index} finite and non-zero; expected "
+        "a model in bfloat16 or float32, or a batch without NaN"
+    )
+
+
+def _nan_last(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _default_forward(model: Any, batch: Any) -> Any:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"the dataloader gave a {type(batch).__name__}; expected a dict of the model's "
+            "arguments, or a forward_fn(model, batch) that knows what to do with it"
+        )
+    return model(**batch)
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    """Where the batch goes: the device of the first parameter (the embedding's, as a rule)."""
+    return next(
+        (p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu")
+    )
+
+
+def _expected_samples(dataloader: Iterable[Any], samples: int | None) -> int | None:
+    dataset = getattr(dataloader, "dataset", None)
+    try:
+        available = len(dataset)  # type: ignore[arg-type]
+    except TypeError:
+        return samples
+    return available if samples is None else min(samples, available)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, (tuple, list)):
+        for value in batch:
+            yield from _tensors(value)
+
+
+def _batch_size(batch: Any) -> int:
+    size = next((t.shape[0] for t in _tensors(batch) if t.dim() > 0), None)
+    if size is None:
+        raise TypeError(
+            f"the dataloader gave a {type(batch).__name__} without a tensor; expected a batch of "
+            "tensors whose first dimension counts the samples"
+        )
+    return size
+
+
+def _map(batch: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(batch, Mapping):
+        return {key: _map(value, function) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        mapped = [_map(value, function) for value in batch]
+        return type(batch)(*mapped) if hasattr(batch, "_fields") else type(batch)(mapped)
+    return function(batch)
+
+
+def _first_samples(batch: Any, size: int) -> Any:
+    full = _batch_size(batch)
+    if size >= full:
+        return batch
+
+    def cut(value: Any) -> Any:
+        whole = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == full
+        return value[:size] if whole else value
+
+    return _map(batch, cut)
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    return _map(batch, lambda v: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v)
+
+
+def _token_masks(
+    batch: Any, size: int, is_encoder_decoder: bool
+) -> tuple[dict[str, Tensor | None], int]:
+    """Masks (B, T) of the tokens that count, by side, and how many tokens the batch has."""
+    entry = batch if isinstance(batch, Mapping) else {}
+
+    def mask(key: str) -> Tensor | None:
+        value = entry.get(key)
+        return value != 0 if isinstance(value, Tensor) and value.dim() == 2 else None
+
+    attention = mask("attention_mask")
+    if attention is not None:
+        tokens = int(attention.sum())
+    else:
+        ids = entry.get("input_ids")
+        tokens = ids.numel() if isinstance(ids, Tensor) else size
+    if not is_encoder_decoder:
+        sides = {"decoder": attention}
+    else:
+        decoder = mask("decoder_attention_mask")
+        labels = entry.get("labels")
+        if decoder is None and isinstance(labels, Tensor) and labels.dim() == 2:
+            # The padding comes after the last label; what has none before that is a prompt.
+            decoder = (labels != -100).flip(1).cumsum(1).flip(1) > 0
+        elif decoder is None and "decoder_input_ids" not in entry:
+            decoder = attention  # a classifier, whose decoder takes the encoder's input
+        sides = {"encoder": attention, "decoder": decoder}
+    # A mask without a hole is dropped: the unweighted product is the cheaper one.
+    holed = {k: m if m is not None and not bool(m.all()) else None for k, m in sides.items()}
+    return holed, tokens
+
+
+def some(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+@contextlib.contextmanager
+def preserved(peft_model: PeftModel) -> Iterator[None]:
+    """Everything of the model and the process that a pass changes, put back also on an exception.
+
+    Inside: adapters off, all parameters frozen, dropout off, no key/value cache, gradients on,
+    deterministic algorithms on CUDA. Restored: training flags, requires_grad, which adapters are
+    active, the caches' settings, the random states of Python, NumPy and torch. ``.grad`` is never
+    touched: nothing that owns one asks for a gradient.
+    """
+    training = {module: module.training for module in peft_model.modules()}
+    requires_grad = {p: p.requires_grad for p in peft_model.parameters()}
+    base_model = peft_model.base_model.model
+    model_config: Any = getattr(base_model, "config", None)
+    if hasattr(model_config, "get_text_config"):
+        model_config = model_config.get_text_config()
+    use_cache = getattr(model_config, "use_cache", None)
+    dropouts: list[tuple[nn.Module, str, float]] = []
+    random_states = (random.getstate(), np.random.get_state())
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
+    deterministic = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    hooks = []
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=cuda))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="Careful, disabling adapter layers")
+            warnings.filterwarnings("ignore", message=".*CuBLAS.*deterministic")
+            stack.enter_context(peft_model.disable_adapter())
+            # cuDNN's attention differs from run to run, also where torch is told to be strict.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            if cuda and deterministic != (True, False):
+                torch.use_deterministic_algorithms(True, warn_only=True)
+                stack.enter_context(_deterministic_attention())
+            for parameter in requires_grad:
+                parameter.requires_grad_(False)
+            for module in training:
+                # Gradient checkpointing runs only in training mode, so the modules that do it keep
+                # that flag; their children lose it, and with it their dropout.
+                module.training = training[module] and bool(
+                    getattr(module, "gradient_checkpointing", False)
+                )
+                if module.training:
+                    for name, value in list(vars(module).items()):
+                        if "drop" in name and isinstance(value, float):
+                            dropouts.append((module, name, value))
+                            setattr(module, name, 0.0)
+            if use_cache is not None:
+                model_config.use_cache = False
+            embeddings = _input_embeddings(base_model)
+            if embeddings is not None:
+                # Reentrant checkpointing needs an input with gradient at its first block.
+                hooks.append(embeddings.register_forward_hook(_ask_for_gradient))
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if use_cache is not None:
+            model_config.use_cache = use_cache
+        for module, name, value in dropouts:
+            setattr(module, name, value)
+        for module, flag in training.items():
+            module.training = flag
+        for parameter, flag in requires_grad.items():
+            parameter.requires_grad_(flag)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
+        random.setstate(random_states[0])
+        np.random.set_state(random_states[1])
+        if cuda:
+            torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+
+
+@contextlib.contextmanager
+def _deterministic_attention() -> Iterator[None]:
+    """Makes the backward of scaled_dot_product_attention deterministic.
+
+    It adds with atomics, and differs from run to run, unless torch is told to be strict: a mere
+    warning leaves it as it is. Being strict about everything would refuse the operations that have
+    no other way, so this is for the attention's own node of the graph. The function is replaced,
+    not watched by a mode: reentrant checkpointing calls it from a thread that has no modes.
+    """
+    plain = F.scaled_dot_product_attention
+
+    def attention(*args: Any, **kwargs: Any) -> Tensor:
+        output = plain(*args, **kwargs)
+        node = output.grad_fn
+        while node is not None and not node.name().startswith("ScaledDotProduct"):
+            node = node.next_functions[0][0] if node.next_functions else None
+        if node is not None:
+            node.register_prehook(lambda *_: torch.use_deterministic_algorithms(True))
+            node.register_hook(lambda *_: torch.use_deterministic_algorithms(True, warn_only=True))
+        return output
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+def _input_embeddings(model: Any) -> nn.Module | None:
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return embeddings if isinstance(embeddings, nn.Module) else None
+
+
+def _ask_for_gradient(module: nn.Module, args: Any, output: Any) -> None:
+    if isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad:
+        output.requires_grad_()

@@ -1,0 +1,594 @@
+"""From a PeftModel and data to an initialised one: what is written, refused, and reported."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+import oracle
+from filet import (
+    FiletConfig,
+    FiletReport,
+    apply_statistics,
+    collect_statistics,
+    initialize_lora_filet_weights,
+)
+from models import (
+    LENGTHS,
+    RANK,
+    Case,
+    assert_energies,
+    case,
+    collate,
+    llama,
+    loader,
+    mean_and_terms,
+    peft_of,
+    true_energies,
+    truth,
+    weight_of,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BASES = ["residual", "untouched"]
+# Factors this large make W_res another weight altogether: a wrong s or sign cannot hide.
+LOUD = {"scaling": "singular"}
+
+
+def initialized(peft_model: PeftModel, batches: Any = None, **config: Any) -> FiletReport:
+    adapter = config.pop("adapter_name", "default")
+    forward_fn = config.pop("forward_fn", None)
+    return initialize_lora_filet_weights(
+        peft_model,
+        loader(case("llama").samples) if batches is None else batches,
+        FiletConfig(**{"samples": None, **config}),
+        adapter_name=adapter,
+        forward_fn=forward_fn,
+        show_progress_bar=False,
+    )
+
+
+def layer_of(peft_model: PeftModel, name: str) -> Any:
+    return peft_model.base_model.model.get_submodule(name)
+
+
+def weights(peft_model: PeftModel) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in peft_model.named_parameters()}
+
+
+def assert_bitwise(peft_model: PeftModel, before: dict[str, Tensor]) -> None:
+    after = weights(peft_model)
+    assert after.keys() == before.keys()
+    for name in before:
+        assert torch.equal(after[name], before[name]), name
+
+
+def never() -> Iterator[Any]:
+    raise AssertionError("the data were read before the arguments were checked")
+    yield
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module) -> Tensor:
+    model.eval()
+    device = next(model.parameters()).device
+    batch = {k: v.to(device) for k, v in collate(case("llama").samples).items()}
+    logits: Tensor = model(**batch).logits
+    return logits[batch["attention_mask"] == 1].float()
+
+
+# What is written.
+
+
+@pytest.mark.parametrize("normalization", ["mean", "sum"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_factors_and_residual(kind: str, normalization: str, device: torch.device) -> None:
+    """Selection, A, B and W_res of Algorithm 1, from energies that are the oracle's own."""
+    c = case(kind)
+    peft_model = peft_of(c, device)
+    report = initialized(peft_model, loader(c.samples), normalization=normalization)
+    factor = report.loss_terms**2 if normalization == "sum" else 1
+    for name, energies in truth(kind).items():
+        layer, W = layer_of(peft_model, name), weight_of(c.model, name)
+        scale = layer.scaling["default"]
+        A, B, residual = oracle.factors(W, energies * factor, RANK, scale)
+        written = {
+            "A": (layer.lora_A["default"].weight, A),
+            "B": (layer.lora_B["default"].weight, B),
+            "W_res": (weight_of(layer.get_base_layer(), ""), residual),
+        }
+        for what, (ours, theirs) in written.items():
+            error = (ours.detach().cpu().double() - theirs).abs().max() / theirs.abs().max()
+            assert error < 1e-5, f"{name} {what}: {error:.3g}"
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.float32, 2**-24), (torch.bfloat16, 2**-8)], ids=["fp32", "bf16"]
+)
+def test_function_is_preserved(
+    base: str, dtype: torch.dtype, rounding: float, device: torch.device
+) -> None:
+    peft_model = peft_of(case("llama"), device, dtype)
+    before, original = logits_of(peft_model), weights(peft_model)
+    report = initialized(peft_model, base=base, **LOUD)
+    after = logits_of(peft_model)
+    # Two layers of seven roundings each, in front of a head.
+    assert (after - before).abs().max() <= 40 * rounding * before.abs().max()
+    changed = 0
+    for name, module in report.modules.items():
+        layer = layer_of(peft_model, name)
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        change = layer.scaling["default"] * (B.float() @ A.float())
+        W = layer.get_base_layer().weight
+        old = original[f"base_model.model.{name}.base_layer.weight"]
+        assert change.norm() > 0.1 * old.float().norm()
+        if base == "residual":
+            largest = {"W": old, "W_res": W, "s B A": change}
+            largest = {key: float(value.detach().abs().max()) for key, value in largest.items()}
+            error = float((W.float() + change - old.float()).abs().max().detach())
+            assert module.residual_error == pytest.approx(error / rounding / largest["W"], rel=1e-3)
+            # One rounding of W_res; in float32 those of the product (rank 4) and the sums as well.
+            roundings = largest["W_res"] + largest["W"] + (RANK + 2) * largest["s B A"]
+            bound = largest["W_res"] if dtype == torch.bfloat16 else roundings
+            assert 0 < module.residual_error <= 1.05 * bound / largest["W"]
+            changed += int(not torch.equal(W, old))
+        else:
+            assert module.residual_error == 0 and torch.equal(W, old)
+    assert changed == (len(report.modules) if base == "residual" else 0)
+
+
+def test_base_model_is_that_of_disabled_adapters_in_untouched_mode() -> None:
+    peft_model = peft_of(case("llama"))
+    with peft_model.disable_adapter():
+        before = logits_of(peft_model)
+    initialized(peft_model, base="untouched", **LOUD)
+    with peft_model.disable_adapter():
+        assert torch.equal(logits_of(peft_model), before)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_patterns_and_rslora(rslora: bool, base: str) -> None:
+    peft_model = peft_of(
+        case("llama"),
+        rank_pattern={"q_proj": 2, "layers.1.mlp.down_proj": 7},
+        alpha_pattern={"layers.0.mlp.up_proj": 32},
+        use_rslora=rslora,
+    )
+    before, original = logits_of(peft_model), weights(peft_model)
+    report = initialized(peft_model, base=base, **LOUD)
+    assert torch.allclose(logits_of(peft_model), before, atol=1e-4 * float(before.abs().max()))
+    for name, module in report.modules.items():
+        rank = 2 if "q_proj" in name else 7 if "1.mlp.down_proj" in name else RANK
+        alpha = 32 if "0.mlp.up_proj" in name else 8
+        scale = alpha / rank**0.5 if rslora else alpha / rank
+        assert module.rank == rank == len(module.indices)
+        layer = layer_of(peft_model, name)
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert A.shape[0] == rank
+        old = original[f"base_model.model.{name}.base_layer.weight"]
+        expected = old - scale * B @ A if base == "residual" else old
+        assert torch.allclose(layer.get_base_layer().weight, expected, atol=1e-5)
+
+
+def test_variants(device: torch.device) -> None:
+    """Selection and scaling, from the same statistics."""
+    c = case("llama")
+    statistics = collect_statistics(
+        peft_of(c, device), loader(c.samples), FiletConfig(samples=None), show_progress_bar=False
+    )
+
+    def apply(**config: Any) -> tuple[FiletReport, PeftModel]:
+        peft_model = peft_of(c, device)
+        return apply_statistics(peft_model, statistics, FiletConfig(**config)), peft_model
+
+    name = c.targets[0]
+    order = torch.argsort(truth("llama")[name], stable=True)
+    assert torch.equal(apply(select="min")[0].modules[name].indices, order[:RANK])
+    assert torch.equal(apply(select="max")[0].modules[name].indices, order.flip(0)[:RANK])
+    random = [apply(select="random", seed=s)[0].modules[name].indices for s in (1, 1, 2)]
+    assert torch.equal(random[0], random[1]) and not torch.equal(random[0], random[2])
+    norms = {}
+    for scaling in ("fisher", "singular", "constant_min", "constant_max"):
+        report, peft_model = apply(scaling=scaling)
+        A = layer_of(peft_model, name).lora_A["default"].weight.detach().cpu().double()
+        norms[scaling] = A.square().sum(1)  # c, as V̂'s columns are unit vectors
+        chosen = report.modules[name].chosen()
+    W = weight_of(c.model, name).double()
+    V = oracle.normalize_columns(W.T @ W)[:, order[:RANK]]
+    expected = {
+        "fisher": chosen,
+        "singular": (W @ V).norm(dim=0),
+        "constant_min": chosen.min().expand(RANK),
+        "constant_max": chosen.max().expand(RANK),
+    }
+    for scaling, c_ in expected.items():
+        assert torch.allclose(norms[scaling], c_, rtol=1e-5), scaling
+
+
+def test_normalizations_differ_by_the_terms_squared() -> None:
+    reports = {n: initialized(peft_of(case("llama")), normalization=n) for n in ("mean", "sum")}
+    terms = reports["mean"].loss_terms
+    assert terms == reports["sum"].loss_terms > 1
+    for name, module in reports["mean"].modules.items():
+        other = reports["sum"].modules[name]
+        assert torch.equal(module.indices, other.indices)
+        assert torch.allclose(module.energies * terms**2, other.energies, rtol=1e-12)
+
+
+def test_again_over_an_untouched_adapter() -> None:
+    """A second initialisation replaces the first, whatever has been trained since."""
+    once, twice = peft_of(case("llama")), peft_of(case("llama"))
+    initialized(once, base="untouched", select="min")
+    initialized(twice, base="untouched", select="max")
+    with torch.no_grad():
+        for name, parameter in twice.named_parameters():
+            if "lora_A.default" in name:
+                parameter.mul_(2)
+    initialized(twice, base="untouched", select="min")
+    assert_bitwise(twice, weights(once))
+    assert torch.equal(logits_of(once), logits_of(twice))
+
+
+# The report.
+
+
+def test_report(device: torch.device) -> None:
+    c = case("llama")
+    peft_model = peft_of(c, device)
+    report = initialized(peft_model, seed=3)
+    assert list(report.modules) == c.targets and report.left_default == {}
+    assert (report.samples, report.tokens) == (len(LENGTHS), sum(LENGTHS))
+    assert report.config["seed"] == 3 and report.config["base"] == "residual"
+    assert set(report.seconds) == {"statistics", "selection", "writing"}
+    assert all(0 < seconds < 60 for seconds in report.seconds.values())
+    assert report.peak_memory > 2**20
+    assert_energies({n: m.energies for n, m in report.modules.items()}, truth("llama"), 1e-4)
+    for name, module in report.modules.items():
+        W = weight_of(c.model, name)
+        assert module.shape == tuple(W.shape) and module.energies.shape == (W.shape[1],)
+        assert module.energies.dtype == torch.float64 and module.energies.device.type == "cpu"
+        assert module.input_tokens == module.output_tokens == sum(LENGTHS)
+        assert module.shared_input in (None, *c.targets)
+        assert module.output_space == ("g" if W.shape[0] <= W.shape[1] else "h")
+    assert "q_proj" in report.table()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_residual_error_is_that_of_one_rounding(dtype: torch.dtype, device: torch.device) -> None:
+    """The paper's settings: s B A is far smaller than W."""
+    report = initialized(peft_of(case("llama"), device, dtype))
+    for name, module in report.modules.items():
+        assert 0 <= module.residual_error <= 1.05, name
+
+
+def test_default_config_reads_320_samples() -> None:
+    c = case("llama")
+    batch = collate(c.samples)
+
+    def batches() -> Iterator[Any]:
+        for _ in range(27):  # 324 samples
+            yield batch
+        raise AssertionError("read past 320 samples")
+
+    report = initialize_lora_filet_weights(peft_of(c), batches(), show_progress_bar=False)
+    assert report.samples == 320
+
+
+def test_progress_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    c = case("llama")
+    initialize_lora_filet_weights(peft_of(c), loader(c.samples))
+    shown = capfd.readouterr().err
+    assert "12/12" in shown and "tokens/s" in shown
+    initialize_lora_filet_weights(peft_of(c), loader(c.samples), show_progress_bar=False)
+    assert "12/12" not in capfd.readouterr().err
+
+
+# What cannot be initialised.
+
+
+def warnings_of(peft_model: PeftModel, *args: Any, **config: Any) -> tuple[FiletReport, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = initialized(peft_model, *args, **config)
+    return report, [str(w.message) for w in caught if "default LoRA init" in str(w.message)]
+
+
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_expert_that_saw_no_token(base: str, meta: bool) -> None:
+    c = case("experts")
+    model = copy.deepcopy(c.model)
+    lora = LoraConfig(r=RANK, target_modules=c.targets)
+    peft_model = get_peft_model(model, lora, low_cpu_mem_usage=meta)
+    report, said = warnings_of(peft_model, loader(c.samples, 1), base=base, **LOUD)
+    unseen = ["experts.3.0", "experts.3.2"]
+    assert len(said) == 1 and all(f"{name} (it saw no token)" in said[0] for name in unseen)
+    assert sorted(report.left_default) == unseen
+    assert sorted(report.modules) == sorted(set(c.targets) - set(unseen))
+    for name in unseen:
+        layer = layer_of(peft_model, name)
+        assert torch.equal(layer.get_base_layer().weight, weight_of(c.model, name))
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert A.abs().sum() > 0 and not B.any()  # PEFT's default
+    with torch.no_grad():  # also what the unseen expert computes
+        batch = {"input_ids": torch.arange(12).view(1, -1), "labels": torch.arange(12).view(1, -1)}
+        ours, theirs = peft_model(**batch).logits, c.model(**batch).logits
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_module_that_the_loss_does_not_reach() -> None:
+    class Side(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = copy.deepcopy(case("perceptron").model)
+            self.aside = nn.Linear(29, 6)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            logits: Tensor = self.inner(input_ids)
+            self.aside(logits)
+            return logits
+
+    peft_model = get_peft_model(Side(), LoraConfig(r=2, target_modules=["up", "aside"]))
+    samples = loader(case("perceptron").samples)
+    report, said = warnings_of(peft_model, samples, forward_fn=mean_and_terms)
+    assert report.left_default == {"aside": "no gradient reached it"}
+    assert len(said) == 1 and "aside (no gradient reached it)" in said[0]
+
+
+def test_no_module_saw_anything() -> None:
+    c = case("experts")
+    peft_model = peft_of(Case(c.model, c.samples, ["experts.3.0"]))
+    before = weights(peft_model)
+    with pytest.raises((ValueError, RuntimeError), match=r"no (target )?module"):
+        initialized(peft_model, loader(c.samples, 1))
+    assert_bitwise(peft_model, before)
+
+
+def test_embedding_is_named_in_one_warning() -> None:
+    c = case("llama")
+    targets = [*c.targets, "embed_tokens"]
+    peft_model = peft_of(Case(c.model, c.samples, targets))
+    before = logits_of(peft_model)
+    report, said = warnings_of(peft_model, **LOUD)
+    assert list(report.left_default) == ["model.embed_tokens"]
+    assert len(said) == 1 and "model.embed_tokens (Embedding is not a linear module" in said[0]
+    assert torch.allclose(logits_of(peft_model), before, atol=1e-4)
+
+
+def test_convolution_is_named_in_one_warning() -> None:
+    c = case("vit")
+    peft_model = peft_of(Case(c.model, c.samples, [*c.targets, "projection"]))
+    report, said = warnings_of(peft_model, loader(c.samples))
+    (name,) = report.left_default
+    assert name.endswith("projection") and len(said) == 1 and f"{name} (Conv2d" in said[0]
+    assert sorted(report.modules) == sorted(c.targets)
+
+
+def test_nothing_to_initialise() -> None:
+    c = case("llama")
+    peft_model = peft_of(Case(c.model, c.samples, ["embed_tokens"]))
+    with pytest.raises(ValueError, match=r"no module that FILet can initialise.*embed_tokens"):
+        initialized(peft_model, never())
+
+
+def test_dora_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"q_proj: its adapter is a Dora\w+, not plain LoRA"):
+        initialized(peft_of(case("llama"), use_dora=True), never())
+
+
+# Refusals, all before the data are read.
+
+
+def test_not_a_lora_model() -> None:
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM.*get_peft_model"):
+        initialized(case("llama").model, never())
+    with pytest.raises(ValueError, match=r"adapter_name='other'; expected one of \['default'\]"):
+        initialized(peft_of(case("llama")), never(), adapter_name="other")
+
+
+def test_other_tuner_is_refused() -> None:
+    from peft import IA3Config
+
+    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    peft_model = get_peft_model(copy.deepcopy(case("llama").model), config)
+    with pytest.raises(ValueError, match=r"IA3.*expected a LoRA adapter"):
+        initialized(peft_model, never())
+
+
+def test_merged_adapter_is_refused() -> None:
+    peft_model = peft_of(case("llama"))
+    peft_model.merge_adapter()
+    with pytest.raises(ValueError, match=r"q_proj: an adapter is merged.*unmerge_adapter"):
+        initialized(peft_model, never())
+    peft_model.unmerge_adapter()
+    initialized(peft_model)
+
+
+def test_rank_above_candidates_is_refused() -> None:
+    peft_model = peft_of(case("llama"), rank_pattern={"layers.1.mlp.gate_proj": 33})
+    before = weights(peft_model)
+    with pytest.raises(ValueError, match=r"1\.mlp\.gate_proj: rank 33 exceeds its 32 candidate"):
+        initialized(peft_model, never())
+    assert_bitwise(peft_model, before)
+
+
+def test_zero_columns_are_never_chosen() -> None:
+    model = llama(layers=1)
+    name = "model.layers.0.mlp.down_proj"
+    zero = torch.arange(48) % 4 == 1
+    with torch.no_grad():
+        model.get_submodule(name).weight[:, zero] = 0
+    c = Case(model, case("llama").samples, [name], True)
+    expected = true_energies(model, [name], c.samples, True)[name]
+    assert expected[zero].isnan().all()
+    for select in ("min", "max", "random"):
+        module = initialized(peft_of(c, r=36), select=select).modules[name]
+        assert module.energies.isnan().equal(zero)
+        assert not zero[module.indices].any()
+        assert module.indices.sort().values.equal((~zero).nonzero().squeeze(1))
+    assert_energies({name: module.energies[~zero]}, {name: expected[~zero]}, 1e-4)
+    with pytest.raises(ValueError, match="rank 37 exceeds its 36 candidate"):
+        initialized(peft_of(c, r=37), never())
+
+
+def test_tied_weight() -> None:
+    """Writing W_res into a tied head would change the embedding as well."""
+    model = llama(layers=1, tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    c = Case(model, case("llama").samples, ["q_proj", "lm_head"], True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
+        peft_model = peft_of(c)
+        before, original = logits_of(peft_model), weights(peft_model)
+        with pytest.raises(ValueError, match=r"lm_head is shared .*embed_tokens.*untouched"):
+            initialized(peft_model, never())
+        assert_bitwise(peft_model, original)
+        report = initialized(peft_model, base="untouched", **LOUD)
+    assert list(report.modules) == ["model.layers.0.self_attn.q_proj", "lm_head"]
+    assert torch.allclose(logits_of(peft_model), before, atol=1e-4)
+
+
+def test_quantised_or_unloaded_bases_are_refused() -> None:
+    peft_model = peft_of(case("llama"))
+    layer_of(peft_model, "model.layers.0.self_attn.q_proj").base_layer.to("meta")
+    with pytest.raises(ValueError, match="meta device"):
+        initialized(peft_model, never())
+
+
+# Several adapters.
+
+
+def test_other_adapter_refuses_the_residual_mode() -> None:
+    peft_model = peft_of(case("llama"))
+    peft_model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    before = weights(peft_model)
+    with pytest.raises(ValueError, match=r"q_proj also has the adapter 'other'.*untouched"):
+        initialized(peft_model, never())
+    assert_bitwise(peft_model, before)
+
+
+def test_other_adapter_keeps_its_function_in_untouched_mode() -> None:
+    peft_model = peft_of(case("llama"))
+    peft_model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if ".other." in name:
+                parameter.normal_()
+    default = logits_of(peft_model)
+    peft_model.set_adapter("other")
+    other = logits_of(peft_model)
+    assert not torch.allclose(default, other, atol=1e-2)
+    initialized(peft_model, base="untouched", **LOUD)
+    assert peft_model.active_adapters == ["other"]
+    assert torch.equal(logits_of(peft_model), other)
+    peft_model.set_adapter("default")
+    assert torch.allclose(logits_of(peft_model), default, atol=1e-4)
+
+
+def test_adapters_on_other_modules_do_not_stand_in_the_way() -> None:
+    c = case("llama")
+    peft_model = peft_of(Case(c.model, c.samples, ["gate_proj"]))
+    peft_model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    before = logits_of(peft_model)
+    report = initialized(peft_model, **LOUD)
+    assert len(report.modules) == 2
+    assert torch.allclose(logits_of(peft_model), before, atol=1e-4)
+
+
+def test_a_residual_is_not_initialised_again() -> None:
+    peft_model = peft_of(case("llama"))
+    initialized(peft_model)
+    for base in BASES:
+        with pytest.raises(ValueError, match=r"is the residual of adapter 'default'.*restore_base"):
+            initialized(peft_model, never(), base=base)
+
+
+def test_modules_to_save() -> None:
+    """A head that PEFT copies for training: the pass runs with the original."""
+    c = case("bert class")
+    targets = [t for t in c.targets if t != "classifier"]
+    peft_model = peft_of(Case(c.model, c.samples, targets), modules_to_save=["classifier"])
+    head = layer_of(peft_model, "classifier").modules_to_save["default"]
+    nn.init.normal_(head.weight)
+    report = initialized(peft_model, loader(c.samples))
+    found = {n: m.energies for n, m in report.modules.items()}
+    assert_energies(found, {n: truth("bert class")[n] for n in targets}, 1e-4)
+    assert head.weight.requires_grad
+
+
+# Weights on the meta device, and failures.
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_low_cpu_mem_usage(base: str) -> None:
+    c = case("llama")
+    lora = LoraConfig(r=RANK, lora_alpha=8, target_modules=[*c.targets, "embed_tokens"])
+    peft_model = get_peft_model(copy.deepcopy(c.model), lora, low_cpu_mem_usage=True)
+    assert layer_of(peft_model, c.targets[0]).lora_A["default"].weight.device.type == "meta"
+    report, said = warnings_of(peft_model, base=base, **LOUD)
+    assert list(report.left_default) == ["model.embed_tokens"] and len(said) == 1
+    for name, parameter in peft_model.named_parameters():
+        assert parameter.device.type == "cpu", name
+        assert parameter.requires_grad == ("lora_" in name), name
+    plain = get_peft_model(copy.deepcopy(c.model), lora)
+    warnings_of(plain, base=base, **LOUD)
+    ours, theirs = weights(peft_model), weights(plain)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if "lora_embedding_A" not in name and "lora_embedding_B" not in name:
+            assert torch.equal(ours[name], theirs[name]), name
+    with torch.no_grad():
+        before = logits_of(c.model)
+    assert torch.allclose(logits_of(peft_model), before, atol=1e-4)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_nothing_is_written_before_all_has_succeeded(
+    base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import filet.initialize
+
+    peft_model = peft_of(case("llama"))
+    before = weights(peft_model)
+    inner, calls = filet.initialize.lora_factors, []
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(filet.initialize, "lora_factors", fails)
+    with pytest.raises(KeyboardInterrupt):
+        initialized(peft_model, base=base)
+    assert_bitwise(peft_model, before)
+    assert list(peft_model.peft_config) == ["default"]
+    monkeypatch.undo()
+    initialized(peft_model, base=base)
+
+
+def test_invalid_config() -> None:
+    for wrong in (
+        {"base": "both"},
+        {"select": "least"},
+        {"scaling": None},
+        {"samples": 0},
+        {"samples": 2.5},
+        {"seed": -1},
+        {"share_inputs": 1},
+        {"loss_reduction": "none"},
+        {"samples": True},
+        {"seed": True},
+    ):
+        with pytest.raises(ValueError, match=rf"{next(iter(wrong))}=.*expected"):
+            FiletConfig(**wrong)

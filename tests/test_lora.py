@@ -1,0 +1,123 @@
+import pytest
+import torch
+
+import oracle
+from filet_kernels import lora_factors, residual_weight, select
+
+NAN = float("nan")
+
+
+def test_select_min_max_with_ties_by_index(device):
+    energies = torch.tensor([3.0, 1.0, NAN, 1.0, 0.0, 3.0], device=device)
+    assert select(energies, 3).tolist() == [4, 1, 3]
+    assert select(energies, 5).tolist() == [4, 1, 3, 0, 5]
+    assert select(energies, 3, "max").tolist() == [0, 5, 1]
+
+
+def test_select_random_is_seeded_uniform_and_skips_non_candidates(device):
+    energies = torch.rand(50, device=device, dtype=torch.float64)
+    energies[::5] = NAN
+    first = select(energies, 10, "random", seed=3)
+    assert torch.equal(first, select(energies, 10, "random", seed=3))
+    assert not torch.equal(first, select(energies, 10, "random", seed=4))
+    assert len(set(first.tolist())) == 10 and not energies[first].isnan().any()
+    drawn = {i for s in range(200) for i in select(energies, 4, "random", seed=s).tolist()}
+    assert drawn == {i for i in range(50) if i % 5}
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((torch.tensor([1.0, NAN, 2.0]), 3), r"rank=3 exceeds the 2 candidate directions"),
+        ((torch.ones(3), 0), "rank=0"),
+        ((torch.ones(3), 1, "best"), "how='best'"),
+        ((torch.ones(3, 1), 1), r"shape \(3, 1\)"),
+    ],
+)
+def test_select_bad_input_is_named(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        select(*arguments)
+
+
+@pytest.fixture
+def layer(device):
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(20, 30, generator=generator, dtype=torch.float64).to(device)
+    energies = torch.rand(30, generator=generator, dtype=torch.float64).to(device)
+    return W, energies
+
+
+def test_fisher_factors_equal_algorithm_1(layer):
+    W, energies = layer
+    A, B = lora_factors(W, energies, select(energies, 6), dtype=torch.float64)
+    A0, B0, W_res = oracle.factors(W, energies, 6, 0.7)
+    torch.testing.assert_close(A, A0, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(B, B0, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(residual_weight(W, A, B, 0.7), W_res, rtol=1e-12, atol=1e-14)
+
+
+def test_scalings(layer):
+    W, energies = layer
+    indices = select(energies, 6)
+    V = oracle.normalize_columns(W.T @ W)[:, indices]
+
+    def norms(scaling):
+        A, B = lora_factors(W, energies, indices, scaling=scaling, dtype=torch.float64)
+        torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0))
+        return A, B, A.norm(dim=1) ** 2
+
+    A, B, c = norms("singular")
+    torch.testing.assert_close(c, (W @ V).norm(dim=0))
+    torch.testing.assert_close(B @ A, W @ V @ V.T)
+    torch.testing.assert_close(norms("fisher")[2], energies[indices])
+    torch.testing.assert_close(norms("constant_min")[2], energies[indices].min().expand(6))
+    torch.testing.assert_close(norms("constant_max")[2], energies[indices].max().expand(6))
+
+
+@pytest.mark.parametrize("m, n", [(1, 5), (5, 1), (1, 1)])
+def test_one_row_and_one_column(m, n, device):
+    W = torch.full((m, n), 2.0, device=device)
+    A, B = lora_factors(W, torch.ones(n, device=device), torch.tensor([0], device=device))
+    assert A.shape == (1, n) and B.shape == (m, 1) and A.dtype == B.dtype == torch.float32
+    torch.testing.assert_close(B @ A, torch.ones(m, n, device=device) / (m * n) ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_residual_is_rounded_once_from_the_stored_factors(layer, dtype, stored):
+    W, energies = layer
+    W = W.to(dtype)
+    A, B = lora_factors(W, energies, select(energies, 6), dtype=stored)
+    residual = residual_weight(W, A, B, 1.5)
+    assert residual.dtype == dtype and A.dtype == B.dtype == stored
+    exact = W.double() - 1.5 * B.double() @ A.double()
+    eps = torch.finfo(dtype).eps
+    # Half a unit in the last place for the rounding, and the float32 arithmetic before it.
+    bound = 0.5001 * eps * exact.abs() + 1e-6 * exact.abs().max()
+    assert ((residual.double() - exact).abs() <= bound).all()
+
+
+def test_strided_weight_is_taken_as_it_is(layer):
+    W, energies = layer
+    transposed = W.T.contiguous().T
+    indices = select(energies, 4)
+    for one, other in zip(
+        lora_factors(W, energies, indices), lora_factors(transposed, energies, indices), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_bad_input_is_named(layer):
+    W, energies = layer
+    indices = select(energies, 4)
+    with pytest.raises(ValueError, match=r"energies has shape \(5,\)"):
+        lora_factors(W, energies[:5], indices)
+    with pytest.raises(ValueError, match="indices has shape"):
+        lora_factors(W, energies, indices[:0])
+    with pytest.raises(ValueError, match="scaling='none'"):
+        lora_factors(W, energies, indices, scaling="none")
+    energies[indices[0]] = NAN
+    with pytest.raises(ValueError, match="zero column"):
+        lora_factors(W, energies, indices)
+    with pytest.raises(ValueError, match=r"expected \(r, 30\) and \(20, r\)"):
+        residual_weight(W, torch.zeros(4, 30), torch.zeros(20, 5), 1.0)

@@ -1,0 +1,290 @@
+"""Statistics: to a file and back, merged, applied without the model's run, refused elsewhere."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from filet import FiletConfig, Statistics, apply_statistics, collect_statistics
+from filet.targets import fingerprint
+from filet_kernels import fisher_energies
+from models import (
+    LENGTHS,
+    Case,
+    assert_energies,
+    case,
+    llama,
+    loader,
+    peft_of,
+    randomised,
+    truth,
+    weight_of,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def collected(peft_model: PeftModel, batches: Any, **config: Any) -> Statistics:
+    return collect_statistics(
+        peft_model, batches, FiletConfig(**{"samples": None, **config}), show_progress_bar=False
+    )
+
+
+def energies(statistics: Statistics, case_: Case) -> dict[str, Tensor]:
+    return {
+        name: fisher_energies(weight_of(case_.model, name).to(m.loss_terms.device), m).cpu()
+        for name, m in statistics.moments.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "experts"])
+def test_save_and_load(kind: str, tmp_path: Path, device: torch.device) -> None:
+    c = case(kind)
+    taken = collected(peft_of(c, device), loader(c.samples, 1))
+    path = tmp_path / "new folder" / "statistics.safetensors"
+    taken.save(path)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    loaded = Statistics.load(path)
+    ours, theirs = energies(taken, c), energies(loaded, c)
+    assert list(loaded.moments) == list(taken.moments)
+    for name in ours:
+        # Not the last bit on a GPU: the quadratic form runs elsewhere.
+        assert torch.allclose(
+            ours[name], theirs[name], rtol=0 if device.type == "cpu" else 1e-12, atol=0
+        )
+        for side in ("input", "output"):
+            one, two = (getattr(s.moments[name], side) for s in (taken, loaded))
+            assert one.space == two.space and int(one.count) == int(two.count)
+            assert torch.equal(one.sum.tril().cpu(), two.sum)
+    for key in ("samples", "tokens", "loss_terms", "fisher", "shared_input", "fingerprints"):
+        assert getattr(taken, key) == getattr(loaded, key), key
+    for follower, leader in loaded.shared_input.items():
+        assert loaded.moments[follower].input is loaded.moments[leader].input
+    again = tmp_path / "again.safetensors"
+    loaded.save(again)
+    assert Statistics.load(again).fingerprints == taken.fingerprints
+
+
+def test_shared_moments_are_stored_once(tmp_path: Path) -> None:
+    c = case("llama")
+    sizes = {}
+    for share in (True, False):
+        path = tmp_path / f"{share}.safetensors"
+        collected(peft_of(c), loader(c.samples), share_inputs=share).save(path)
+        with safe_open(path, framework="pt") as file:
+            sizes[share] = sum(".sum" in key for key in file.keys())
+    assert sizes == {True: 14 + 8, False: 14 + 14}
+
+
+def test_halves_merge_to_the_whole(tmp_path: Path) -> None:
+    c = case("llama")
+    whole = collected(peft_of(c), loader(c.samples))
+    halves = [collected(peft_of(c), loader(part)) for part in (c.samples[:5], c.samples[5:])]
+    halves[1].save(tmp_path / "half")
+    merged = halves[0].merge(Statistics.load(tmp_path / "half"))
+    assert_energies(energies(merged, c), energies(whole, c), 1e-5)
+    assert_energies(energies(merged, c), truth("llama"), 1e-4)
+    for key in ("samples", "tokens", "loss_terms", "fisher", "shared_input", "fingerprints"):
+        assert getattr(merged, key) == getattr(whole, key), key
+    assert merged.seconds == halves[0].seconds + halves[1].seconds
+    merged.save(tmp_path / "merged")
+    loaded = Statistics.load(tmp_path / "merged")
+    assert loaded.moments[c.targets[1]].input is loaded.moments[c.targets[0]].input
+    # The halves are what they were.
+    assert_energies(
+        energies(halves[0], c), energies(collected(peft_of(c), loader(c.samples[:5])), c), 0
+    )
+
+
+def test_merge_where_a_half_reached_only_some_experts() -> None:
+    c = case("experts")
+    only = [s for s in c.samples if not (s["input_ids"] % 3 == 1).any()] or [
+        s | {"input_ids": s["input_ids"] // 3 * 3} for s in c.samples[:4]
+    ]
+    one, two = collected(peft_of(c), loader(only, 1)), collected(peft_of(c), loader(c.samples, 1))
+    assert not int(one.moments["experts.1.0"].input.count)
+    whole = collected(peft_of(c), loader([*only, *c.samples], 1))
+    for merged in (one.merge(two), two.merge(one)):
+        seen = {n: e for n, e in energies(whole, c).items() if "experts.3" not in n}
+        found = {n: e for n, e in energies(merged, c).items() if "experts.3" not in n}
+        assert_energies(found, seen, 1e-5)
+
+
+def test_merge_is_refused() -> None:
+    c = case("llama")
+    mine = collected(peft_of(c), loader(c.samples[:2]))
+    with pytest.raises(ValueError, match="cannot merge fisher='sampled'"):
+        mine.merge(collected(peft_of(c), loader(c.samples[:2]), fisher="sampled"))
+    other = copy.deepcopy(c.model)
+    name = "model.layers.1.mlp.up_proj"
+    with torch.no_grad():
+        other.get_submodule(name).weight[3, 5] += 1
+    theirs = collected(peft_of(Case(other, c.samples, c.targets)), loader(c.samples[:2]))
+    with pytest.raises(ValueError, match=f"another model: the weight of {name} is float32:48x32:"):
+        mine.merge(theirs)
+    fewer = collected(peft_of(Case(c.model, c.samples, c.targets[:3])), loader(c.samples[:2]))
+    with pytest.raises(ValueError, match=f"no module {c.targets[3]!r}"):
+        mine.merge(fewer)
+    with pytest.raises(ValueError, match=f"no module {c.targets[3]!r}"):
+        fewer.merge(mine)
+
+
+def test_applied_to_other_ranks_and_targets_without_a_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: torch.device
+) -> None:
+    c = case("llama")
+    path = tmp_path / "statistics"
+    collected(peft_of(c, device), loader(c.samples)).save(path)
+    statistics = Statistics.load(path)
+    part = [t for t in c.targets if t.endswith(("q_proj", "down_proj"))]
+    peft_model = peft_of(Case(c.model, c.samples, part), device, r=9)
+
+    def run(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was run")
+
+    for module in peft_model.modules():
+        monkeypatch.setattr(module, "forward", run)
+    report = apply_statistics(peft_model, statistics, FiletConfig(base="untouched", select="max"))
+    assert list(report.modules) == part
+    for name, module in report.modules.items():
+        order = torch.argsort(truth("llama")[name], descending=True, stable=True)
+        assert torch.equal(module.indices, order[:9])
+    assert report.samples == len(LENGTHS) and report.config["fisher"] == "empirical"
+
+
+def test_fisher_in_the_report_is_the_statistics_own() -> None:
+    c = case("llama")
+    statistics = collected(peft_of(c), loader(c.samples), fisher="sampled")
+    assert apply_statistics(peft_of(c), statistics).config["fisher"] == "sampled"
+
+
+def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
+    c = case("llama")
+    path = tmp_path / "mine.safetensors"
+    collected(peft_of(c), loader(c.samples[:2])).save(path)
+    statistics = Statistics.load(path)
+
+    def refused(model: Any, match: str, **lora: Any) -> None:
+        peft_model = peft_of(Case(model, c.samples, c.targets), **lora)
+        before = {n: p.detach().clone() for n, p in peft_model.named_parameters()}
+        with pytest.raises(ValueError, match=match):
+            apply_statistics(peft_model, statistics)
+        for name, parameter in peft_model.named_parameters():
+            assert torch.equal(parameter, before[name])
+
+    # One bit of one weight: the smallest difference there is.
+    changed = copy.deepcopy(c.model)
+    name = "model.layers.1.self_attn.v_proj"
+    weight = changed.get_submodule(name).weight
+    with torch.no_grad():
+        weight.view(torch.int32)[7, 3] ^= 1
+    refused(changed, f"{path} belong to another model: the weight of {name} is float32:16x32:")
+    wider = llama(intermediate_size=56)
+    for target in c.targets:
+        if "mlp" not in target:
+            wider.get_submodule(target).load_state_dict(c.model.get_submodule(target).state_dict())
+    refused(wider, r"0\.mlp\.gate_proj is float32:48x32:\w+ there and float32:56x32:\w+ in this")
+    refused(copy.deepcopy(c.model).bfloat16().float(), r"0\.self_attn\.q_proj is")
+    deeper = llama(layers=3)
+    peft_model = peft_of(Case(deeper, c.samples, ["q_proj"]))
+    deeper_name = "model.layers.2.self_attn.q_proj"
+    with pytest.raises(ValueError, match=f"have no module '{deeper_name}', a target of"):
+        apply_statistics(peft_model, statistics)
+
+
+def test_other_dtype_is_another_model(tmp_path: Path) -> None:
+    c = case("llama")
+    statistics = collected(peft_of(c), loader(c.samples[:2]))
+    with pytest.raises(ValueError, match=r"is float32:32x32:\w+ there and bfloat16:32x32:"):
+        apply_statistics(peft_of(c, dtype=torch.bfloat16), statistics)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_fingerprint(dtype: torch.dtype, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(37, 21, generator=generator).to(dtype)
+    mine = fingerprint(W)
+    assert fingerprint(W.to(device)) == mine
+    assert fingerprint(W.T.contiguous().T) == mine  # strides do not matter, as in Conv1D
+    assert fingerprint(W.T) != mine
+    for change in (W.flip(0), W.flip(1), W.roll(1, 0), W.roll(1, 1), -W, torch.zeros_like(W)):
+        assert fingerprint(change) != mine
+    for row, column in ((0, 0), (36, 20), (17, 3)):
+        other = W.clone()
+        other[row, column] = torch.nextafter(other[row, column].float(), torch.tensor(1e9)).to(
+            dtype
+        )
+        if other[row, column] == W[row, column]:  # float32's next number is none of this dtype
+            other[row, column] *= 2
+        assert fingerprint(other) != mine
+    assert (
+        len({fingerprint(torch.zeros(a, b, dtype=dtype)) for a, b in ((2, 3), (3, 2), (6, 1))}) == 3
+    )
+
+
+def test_a_file_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    c = case("llama")
+    statistics = collected(peft_of(c), loader(c.samples[:2]))
+    path = tmp_path / "statistics.safetensors"
+
+    def full(tensors: Any, file: Any, metadata: Any = None) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("filet.statistics.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        statistics.save(path)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    statistics.save(path)
+    content = path.read_bytes()
+    monkeypatch.setattr("filet.statistics.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        statistics.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == content, "the file that was there before is still whole"
+
+
+def test_wrong_files(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("This is no safetensors file, but it is long enough to look like one.")
+    with pytest.raises(ValueError, match="text is not a readable safetensors file"):
+        Statistics.load(text)
+    empty = tmp_path / "empty"
+    empty.touch()
+    with pytest.raises(ValueError, match="empty is not a readable safetensors file"):
+        Statistics.load(empty)
+    other = tmp_path / "other"
+    save_file({"a": torch.ones(2)}, other)
+    with pytest.raises(ValueError, match="other: format None; expected 'filet-statistics-1'"):
+        Statistics.load(other)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        Statistics.load(tmp_path / "absent")
+    # Cut short, as by a copy that was interrupted.
+    c = case("llama")
+    cut = tmp_path / "cut"
+    collected(peft_of(c), loader(c.samples[:2])).save(cut)
+    cut.write_bytes(cut.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut is not a readable safetensors file"):
+        Statistics.load(cut)
+
+
+def test_statistics_belong_to_the_base_not_to_the_adapter() -> None:
+    """Another adapter of the same base, trained or not, takes them as they are."""
+    c = case("llama")
+    statistics = collected(peft_of(c), loader(c.samples))
+    peft_model = peft_of(c, r=2)
+    peft_model.add_adapter("other", LoraConfig(r=3, target_modules=["k_proj"]))
+    report = apply_statistics(peft_model, statistics, FiletConfig(base="untouched"), "other")
+    assert [m.rank for m in report.modules.values()] == [3, 3]
+    randomised(peft_model.base_model.model, seed=1)
+    with pytest.raises(ValueError, match="another model"):
+        apply_statistics(peft_model, statistics, FiletConfig(base="untouched"), "other")
