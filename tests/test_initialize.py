@@ -127,14 +127,14 @@ def test_function_is_preserved(
     for name, module in report.modules.items():
         layer = layer_of(peft_model, name)
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        change = layer.scaling["default"] * (B.float() @ A.float())
+        change = layer.scaling["default"] * (B.double() @ A.double())
         W = layer.get_base_layer().weight
         old = original[f"base_model.model.{name}.base_layer.weight"]
-        assert change.norm() > 0.1 * old.float().norm()
+        assert change.norm() > 0.1 * old.double().norm()
         if base == "residual":
             largest = {"W": old, "W_res": W, "s B A": change}
             largest = {key: float(value.detach().abs().max()) for key, value in largest.items()}
-            error = float((W.float() + change - old.float()).abs().max().detach())
+            error = float((W.double() + change - old.double()).abs().max().detach())
             assert module.residual_error == pytest.approx(error / rounding / largest["W"], rel=1e-3)
             # One rounding of W_res; in float32 those of the product (rank 4) and the sums as well.
             roundings = largest["W_res"] + largest["W"] + (RANK + 2) * largest["s B A"]

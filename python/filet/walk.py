@@ -1,8 +1,8 @@
 """The pass over the data: forward, backward, and the second moments taken on the way.
 
-x and y are there in a module's forward, g and h (the gradient with respect to the module's *own*
-input) in the backward: each moment is accumulated where its vector exists anyway, and nothing is
-kept for later. Weights stay frozen, so no weight gradient is ever computed.
+x is there in a module's forward and g in its backward: each moment is accumulated where its
+vector exists anyway (y = Wx and h = Wᵀg are formed from those), and nothing is kept. Weights stay
+frozen, so no weight gradient is ever computed.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _FP16_ROOM = 2.0**5
 class MomentHooks:
     """Hooks on the base modules of the targets that accumulate each one's :class:`Moments`.
 
-    x and y are counted while ``phase`` is "forward", which is once also under gradient
-    checkpointing, whose recomputation runs in the backward. g and h are counted when their
+    The input side is counted while ``phase`` is "forward", which is once also under gradient
+    checkpointing, whose recomputation runs in the backward. The output side is counted when the
     gradient arrives, which is once as well: of the two forward runs only one is differentiated.
     """
 
@@ -122,26 +122,15 @@ class MomentHooks:
         x = args[0]
         if self.phase == "forward":
             self._count_input(target, x)
-        if not torch.is_grad_enabled():
+        if x.requires_grad or not torch.is_grad_enabled():
             return None
-        moments = self.moments.get(target.name)
-        needs_h = moments is not None and moments.output.space == "h"
-        if not x.requires_grad:
-            x = x.detach().requires_grad_()  # the first target on its path: gradients start here
-        elif needs_h:
-            x = x.view_as(x)  # an own node, whose gradient is this module's alone
-        else:
-            return None
-        if needs_h:
-            x.register_hook(_bound(self._gradient, target, "h"))
-        return (x, *args[1:])
+        # The first target on its path: gradients start here.
+        return (x.detach().requires_grad_(), *args[1:])
 
     def _after(self, target: Target, module: nn.Module, args: Any, output: Tensor) -> None:
-        moments = self.moments.get(target.name)
         self.half = self.half or output.dtype == torch.float16
-        wants_g = moments is not None and moments.output.space == "g"
-        if wants_g and output.requires_grad:
-            output.register_hook(_bound(self._gradient, target, "g"))
+        if output.requires_grad:
+            output.register_hook(_bound(self._gradient, target))
 
     def _count_input(self, target: Target, x: Tensor) -> None:
         name = target.name
@@ -164,9 +153,9 @@ class MomentHooks:
             self._add(target, mine, x.detach())
             self._seen[id(x)] = (weakref.ref(x), mine)
         else:
-            self._add(target, mine, _unrounded_output(x.detach(), target, mine.sum.dtype))
+            self._add(target, mine, _unrounded(x.detach(), target.weight.T, mine.sum.dtype))
 
-    def _gradient(self, target: Target, space: str, gradient: Tensor) -> None:
+    def _gradient(self, target: Target, gradient: Tensor) -> None:
         if self.phase == "probe":
             rows, weights = self._rows(target, gradient.detach())
             peak = rows.abs().amax(-1)
@@ -175,7 +164,10 @@ class MomentHooks:
             self.peaks.append(peak.max() if peak.numel() else peak.sum())
         elif self.phase == "backward":
             output = self.moments[target.name].output
-            self._add(target, output, gradient.detach(), alpha=self.gradient_scale**-2)
+            v = gradient.detach()
+            if output.space == "h":
+                v = _unrounded(v, target.weight, output.sum.dtype)
+            self._add(target, output, v, alpha=self.gradient_scale**-2)
 
     def _add(self, target: Target, moment: SecondMoment, v: Tensor, *, alpha: float = 1.0) -> None:
         rows, weights = self._rows(target, v)
@@ -226,19 +218,19 @@ def empty_moments(weight: Tensor, shared_input: SecondMoment | None = None) -> M
 
 
 @torch.no_grad()
-def _unrounded_output(x: Tensor, target: Target, dtype: torch.dtype) -> Tensor:
-    """y = W x without bias in ``dtype``, not rounded to the model's.
+def _unrounded(v: Tensor, M: Tensor, dtype: torch.dtype) -> Tensor:
+    """v M in ``dtype``, not rounded to the model's: y = x Wᵀ (without bias) and h = g W.
 
-    The module's own output would do, but for its rounding: on SmolLM2-135M in bfloat16 that moved
-    the selected energies of one down_proj, whose inputs have outliers, by 6e-3, and the choice in
-    two layers; with this they are within 1.1e-4. It costs the product once more.
+    The module's own output and input gradient would do, but for that rounding. On SmolLM2-135M in
+    bfloat16 it moved the selected energies by up to 6e-3 through y and 8e-4 through h, and changed
+    choices through both (docs/accuracy.md). It costs the product once more.
     """
-    W = target.weight
-    with torch.autocast(x.device.type, enabled=False):
-        if x.is_cuda and x.dtype == W.dtype and W.dtype in (torch.bfloat16, torch.float16):
-            rows = torch.mm(x.reshape(-1, x.shape[-1]), W.T, out_dtype=dtype)
-            return rows.view(*x.shape[:-1], W.shape[0])
-        return F.linear(x.to(dtype), W.to(dtype))
+    v = v.to(M.device)  # where a device map left the input elsewhere
+    with torch.autocast(v.device.type, enabled=False):
+        if v.is_cuda and v.dtype == M.dtype and v.dtype in (torch.bfloat16, torch.float16):
+            rows = torch.mm(v.reshape(-1, v.shape[-1]), M, out_dtype=dtype)
+            return rows.view(*v.shape[:-1], M.shape[1])
+        return v.to(dtype) @ M.to(dtype)
 
 
 def _bound(method: Callable[..., Any], *first: Any) -> Callable[..., Any]:
