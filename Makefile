@@ -6,6 +6,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+FILET_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -26,7 +27,7 @@ help:  ## show this list
 demo: $(INSTALLED) $(MODEL)  ## initialise a real model with FILet, fine-tune it, draw the loss curves
 	$(BIN)/python examples/python_docs.py $(DEMO)
 	$(BIN)/filet init --model $(FILET_SMOLLM2) --data $(DEMO)/train.jsonl --output $(DEMO)/adapter \
-	    --rank 32 --samples 64 --max-length 128 --batch-size 8 --overwrite
+	    --rank 32 --samples 64 --max-length 128 --batch-size 8 --overwrite $(FILET_ARGS)
 	$(BIN)/filet inspect $(DEMO)/adapter >$(DEMO)/table.txt
 	$(BIN)/python examples/finetune.py --model $(FILET_SMOLLM2) --adapter $(DEMO)/adapter --data $(DEMO)
 
