@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import math
 import random
 import time
@@ -28,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 import filet
+from filet.data import Sample, batches, read_samples
 
 Batch = dict[str, torch.Tensor]
 COLORS = {"FILet": "#0b6e99", "LoRA": "#8c8c8c", "PiSSA": "#d9822b"}
@@ -51,30 +51,12 @@ class Run:
         return self.held_out[max(self.held_out)]
 
 
-def read_texts(path: Path) -> list[str]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines]
-
-
-def tokenize(tokenizer, texts: list[str], batch_size: int, max_length: int, device) -> list[Batch]:
-    """Batches for a causal language model; padding carries no label."""
-    batches = []
-    for start in range(0, len(texts), batch_size):
-        chunk = texts[start : start + batch_size]
-        batch = tokenizer(
-            chunk, max_length=max_length, truncation=True, padding=True, return_tensors="pt"
-        )
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        batches.append({key: x.to(device) for key, x in {**batch, "labels": labels}.items()})
-    return batches
-
-
 @torch.no_grad()
-def mean_loss(model: PeftModel, batches: list[Batch]) -> float:
+def mean_loss(model: PeftModel, held_out: list[Batch]) -> float:
     """Loss per predicted token, so that batches of any size and padding count by their tokens."""
     model.eval()
     total, tokens = 0.0, 0
-    for batch in batches:
+    for batch in held_out:
         predicted = int((batch["labels"][:, 1:] != -100).sum())
         total += float(model(**batch).loss) * predicted
         tokens += predicted
@@ -218,13 +200,17 @@ def main() -> None:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    texts = read_texts(options.data / "train.jsonl")
-    random.Random(options.seed).shuffle(texts)
-    texts = texts[: options.steps * options.batch_size]
-    held_out_texts = read_texts(options.data / "heldout.jsonl")[: options.held_out]
-    shape = (options.batch_size, options.max_length, device)
-    train = tokenize(tokenizer, texts, *shape)
-    held_out = tokenize(tokenizer, held_out_texts, *shape)
+    samples = read_samples(options.data / "train.jsonl")
+    random.Random(options.seed).shuffle(samples)
+    held_out_samples = read_samples(options.data / "heldout.jsonl", limit=options.held_out)
+
+    def tokenize(chosen: list[Sample]) -> list[Batch]:
+        shape = {"max_length": options.max_length, "batch_size": options.batch_size}
+        found = batches(chosen, tokenizer, **shape)
+        return [{key: x.to(device) for key, x in batch.items()} for batch in found]
+
+    train = tokenize(samples[: options.steps * options.batch_size])
+    held_out = tokenize(held_out_samples)
 
     def load_base() -> PreTrainedModel:
         torch.manual_seed(options.seed)
