@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 
 from filet.config import Base, FiletConfig
 from filet.files import replaced
-from filet.targets import Target, check_peft_model, find_targets, fingerprint
+from filet.targets import Target, check_peft_model, check_targets, find_targets, fingerprint
 from filet_kernels import residual_weight
 
 __all__ = [
@@ -259,13 +259,8 @@ def restore_base(peft_model: PeftModel, adapter_name: str = "default") -> None:
     state = _state(peft_model, adapter_name)
     if state.base == "untouched":
         return
-    targets, _ = find_targets(peft_model, adapter_name)
-    merged = next((name for name in state.layers if targets[name].layer.merged), None)
-    if merged is not None:
-        raise ValueError(
-            f"{merged}: an adapter is merged into its weight; expected an unmerged model (call "
-            "peft_model.unmerge_adapter() first)"
-        )
+    targets, unsupported = find_targets(peft_model, adapter_name)
+    check_targets(targets, unsupported, adapter_name)
     undo: list[Any] = []
     try:
         for name, layer in state.layers.items():

@@ -19,11 +19,10 @@ from filet.report import FiletReport, ModuleReport
 from filet.statistics import (
     Statistics,
     check_statistics,
-    check_targets,
     collect_statistics,
     peak_memory,
 )
-from filet.targets import Target, check_peft_model, find_targets
+from filet.targets import Target, check_peft_model, check_targets, find_targets
 from filet.walk import ForwardFn, some
 from filet_kernels import Moments, SecondMoment, fisher_energies, lora_factors, select
 
@@ -86,14 +85,11 @@ def apply_statistics(
             already, or in residual mode a base weight that other adapters or modules use as well.
     """
     config = config or FiletConfig()
-    targets = _prepare(peft_model, config, adapter_name)[0]
-    check_statistics(statistics, targets)
+    check_statistics(statistics, _prepare(peft_model, config, adapter_name))
     return _apply(peft_model, statistics, config, adapter_name)
 
 
-def _prepare(
-    peft_model: PeftModel, config: FiletConfig, adapter_name: str
-) -> tuple[dict[str, Target], dict[str, str]]:
+def _prepare(peft_model: PeftModel, config: FiletConfig, adapter_name: str) -> dict[str, Target]:
     """The adapter's targets, after every check that needs no data."""
     peft_model = check_peft_model(peft_model, adapter_name)
     targets, unsupported = find_targets(peft_model, adapter_name)
@@ -115,7 +111,7 @@ def _prepare(
                 f"(non-zero columns of W {tuple(target.weight.shape)}); expected a smaller r, or "
                 "rank_pattern for this module"
             )
-    return targets, unsupported
+    return targets
 
 
 def _check_sole_user(peft_model: PeftModel, targets: dict[str, Target], adapter_name: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from filet.config import FiletConfig
 from filet.files import replaced
-from filet.targets import Target, check_peft_model, find_targets, fingerprint
+from filet.targets import Target, check_peft_model, check_targets, find_targets, fingerprint
 from filet.walk import ForwardFn, collect_moments, empty_moments, preserved
 from filet_kernels import Moments, SecondMoment
 
@@ -227,24 +227,6 @@ def collect_statistics(
         seconds=time.perf_counter() - start,
         peak_memory=peak_memory(devices),
     )
-
-
-def check_targets(
-    targets: dict[str, Target], unsupported: dict[str, str], adapter_name: str
-) -> None:
-    """An error where nothing can be initialised, or an adapter is merged into its base."""
-    if not targets:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(unsupported.items())[:5])
-        raise ValueError(
-            f"adapter {adapter_name!r} has no module that FILet can initialise "
-            f"({reasons or 'it has no module at all'}); expected LoRA on nn.Linear or Conv1D"
-        )
-    merged = [name for name, target in targets.items() if target.layer.merged]
-    if merged:
-        raise ValueError(
-            f"{merged[0]}: an adapter is merged into its weight; expected an unmerged model "
-            "(call peft_model.unmerge_adapter() first)"
-        )
 
 
 def check_statistics(statistics: Statistics, targets: dict[str, Target]) -> None:

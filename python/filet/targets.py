@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Target", "check_peft_model", "find_targets", "fingerprint"]
+__all__ = ["Target", "check_peft_model", "check_targets", "find_targets", "fingerprint"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -114,6 +114,24 @@ def _unsupported(layer: LoraLayer, adapter_name: str) -> str | None:
             "load the model onto real devices before initialising it"
         )
     return None
+
+
+def check_targets(
+    targets: dict[str, Target], unsupported: dict[str, str], adapter_name: str
+) -> None:
+    """An error where nothing can be initialised, or an adapter is merged into its base."""
+    if not targets:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(unsupported.items())[:5])
+        raise ValueError(
+            f"adapter {adapter_name!r} has no module that FILet can initialise "
+            f"({reasons or 'it has no module at all'}); expected LoRA on nn.Linear or Conv1D"
+        )
+    merged = [name for name, target in targets.items() if target.layer.merged]
+    if merged:
+        raise ValueError(
+            f"{merged[0]}: an adapter is merged into its weight; expected an unmerged model "
+            "(call peft_model.unmerge_adapter() first)"
+        )
 
 
 def fingerprint(weight: Tensor) -> str:
