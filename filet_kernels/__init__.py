@@ -4,7 +4,7 @@ from filet_kernels.energy import fisher_energies
 from filet_kernels.lora import lora_factors, residual_weight, select
 from filet_kernels.moments import Moments, SecondMoment
 from filet_kernels.quadform import quadform_diag
-from filet_kernels.syrk import syrk_
+from filet_kernels.syrk import syrk_, syrk_ragged_
 
 __all__ = [
     "Moments",
@@ -15,5 +15,6 @@ __all__ = [
     "residual_weight",
     "select",
     "syrk_",
+    "syrk_ragged_",
 ]
 __version__ = "0.1.0"

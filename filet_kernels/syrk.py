@@ -2,20 +2,39 @@
 
 This is the accumulation step of S_X = E[x xᵀ] and S_Y = E[g gᵀ] (FILet, arXiv 2605.01046,
 Algorithm 1); the division by the token count happens once, in :mod:`filet_kernels.energy`.
+
+Three implementations, the first that supports the operands is used: the CUDA kernel of
+csrc/syrk_sm90.cu, the Triton kernel of :mod:`filet_kernels.syrk_triton`, and plain torch.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["syrk_", "syrk_reference"]
+from filet_kernels.extension import cuda_extension, why_no_extension
+
+__all__ = ["BACKENDS", "backend_of", "syrk_", "syrk_ragged_", "syrk_reference"]
 
 _INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # Rows of C per step of the reference. It bounds the temporary that the diagonal block needs
 # (block² elements) and keeps the work at half of the full product once n is a few blocks wide.
 _BLOCK = 512
+
+# Tokens of one launch. The tensor cores cut off what they add below the last bit of the sum, which
+# then falls short by up to T / 16 · 2⁻²⁴ of itself: 6e-5 for this many (measured on an H200, as for
+# the library's product), after which the sum goes on in C, rounded.
+_TOKENS = 16384
 
 
 def syrk_reference(C: Tensor, X: Tensor, alpha: float, weights: Tensor | None) -> None:
@@ -36,7 +55,159 @@ def syrk_reference(C: Tensor, X: Tensor, alpha: float, weights: Tensor | None) -
         C[start:stop, start:stop].add_(torch.tril(left @ rows[:, start:stop]), alpha=alpha)
 
 
-def syrk_(C: Tensor, X: Tensor, *, alpha: float = 1.0, weights: Tensor | None = None) -> Tensor:
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _reference(
+    C: Tensor, X: Tensor, alpha: float, weights: Tensor | None, deterministic: bool
+) -> None:
+    with torch.autocast(X.device.type, enabled=False):  # it would round the products' operands
+        syrk_reference(C, X, alpha, weights)
+
+
+def _triton_unsupported(C: Tensor, X: Tensor, weights: Tensor | None) -> str | None:
+    if not _has_triton():
+        return "Triton is not installed"
+    if X.device.type == "cuda":
+        if _capability(X.device) < (8, 0):
+            return "it needs compute capability 8.0"
+    elif not _interpreted():
+        return f"X is on {X.device}; expected a CUDA device, or TRITON_INTERPRET=1"
+    if C.dtype != torch.float32:
+        return f"C is {C.dtype}; expected torch.float32"
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _triton(
+    C: Tensor, X: Tensor, alpha: float, weights: Tensor | None, deterministic: bool
+) -> None:
+    from filet_kernels.syrk_triton import syrk_triton
+
+    with _on(X.device):
+        syrk_triton(C, X, alpha, weights, _turns(X.device) if deterministic else None)
+
+
+def _cuda_unsupported(C: Tensor, X: Tensor, weights: Tensor | None) -> str | None:
+    if not X.is_cuda:
+        return f"X is on {X.device}; expected a CUDA device"
+    if _capability(X.device) != (9, 0):
+        return "it needs compute capability 9.0"
+    if X.dtype not in (torch.bfloat16, torch.float16) or C.dtype != torch.float32:
+        return f"X is {X.dtype}, C is {C.dtype}; expected bfloat16 or float16, and float32"
+    if weights is not None:
+        return "it takes no weights"
+    if X.shape[1] < 128:
+        return f"n={X.shape[1]}; expected 128, the width of a tile, or more"
+    for name, tensor in (("X", X), ("C", C)):
+        row = tensor.stride(0) * tensor.element_size()
+        if tensor.stride(1) != 1 or row % 16 or tensor.data_ptr() % 16:
+            return f"{name} has strides {tensor.stride()}; expected rows of 16-byte alignment"
+        if tensor.stride(0) < tensor.shape[1]:
+            return f"{name} has overlapping rows (strides {tensor.stride()})"
+    return why_no_extension()
+
+
+@functools.cache
+def _split(device: torch.device, n: int) -> int:
+    return cuda_extension().syrk_sm90_split(n)
+
+
+def _cuda(C: Tensor, X: Tensor, alpha: float, weights: Tensor | None, deterministic: bool) -> None:
+    tokens, n = X.shape
+    with _on(X.device):
+        cuda_extension().syrk_sm90(
+            c=C.data_ptr(),
+            stride_c=C.stride(0),
+            x=X.data_ptr(),
+            stride_x=X.stride(0),
+            n=n,
+            tokens=tokens,
+            alpha=alpha,
+            half=X.dtype == torch.float16,
+            split=_split(X.device, n),
+            flags=_turns(X.device).data_ptr() if deterministic else 0,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+
+
+_turns_of_stream: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _turns(device: torch.device) -> Tensor:
+    """Zeros by which the parts of a tile take turns; every kernel leaves them zero.
+
+    One set a stream, on which kernels follow each other. A graph gets its own, in its memory: it
+    may be replayed on any stream.
+    """
+    if device.type != "cuda":
+        return torch.zeros(64, dtype=torch.int32)
+    size = 4 * (torch.cuda.get_device_properties(device).multi_processor_count + 2)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(size, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _turns_of_stream:
+        _turns_of_stream[key] = torch.zeros(size, dtype=torch.int32, device=device)
+    return _turns_of_stream[key]
+
+
+@dataclass(frozen=True)
+class _Backend:
+    name: str
+    unsupported: Callable[[Tensor, Tensor, Tensor | None], str | None]  # why not, or None
+    run: Callable[[Tensor, Tensor, float, Tensor | None, bool], None]
+
+
+# In order of preference.
+_BACKENDS = (
+    _Backend("cuda", _cuda_unsupported, _cuda),
+    _Backend("triton", _triton_unsupported, _triton),
+    _Backend("reference", lambda C, X, weights: None, _reference),
+)
+BACKENDS = tuple(backend.name for backend in _BACKENDS)
+
+
+def _choose(C: Tensor, X: Tensor, weights: Tensor | None, name: str | None) -> _Backend:
+    for backend in _BACKENDS:
+        if name not in (None, backend.name):
+            continue
+        reason = backend.unsupported(C, X, weights)
+        if name is not None and reason is not None:
+            raise ValueError(f"backend={name!r} does not support these operands: {reason}")
+        # The interpreter is for tests: only an explicit choice takes it.
+        if reason is None and (name or X.is_cuda or backend.name == "reference"):
+            return backend
+    raise ValueError(f"backend={name!r}; expected None or one of {', '.join(BACKENDS)}")
+
+
+def backend_of(C: Tensor, X: Tensor, weights: Tensor | None = None) -> str:
+    """The implementation that :func:`syrk_` uses for such operands: one of :data:`BACKENDS`."""
+    return _choose(C, X, weights, None).name
+
+
+def syrk_(
+    C: Tensor,
+    X: Tensor,
+    *,
+    alpha: float = 1.0,
+    weights: Tensor | None = None,
+    deterministic: bool = True,
+    backend: str | None = None,
+) -> Tensor:
     """Accumulate a second moment in place: C += alpha Σ_t w_t x_t x_tᵀ (lower triangle only).
 
     Args:
@@ -46,31 +217,42 @@ def syrk_(C: Tensor, X: Tensor, *, alpha: float = 1.0, weights: Tensor | None = 
             T = 0 leaves C as it is.
         alpha: factor of the whole sum (the loss scale's inverse square, say).
         weights: (T,) or (B, T), bool, integer or floating; None counts every row once. Rows of
-            weight 0 never enter, so NaN there does no harm.
+            weight 0 never enter, so NaN there does no harm. A bool mask costs least.
+        deterministic: add the parts of a sum that is split over the tokens in a fixed order. False
+            lets them add as they come: docs/kernels.md has the times of both.
+        backend: one of :data:`BACKENDS`, or None for the first that supports the operands.
 
     Returns:
         C.
 
-    Accumulates in C's dtype: products of bfloat16 or float16 inputs are exact in float32.
-    Unnormalised: divide by the token count afterwards. Deterministic for the same inputs on the
-    same device. Traced by torch.compile as ``torch.ops.filet_kernels.syrk_``.
+    Accumulates in C's dtype: products of bfloat16 or float16 inputs are exact in float32, float32
+    inputs and weighted rows enter as sums of bfloat16 that carry 24 bits. The CUDA and Triton
+    kernels add to C by float32 atomics, which flush results below 1.2e-38 to zero. Unnormalised:
+    divide by the token count afterwards. The same on every run for the same inputs, backend and
+    GPU model. Allocates nothing of C's or X's size, does not synchronise with the host, and can be
+    captured in a CUDA graph. Traced by torch.compile as ``torch.ops.filet_kernels.syrk_``.
 
     Raises:
         TypeError: a dtype that is not listed above.
-        ValueError: shapes or devices that do not fit together.
+        ValueError: shapes or devices that do not fit together, or a backend that does not support
+            the operands.
+        RuntimeError: the driver refused the launch; C is unchanged.
     """
     _check(C, X, weights)
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend={backend!r}; expected None or one of {', '.join(BACKENDS)}")
     if X.dim() == 3 and X.stride(0) == X.stride(1) * X.shape[1]:
         X = X.flatten(0, 1)
         weights = None if weights is None else weights.flatten()
-    if X.dim() == 2:
-        torch.ops.filet_kernels.syrk_(C, X, alpha, weights)
-    else:
-        for index, rows in enumerate(X.unbind(0)):
-            torch.ops.filet_kernels.syrk_(
-                C, rows, alpha, None if weights is None else weights[index]
-            )
+    batches = [(X, weights)] if X.dim() == 2 else list(_unbatched(X, weights))
+    for rows, counted in batches:
+        torch.ops.filet_kernels.syrk_(C, rows, alpha, counted, deterministic, backend)
     return C
+
+
+def _unbatched(X: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for index, rows in enumerate(X.unbind(0)):
+        yield rows, None if weights is None else weights[index]
 
 
 def _check(C: Tensor, X: Tensor, weights: Tensor | None) -> None:
@@ -99,12 +281,89 @@ def _check(C: Tensor, X: Tensor, weights: Tensor | None) -> None:
             raise TypeError(f"weights is {weights.dtype}; expected bool, integer or floating")
 
 
-@torch.library.custom_op("filet_kernels::syrk_", mutates_args={"C"})
-def _syrk_op(C: Tensor, X: Tensor, alpha: float, weights: Tensor | None) -> None:
-    with torch.autocast(X.device.type, enabled=False):  # it would round the products' operands
-        syrk_reference(C, X, alpha, weights)
+def _mutated(C: Tensor) -> None:
+    """Let autograd know, as custom_op would."""
+    if not C.is_inference():
+        torch.autograd.graph.increment_version(C)
 
 
-@_syrk_op.register_fake
-def _syrk_fake(C: Tensor, X: Tensor, alpha: float, weights: Tensor | None) -> None:
-    return None
+def _syrk_op(
+    C: Tensor,
+    X: Tensor,
+    alpha: float,
+    weights: Tensor | None,
+    deterministic: bool = True,
+    backend: str | None = None,
+) -> None:
+    chosen = _choose(C, X, weights, backend)
+    if X.numel():
+        for start in range(0, X.shape[0], _TOKENS):
+            part = slice(start, start + _TOKENS)
+            counted = None if weights is None else weights[part]
+            chosen.run(C, X[part], alpha, counted, deterministic)
+        _mutated(C)
+
+
+def syrk_ragged_(C: Tensor, X: Tensor, offsets: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """Second moments of groups of rows in one launch: C[e] += alpha Σ_{t in group e} x_t x_tᵀ.
+
+    For the experts of a mixture: tokens sorted by expert, group e being the rows
+    offsets[e] ... offsets[e + 1] of X. Modules that share a shape are the same with their rows
+    one after another.
+
+    Args:
+        C: (E, n, n) float32 (or float64, for any X). Mutated on and below each diagonal only.
+        X: (T, n), bfloat16, float16, float32 or float64; any strides.
+        offsets: (E + 1,) int32 or int64, on X's device, not decreasing, within 0 ... T. Its values
+            are not checked: that would wait for the device. Groups may be empty.
+        alpha: factor of the whole sum.
+
+    Returns:
+        C. Precision and determinism as :func:`syrk_`; Triton on a GPU, plain torch elsewhere.
+
+    Raises:
+        TypeError, ValueError: operands that do not fit, naming the argument.
+    """
+    if C.dim() != 3:
+        raise ValueError(f"C has shape {tuple(C.shape)}; expected (E, n, n)")
+    if X.dim() != 2:
+        raise ValueError(f"X has shape {tuple(X.shape)}; expected (T, n)")
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"offsets is {offsets.dtype}; expected torch.int32 or torch.int64")
+    if offsets.shape != (C.shape[0] + 1,):
+        raise ValueError(
+            f"offsets has shape {tuple(offsets.shape)}; expected ({C.shape[0] + 1},), one more "
+            "than the matrices of C"
+        )
+    if offsets.device != X.device:
+        raise ValueError(f"offsets is on {offsets.device}; expected {X.device}, as X")
+    if C.shape[0]:
+        _check(C[0], X, None)
+    torch.ops.filet_kernels.syrk_ragged_(C, X, offsets, alpha)
+    return C
+
+
+def _ragged_op(C: Tensor, X: Tensor, offsets: Tensor, alpha: float) -> None:
+    if not C.numel() or not X.numel():
+        return
+    if _triton_unsupported(C[0], X, None) is None:
+        from filet_kernels.syrk_triton import syrk_ragged_triton
+
+        with _on(X.device):
+            syrk_ragged_triton(C, X, offsets.contiguous(), alpha, _turns(X.device))
+    else:
+        for group, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+            _reference(C[group], X[begin:end], alpha, None, True)
+    _mutated(C)
+
+
+# torch.library.custom_op does the same, at 24 µs a call instead of 3 (torch 2.13, one CPU core).
+_library = torch.library.Library("filet_kernels", "FRAGMENT")
+_library.define(
+    "syrk_(Tensor(a!) C, Tensor X, float alpha, Tensor? weights, bool deterministic=True, "
+    "str? backend=None) -> ()"
+)
+_library.define("syrk_ragged_(Tensor(a!) C, Tensor X, Tensor offsets, float alpha) -> ()")
+for _name, _implementation in (("syrk_", _syrk_op), ("syrk_ragged_", _ragged_op)):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"filet_kernels::{_name}", lambda *args, **kwargs: None)

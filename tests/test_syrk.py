@@ -1,12 +1,38 @@
+import importlib.util
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from filet_kernels import syrk_
+from filet_kernels import syrk_, syrk_ragged_
+from filet_kernels.syrk import BACKENDS, backend_of
 
+CUDA = torch.cuda.is_available()
+TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, device):
+    """Each implementation that runs on the device; Triton's is interpreted on a CPU."""
+    if request.param == "triton" and not TRITON:
+        pytest.skip("Triton is not installed")
+    if device.type == "cpu" and (request.param == "cuda" or (request.param == "triton" and CUDA)):
+        pytest.skip("it needs a CUDA device")
+    return request.param
+
+
+def run(C, X, backend, **options):
+    """syrk_ by this backend. Operands that it names as unsupported go the way that None takes."""
+    try:
+        return syrk_(C, X, backend=backend, **options)
+    except ValueError as error:
+        if backend == "cuda" and "does not support" in str(error):
+            pytest.skip(str(error))
+        raise
 
 
 def make(T, n, dtype, device, seed=0):
@@ -52,68 +78,152 @@ def poisoned(n, device, value=0.0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("T, n", [(1, 1), (5, 1), (1, 7), (64, 33), (300, 513), (7, 1025)])
-def test_shapes(T, n, dtype, device):
+@pytest.mark.parametrize(
+    "T, n",
+    [(1, 1), (5, 1), (1, 7), (64, 33), (300, 513), (7, 1025), (1000, 136), (70, 264), (500, 640)],
+)
+def test_shapes(T, n, dtype, device, backend):
     X = make(T, n, dtype, device)
     C = poisoned(n, device)
-    assert syrk_(C, X) is C
+    assert run(C, X, backend) is C
     check(C, X)
 
 
-def test_no_rows_leave_C_as_it_is(device):
-    C = poisoned(9, device, value=3.0)
-    syrk_(C, torch.empty(0, 9, device=device))
-    syrk_(C, torch.empty(4, 0, 9, device=device), weights=torch.empty(4, 0, device=device))
-    assert (C[torch.tril(torch.ones(9, 9, device=device)) > 0] == 3.0).all()
-    syrk_(torch.empty(0, 0, device=device), torch.empty(5, 0, device=device))
+def test_no_rows_leave_C_as_it_is(device, backend):
+    C = poisoned(128, device, value=3.0)
+    X = torch.empty(4, 0, 128, device=device, dtype=torch.bfloat16)
+    run(C, X[0], backend)
+    assert (C[torch.tril(torch.ones(128, 128, device=device)) > 0] == 3.0).all()
+    if backend != "cuda":
+        run(C, X, backend, weights=torch.empty(4, 0, device=device))
+        assert (C[torch.tril(torch.ones(128, 128, device=device)) > 0] == 3.0).all()
+        run(torch.empty(0, 0, device=device), torch.empty(5, 0, device=device), backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_accumulates_onto_C_with_alpha(dtype, device):
-    X = make(40, 21, dtype, device)
-    C = poisoned(21, device, value=2.5)
-    syrk_(C, X, alpha=0.25)
-    check(C, X, start=torch.full((21, 21), 2.5, device=device), alpha=0.25)
+@pytest.mark.parametrize("n", [21, 144])
+def test_accumulates_onto_C_with_alpha(dtype, n, device, backend):
+    X = make(40, n, dtype, device)
+    C = poisoned(n, device, value=2.5)
+    run(C, X, backend, alpha=0.25)
+    check(C, X, start=torch.full((n, n), 2.5, device=device), alpha=0.25)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["bool", "int", "float"])
-def test_weights_and_nan_in_uncounted_rows(dtype, kind, device):
-    X = make(50, 19, dtype, device)
-    weights = torch.arange(50, device=device) % 3
+@pytest.mark.parametrize("T, n", [(50, 19), (300, 200)])
+def test_weights_and_nan_in_uncounted_rows(dtype, kind, T, n, device, backend):
+    X = make(T, n, dtype, device)
+    weights = torch.arange(T, device=device) % 3
     weights = {"bool": weights != 0, "int": weights, "float": weights * 0.3}[kind]
     X[weights == 0] = float("nan")
-    C = poisoned(19, device)
-    syrk_(C, X, weights=weights)
+    C = poisoned(n, device)
+    run(C, X, backend, weights=weights)
     check(C, X, weights=weights)
 
 
-def test_mask_of_ones_is_the_unweighted_product_bitwise(device):
-    X = make(50, 19, torch.bfloat16, device)
-    plain, masked = poisoned(19, device), poisoned(19, device)
-    syrk_(plain, X)
-    syrk_(masked, X, weights=torch.ones(50, dtype=torch.bool, device=device))
-    assert torch.equal(torch.tril(plain.nan_to_num()), torch.tril(masked.nan_to_num()))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ones_as_weights_are_the_mask_and_the_mask_is_exact(dtype, device, backend):
+    X = make(50, 19, dtype, device)
+    counted = torch.arange(50, device=device) % 4 != 1
+    masked, weighted, dropped = (poisoned(19, device) for _ in range(3))
+    run(masked, X, backend, weights=counted)
+    run(weighted, X, backend, weights=counted.float())
+    run(dropped, X[counted], backend)
+    check(masked, X[counted])
+    check(weighted, X[counted])
+    check(dropped, X[counted])
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_strides(batched, device):
+def test_strides(batched, device, backend):
     base = make(60, 70, torch.bfloat16, device)
     X = base[::2, 3:40]
     weights = (torch.arange(30, device=device) % 4 != 0).float()
     if batched:  # not collapsible: sequence-first layout
         X, weights = X.unflatten(0, (10, 3)).transpose(0, 1), weights.view(10, 3).T
     C = poisoned(37, device).T.contiguous().T  # a C of other strides as well
-    syrk_(C, X, weights=weights)
+    run(C, X, backend, weights=weights)
     check(C, X, weights=weights)
 
 
-def test_forty_batches(device):
-    X = make(256, 65, torch.bfloat16, device)
-    C = poisoned(65, device)
+@pytest.mark.parametrize("batched", [False, True])
+def test_strided_rows_of_16_bytes(batched, device, backend):
+    """What the tensor descriptors take: a column slice of a wider matrix, and a wider C."""
+    X = make(90, 320, torch.bfloat16, device)[:, 64:264]
+    if batched:
+        X = X.unflatten(0, (3, 30))[:, 1:]  # the first token of every sample left out
+    wide = torch.full((200, 240), float("nan"), device=device)
+    C = wide[:, 8:208]
+    C.copy_(poisoned(200, device))
+    run(C, X, backend)
+    check(C, X)
+    assert wide[:, :8].isnan().all() and wide[:, 208:].isnan().all()
+
+
+@pytest.mark.parametrize("n", [65, 200])
+def test_forty_batches(n, device, backend):
+    X = make(256, n, torch.bfloat16, device)
+    C = poisoned(n, device)
     for _ in range(40):
-        syrk_(C, X)
+        run(C, X, backend)
     check(C, X, steps=40)
+
+
+def test_without_fixed_order(device, backend):
+    X = make(3000, 136, torch.bfloat16, device)
+    C = poisoned(136, device)
+    run(C, X, backend, deterministic=False)
+    check(C, X)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_groups_of_rows(dtype, device):
+    """Experts: empty ones first, in the middle and last, and one of a single token."""
+    sizes = [0, 200, 0, 1, 77, 130, 0]
+    offsets = torch.tensor([0, *sizes], device=device).cumsum(0)
+    X = make(int(offsets[-1]) + 5, 150, dtype, device)  # rows after the last group do not count
+    X[offsets[-1] :] = float("nan")
+    C = torch.stack([poisoned(150, device, value=1.0) for _ in sizes])
+    assert syrk_ragged_(C, X, offsets, alpha=0.5) is C
+    for group, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        check(C[group], X[begin:end], start=torch.ones(150, 150, device=device), alpha=0.5)
+
+
+def test_groups_without_rows(device):
+    C = torch.ones(3, 8, 8, device=device)
+    syrk_ragged_(C, torch.empty(0, 8, device=device), torch.zeros(4, dtype=torch.int32).to(device))
+    syrk_ragged_(C, torch.ones(5, 8, device=device), torch.zeros(4, dtype=torch.int64).to(device))
+    assert (C == 1).all()
+    syrk_ragged_(
+        C[:0], torch.ones(5, 8, device=device), torch.zeros(1, dtype=torch.int64).to(device)
+    )
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"C": torch.zeros(3, 3)}, ValueError, r"C has shape \(3, 3\); expected \(E, n, n\)"),
+        ({"X": torch.zeros(2, 4, 3)}, ValueError, r"X has shape \(2, 4, 3\)"),
+        ({"X": torch.zeros(4, 5)}, ValueError, r"expected \(5, 5\)"),
+        (
+            {"offsets": torch.tensor([0, 4])},
+            ValueError,
+            r"offsets has shape \(2,\); expected \(3,\)",
+        ),
+        ({"offsets": torch.zeros(3)}, TypeError, "offsets is torch.float32"),
+        ({"offsets": torch.tensor([0, 1, 4], device="meta")}, ValueError, "offsets is on meta"),
+    ],
+)
+def test_bad_groups_are_named(change, error, words):
+    arguments = {
+        "C": torch.zeros(2, 3, 3),
+        "X": torch.zeros(4, 3),
+        "offsets": torch.tensor([0, 1, 4]),
+        **change,
+    }
+    with pytest.raises(error, match=words):
+        syrk_ragged_(arguments["C"], arguments["X"], arguments["offsets"])
 
 
 def test_float64(device):
@@ -145,6 +255,17 @@ def test_compile_traces_through(device):
     torch.testing.assert_close(C.trace(), expected)
 
 
+def test_autograd_notices_the_change(device):
+    C = torch.zeros(5, 5, device=device)
+    X = make(12, 5, torch.float32, device)
+    product = (C * torch.ones(5, 5, device=device, requires_grad=True)).sum()
+    syrk_(C, X)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with torch.inference_mode():
+        syrk_(torch.zeros(5, 5, device=device), X)
+
+
 def test_op_registration(device):
     args = (torch.zeros(5, 5, device=device), make(12, 5, torch.float32, device), 1.0, None)
     torch.library.opcheck(torch.ops.filet_kernels.syrk_, args)
@@ -172,9 +293,204 @@ def test_random_shapes(T, n, seed, mask):
         ({"weights": torch.ones(5)}, ValueError, r"weights has shape \(5,\); expected \(4,\)"),
         ({"weights": torch.ones(4, device="meta")}, ValueError, "weights is on meta"),
         ({"weights": torch.ones(4, dtype=torch.cfloat)}, TypeError, "weights is torch.complex64"),
+        ({"backend": "cublas"}, ValueError, "'cublas'; expected None or one of cuda, triton"),
+        ({"backend": "cuda"}, ValueError, "X is on cpu; expected a CUDA device"),
     ],
 )
 def test_bad_input_is_named(change, error, words):
-    arguments = {"C": torch.zeros(3, 3), "X": torch.zeros(4, 3), "weights": None, **change}
+    arguments = {"C": torch.zeros(3, 3), "X": torch.zeros(4, 3), **change}
     with pytest.raises(error, match=words):
-        syrk_(arguments["C"], arguments["X"], weights=arguments["weights"])
+        syrk_(arguments.pop("C"), arguments.pop("X"), **arguments)
+
+
+@pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+def test_an_explicit_choice_is_not_replaced(device):
+    if device.type == "cpu" and CUDA:
+        pytest.skip("it needs a CUDA device")
+    X = make(4, 3, torch.float64, device)
+    with pytest.raises(ValueError, match=r"backend='triton' does not support.*C is torch.float64"):
+        syrk_(torch.zeros(3, 3, dtype=torch.float64, device=device), X, backend="triton")
+
+
+def test_the_interpreter_is_never_chosen_by_itself():
+    assert backend_of(torch.zeros(3, 3), torch.zeros(4, 3)) == "reference"
+
+
+@pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("index", range(6))
+def test_every_triton_configuration(index, device):
+    if device.type == "cpu" and CUDA:
+        pytest.skip("it needs a CUDA device")
+    from filet_kernels.syrk import _turns
+    from filet_kernels.syrk_triton import CONFIGS, syrk_triton
+
+    config = CONFIGS[index]
+    assert len(CONFIGS) == 6
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        if config.unsupported(10 * major + minor, tma=True, pieces=1):
+            pytest.skip(f"{config.name} does not run here")
+    X = make(1000, 328, torch.bfloat16, device)
+    C, turns = poisoned(328, device, value=1.0), _turns(device)
+    syrk_triton(C, X, 0.5, None, turns, config)
+    check(C, X, start=torch.ones_like(C), alpha=0.5)
+    assert not turns.any()
+
+
+@pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+def test_what_a_triton_configuration_refuses():
+    from filet_kernels.syrk_triton import CONFIGS, syrk_triton
+
+    X = torch.zeros(4, 9, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"tma-128x256.*needs"):
+        syrk_triton(torch.zeros(9, 9), X, 1.0, None, None, CONFIGS[0])
+
+
+# --- on a GPU only --------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(not CUDA, reason="it needs a CUDA device")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def kernel(request):
+    return request.param
+
+
+def check_columns(C, X, columns, *, start=0.0):
+    """Some columns of a C that is too large to check whole."""
+    parts = X.split(1 << 14)
+    product = sum(rows.double().T @ rows[:, columns].double() for rows in parts)
+    diagonal = sum(rows.double().square().sum(0) for rows in parts)
+    scale = torch.sqrt(diagonal.unsqueeze(1) * diagonal[columns].unsqueeze(0))
+    # The library's products of as many tokens as one launch takes, for a square block.
+    some = X[: 1 << 14, :1024]
+    exact = some.double().T @ some.double()
+    library = torch.mm(some.T, some, out_dtype=torch.float32)
+    baseline = (library.double() - exact).abs().max() / exact.diagonal().max()
+    error = (C[:, columns].double() - product - start).abs()
+    floor = 4 * EPS * X.shape[0] ** 0.5 * scale + EPS * abs(start)
+    below = torch.arange(X.shape[1], device=X.device).unsqueeze(1) >= columns.unsqueeze(0)
+    bad = below & (error > 2 * baseline * scale + floor)
+    assert not bad.any(), f"{int(bad.sum())}, largest {(error / scale)[below].max().item():.2g}"
+    assert C[:, columns][~below].isnan().all()
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "T, n",
+    [(4096, 1024), (1000, 2048), (512, 4104), (200, 14336), (64, 28672), (1_000_000, 256),
+     (300_000, 1536), (100, 46592)],
+)  # fmt: skip
+def test_large(T, n, kernel):
+    """Up to where row × stride passes 2³¹, in C (n = 46592) and in X (T = 10⁶ of stride 4096)."""
+    device = torch.device("cuda")
+    wide = torch.randn(T, 4096 if T == 1_000_000 else n, device=device, dtype=torch.bfloat16)
+    X = wide[:, :n]
+    C = torch.full((n, n), float("nan"), device=device)
+    for rows in range(0, n, 4096):  # without a mask of C's size
+        block = C[rows : rows + 4096]
+        block.masked_fill_(torch.ones_like(block, dtype=torch.bool).tril_(rows), 2.0)
+    run(C, X, kernel)
+    edges = torch.tensor([0, 1, 63, 64, 127, 128, 255, 256, n // 2, n - 129, n - 2, n - 1])
+    check_columns(C, X, edges[edges < n].unique().to(device), start=2.0)
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [128, 136, 320, 512, 576, 1000, 1024, 1160, 1408, 1536, 2048, 2816])
+@pytest.mark.parametrize("T", [1, 63, 64, 129, 3000])
+def test_every_way_to_split(T, n):
+    """The CUDA kernel by hand: pairs and every cluster, also where it would not choose them."""
+    from filet_kernels.extension import why_no_extension
+    from filet_kernels.syrk import _turns
+
+    if why_no_extension():
+        pytest.skip(why_no_extension())
+    from filet_kernels.extension import cuda_extension
+
+    X = make(T, n, torch.bfloat16, "cuda")
+    turns = _turns(X.device)
+    for split in (0, 2, 3, 5, 8):
+        C = poisoned(n, "cuda", value=1.0)
+        cuda_extension().syrk_sm90(
+            c=C.data_ptr(), stride_c=n, x=X.data_ptr(), stride_x=n, n=n, tokens=T, alpha=0.5,
+            half=False, split=split, flags=turns.data_ptr(),
+            stream=torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+        check(C, X, start=torch.ones_like(C), alpha=0.5)
+        assert not turns.any()
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [256, 1024, 2048])
+def test_runs_are_equal_bitwise(n, kernel):
+    X = make(5000, n, torch.bfloat16, "cuda")
+    first = torch.zeros(n, n, device="cuda")
+    run(first, X, kernel)
+    for _ in range(20):
+        again = torch.zeros(n, n, device="cuda")
+        run(again, X, kernel)
+        assert torch.equal(first, again)
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [136, 2048])
+def test_graph_without_synchronisation_or_temporaries(n, kernel):
+    X = make(3000, n, torch.bfloat16, "cuda")
+    C, expected = torch.zeros(n, n, device="cuda"), torch.zeros(n, n, device="cuda")
+    for _ in range(3):
+        run(expected, X, kernel)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(C, X, kernel)
+        assert torch.cuda.max_memory_allocated() - before < 1 << 16
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(C, X, kernel)
+    graph.replay()
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        graph.replay()
+    other.synchronize()
+    assert torch.equal(C, expected)
+
+
+@gpu
+@pytest.mark.gpu
+def test_streams_side_by_side(kernel):
+    """Kernels that wait for turns must not starve each other."""
+    X = make(4096, 2048, torch.bfloat16, "cuda")
+    expected = torch.zeros(2048, 2048, device="cuda")
+    for _ in range(30):
+        run(expected, X, kernel)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    sums = [torch.zeros(2048, 2048, device="cuda") for _ in streams]
+    torch.cuda.synchronize()
+    for _ in range(30):
+        for stream, C in zip(streams, sums, strict=True):
+            with torch.cuda.stream(stream):
+                run(C, X, kernel)
+    torch.cuda.synchronize()
+    assert all(torch.equal(C, expected) for C in sums)
+
+
+@gpu
+@pytest.mark.gpu
+def test_the_choice_on_this_gpu():
+    from filet_kernels.extension import why_no_extension
+
+    C, X = torch.zeros(128, 128, device="cuda"), torch.zeros(8, 128, device="cuda").bfloat16()
+    fast = torch.cuda.get_device_capability() == (9, 0) and why_no_extension() is None
+    assert backend_of(C, X) == ("cuda" if fast else "triton")
+    assert backend_of(C, X, torch.ones(8, device="cuda")) == "triton"
+    assert backend_of(C, X.float()) == "triton"
+    assert backend_of(C[1:, 1:], X[:, 1:]) == "triton"
+    assert backend_of(C.double(), X) == "reference"

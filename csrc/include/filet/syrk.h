@@ -1,0 +1,37 @@
+// Second moments, C += alpha Xᵀ X on and below the diagonal: the C interface of csrc/syrk_sm90.cu.
+#pragma once
+
+#include <stdint.h>
+
+#include "filet/status.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+    float* c;             // (n, n), unit column stride, 16-byte aligned rows
+    int64_t stride_c;     // elements from one row of C to the next
+    const void* x;        // (tokens, n), unit column stride, 16-byte aligned rows
+    int64_t stride_x;     // elements from one row of X to the next
+    int64_t n, tokens;
+    float alpha;
+    FiletDtype dtype;     // of X: FILET_BF16 or FILET_FP16
+    int32_t split;        // blocks (2-8) of a cluster that share a tile's tokens; 0: stream-K pairs
+    int32_t* flags;       // filet_syrk_sm90_flags() zeros, zero again when the kernel ends; null:
+                          // pairs add to a tile that they share in any order
+    void* stream;         // cudaStream_t
+} FiletSyrk;
+
+// How many flags `split == 0` needs on the current device.
+int64_t filet_syrk_sm90_flags(void);
+
+// The largest split <= 8 for which all tiles of an n-wide C run at once on the current device, or 0.
+int32_t filet_syrk_sm90_split(int64_t n);
+
+// Enqueues the kernel on `stream` of the current device; returns a status (filet_status_text).
+int filet_syrk_sm90(const FiletSyrk* args);
+
+#ifdef __cplusplus
+}
+#endif

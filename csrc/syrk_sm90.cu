@@ -1,0 +1,644 @@
+// C += alpha Xᵀ X, lower triangle, in place, on Hopper: X (tokens, n) bf16 or fp16, C (n, n) fp32.
+//
+// A producer warp copies boxes of X (64 tokens × 64 columns) through a ring of stages, two consumer
+// warpgroups multiply with wgmma, both operands straight from X's rows (M- and N-major). Two kernels:
+//
+// - pairs: tiles of 128 × 256. Two blocks of a cluster compute two tiles with the same 256 columns of
+//   B and multicast those to each other. The tiles that do not divide evenly among the pairs are cut
+//   along the tokens (stream-K), so that all pairs end together. Where several pairs contribute to a
+//   tile they add in a fixed order, each waiting for the one before.
+// - split, for few tiles: tiles of 128 × 128. The blocks of a cluster share a tile's tokens, exchange
+//   their sums through distributed shared memory and add them in the order of the blocks.
+//
+// Every element of C has one owner at a time and a fixed order of additions: deterministic.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "filet/sm90.cuh"
+#include "filet/syrk.h"
+
+namespace {
+
+using namespace filet::sm90;
+
+constexpr int TILE = 128, TILE_K = 64, BOX = 64;
+constexpr int WARPGROUP = 128, CONSUMERS = 2, THREADS = (CONSUMERS + 1) * WARPGROUP;
+constexpr int BOX_BYTES = TILE_K * BOX * 2;
+constexpr int PANEL_BYTES = 2 * BOX_BYTES;  // 64 tokens × 128 columns
+constexpr int K_STEP = 2048 >> 4;           // 16 tokens on, in a wgmma descriptor
+
+struct Problem {
+    float* c;
+    long long stride_c;
+    int n, steps;
+    float alpha;
+    int* flags;
+};
+
+__device__ __forceinline__ int triangular_row(int index) {
+    int row = static_cast<int>((sqrtf(8.0f * index + 1.0f) - 1.0f) * 0.5f);
+    if (row * (row + 1) / 2 > index) --row;
+    if ((row + 1) * (row + 2) / 2 <= index) ++row;
+    return row;
+}
+
+template <int STAGES>
+struct Ring {
+    int stage = 0;
+    uint32_t phase = 0;
+    __device__ void next() {
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+};
+
+__device__ __forceinline__ void load_panel(uint32_t target, const CUtensorMap* map_x, int column,
+                                           int step, uint32_t barrier) {
+#pragma unroll
+    for (int box = 0; box < 2; ++box)
+        tma_load(target + box * BOX_BYTES, map_x, column + box * BOX, step * TILE_K, barrier);
+}
+
+// --- pairs ----------------------------------------------------------------------------------------
+
+namespace pairs {
+
+constexpr int STAGES = 4, STAGE_BYTES = 3 * PANEL_BYTES;  // A, and B's two halves
+// What a warpgroup hands to the copy engine at a time: 64 rows × 32 columns of fp32, twice.
+constexpr int OUT_COLUMNS = 32, OUT_BYTES = 64 * OUT_COLUMNS * 4, OUT_OFFSET = STAGES * STAGE_BYTES;
+constexpr int CHUNKS = TILE / OUT_COLUMNS, CHUNK = OUT_COLUMNS / 2;  // of half a tile; registers of one
+constexpr int SMEM_BYTES = OUT_OFFSET + CONSUMERS * 2 * OUT_BYTES + 1024;  // and its alignment
+static_assert(SMEM_BYTES <= 232448);
+constexpr int GROUP = 4;      // fours of block rows that are walked together, for reuse in L2
+constexpr int MIN_STEPS = 8;  // a part of a unit that is not worth another pair
+
+// What a block computes: the 128 columns of X from a on times two sets of 128 from b[0] and b[1] on.
+//
+// Cut into blocks of 128, the lower triangle has r + 1 of them in block row r. Odd rows are covered by
+// the windows (2j, 2j + 1), even rows by (2j - 1, 2j), each ending on the diagonal, which leaves block
+// 0 of the even rows. A unit is two tiles for the two blocks of a pair, of four block rows 4f ... 4f+3:
+// - the rows 4f + 1 and 4f + 3, or 4f and 4f + 2, of one window ("shared": B is the same);
+// - the windows on the diagonal of 4f + 2 and 4f + 3, which have no such partner;
+// - block 0 of the rows 4f and 4f + 2, as one tile of Cᵀ ("transposed"), for two f.
+// So nothing above the diagonal is computed but in the tiles that the diagonal crosses.
+struct Tile {
+    int a, b[2];
+    bool shared, transposed;
+
+    __device__ Tile(int unit, int half, int fours) {
+        const int shared_units = fours * (2 * fours - 1);  // the sum of 4f + 1
+        shared = unit < shared_units;
+        transposed = false;
+        int row, window;
+        if (shared) {
+            int f, p;
+            locate(unit, fours, f, p);
+            row = 4 * f + 2 * half + (p % 2 == 0);
+            window = p;  // even p: odd rows, window (p, p + 1); odd p: even rows, the same
+        } else if (unit < shared_units + fours) {
+            row = 4 * (unit - shared_units) + 2 + half;
+            window = row - 1;
+        } else {
+            const int f = 2 * (unit - shared_units - fours) + half;
+            transposed = true;
+            a = 0;
+            b[0] = 4 * f * TILE;
+            b[1] = b[0] + 2 * TILE;
+            return;
+        }
+        a = row * TILE;
+        b[0] = window * TILE;
+        b[1] = b[0] + TILE;
+    }
+
+    // The four and the window of a shared unit: strips of GROUP fours, each walked by columns.
+    static __device__ void locate(int unit, int fours, int& f, int& p) {
+        int strip = static_cast<int>((1.0f + sqrtf(1.0f + 8.0f * unit)) * 0.25f);
+        if (strip * (2 * strip - 1) > unit) --strip;
+        if ((strip + 1) * (2 * strip + 1) <= unit) ++strip;
+        strip = strip / GROUP * GROUP;
+        const int height = min(GROUP, fours - strip);
+        int local = unit - strip * (2 * strip - 1);
+        if (local < height * (4 * strip + 1)) {
+            f = strip + local % height;
+            p = local / height;
+        } else {
+            local -= height * (4 * strip + 1);
+            int i = 1;  // row strip + i has 4 i windows more
+            while (local >= 2 * i * (i + 1)) ++i;
+            f = strip + i;
+            p = 4 * strip + 1 + local - 2 * i * (i - 1);
+        }
+    }
+
+    static __host__ __device__ int fours(int n) { return (n + 4 * TILE - 1) / (4 * TILE); }
+    static __host__ __device__ int units(int fours) {
+        return fours * (2 * fours - 1) + fours + (fours + 1) / 2;
+    }
+};
+
+// What a pair does, in order: its share of the units that are cut, then whole units.
+struct Schedule {
+    int steps, cut, workers, worker, first_unit, pieces, whole;
+    long long first, last;
+
+    __device__ Schedule(int units, int steps_, int pairs, int pair) : steps(steps_) {
+        const long long total = static_cast<long long>(units) * steps;
+        workers = min(pairs, max(units, static_cast<int>(min(total / MIN_STEPS, 1ll << 20))));
+        // Later pairs wait for earlier ones, which the hardware starts first: no deadlock.
+        worker = workers - 1 - pair;
+        // Cutting evens out the last round, and costs the wait for turns: about as long as 48 steps.
+        const int rest = units % workers, idle = (workers - rest) % workers;
+        if (static_cast<long long>(idle) * steps < 48ll * workers)
+            cut = 0;
+        else
+            cut = units < workers ? units : rest + workers;
+        const long long cut_steps = static_cast<long long>(cut) * steps;
+        first = worker * cut_steps / workers;
+        last = (worker + 1) * cut_steps / workers;
+        first_unit = static_cast<int>(first / steps);
+        pieces = last > first ? static_cast<int>((last + steps - 1) / steps) - first_unit : 0;
+        whole = (units - cut - pair + workers - 1) / workers;
+        if (worker < 0) pieces = whole = 0;
+    }
+
+    __device__ int count() const { return pieces + whole; }
+
+    __device__ void piece(int i, int pair, int& unit, int& begin, int& end) const {
+        if (i < pieces) {
+            unit = first_unit + i;
+            const long long base = static_cast<long long>(unit) * steps;
+            begin = static_cast<int>(max(first - base, 0ll));
+            end = static_cast<int>(min(last - base, static_cast<long long>(steps)));
+        } else {
+            unit = cut + pair + (i - pieces) * workers;
+            begin = 0;
+            end = steps;
+        }
+    }
+};
+
+// Copies one stage: this block's A, and B; of a shared B the half that both blocks then receive.
+__device__ __forceinline__ void fetch(const CUtensorMap* map_x, uint32_t smem, uint32_t full,
+                                      uint32_t empty, Ring<STAGES>& ring, int step, const Tile& tile,
+                                      int rank) {
+    mbarrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
+    const uint32_t barrier = full + 8 * ring.stage, stage = smem + ring.stage * STAGE_BYTES;
+    mbarrier_expect(barrier, STAGE_BYTES);
+    load_panel(stage, map_x, tile.a, step, barrier);
+    if (tile.shared) {
+#pragma unroll
+        for (int box = 0; box < 2; ++box)
+            tma_load_multicast(stage + (1 + rank) * PANEL_BYTES + box * BOX_BYTES, map_x,
+                               tile.b[rank] + box * BOX, step * TILE_K, barrier, 3);
+    } else {
+        load_panel(stage + PANEL_BYTES, map_x, tile.b[0], step, barrier);
+        load_panel(stage + 2 * PANEL_BYTES, map_x, tile.b[1], step, barrier);
+    }
+    ring.next();
+}
+
+// A consumer warpgroup's side of the ring.
+struct Consumer {
+    uint32_t smem, full, release;  // release: the barrier of stage 0 that this thread arrives at, or 0
+    Ring<STAGES> ring;
+
+    // Both blocks write into both blocks' stages: both are told of every stage that is free again.
+    __device__ Consumer(uint32_t smem_, uint32_t full_, uint32_t empty) : smem(smem_), full(full_) {
+        const int thread = threadIdx.x % WARPGROUP;
+        release = thread < 2 ? peer_address(empty, thread) : 0;
+    }
+
+    // d = the products of the next `steps` > 0 stages. One group of products stays in flight.
+    template <typename T>
+    __device__ void run(float (&d)[2][64], int group, int steps) {
+        int previous = 0;
+        for (int step = 0; step < steps; ++step) {
+            mbarrier_wait(full + 8 * ring.stage, ring.phase);
+            const uint32_t stage = smem + ring.stage * STAGE_BYTES;
+            const uint64_t a = wgmma_descriptor(stage + group * BOX_BYTES, BOX_BYTES);
+            const uint64_t b = wgmma_descriptor(stage + PANEL_BYTES, BOX_BYTES);
+            wgmma_begin();
+#pragma unroll
+            for (int k = 0; k < TILE_K / 16; ++k)
+                wgmma_m64n256k16<T>(d, a + k * K_STEP, b + k * K_STEP, step > 0 || k > 0);
+            wgmma_commit();
+            wgmma_wait<1>();
+            if (step > 0 && release) mbarrier_arrive(release + 8 * previous);
+            previous = ring.stage;
+            ring.next();
+        }
+        wgmma_wait<0>();
+        wgmma_pin(d[0]);
+        wgmma_pin(d[1]);
+        if (release) mbarrier_arrive(release + 8 * previous);
+    }
+};
+
+// Blocks that share a tile add in turn, the one with the later tokens first.
+__device__ __forceinline__ void wait_for_turn(int* flag) {
+    int value;
+    do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+    } while (value == 0);
+    *flag = 0;  // for the next launch
+    fence_async_proxy();
+}
+
+__device__ __forceinline__ void give_turn(int* flag) {
+    tma_wait_done();
+    fence_async_proxy();
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
+}
+
+// C += alpha v for this warpgroup's 64 rows and the 32 columns of a chunk, from (row0, column) on,
+// without reading C here: below the diagonal in turns by the copy engine and from registers, which
+// is faster than either alone; where the diagonal crosses, one by one.
+__device__ __forceinline__ void add_chunk(const CUtensorMap* map_c, const Problem& problem,
+                                          const float* v, uint32_t out, int row0, int column,
+                                          int group, int chunk) {
+    if (column > row0 + 63 || row0 >= problem.n) return;
+    const int thread = threadIdx.x % WARPGROUP, lane = threadIdx.x % 32;
+    const int row = thread / 32 * 16 + lane / 4;
+    const bool below = column + OUT_COLUMNS - 1 <= row0;
+    if (below && chunk % 2 == 0) {
+        const uint32_t buffer = out + chunk / 2 % 2 * OUT_BYTES;
+        if (thread == 0) tma_wait_read<1>();  // this buffer was sent the time before last
+        named_sync(1 + group, WARPGROUP);
+#pragma unroll
+        for (int i = 0; i < CHUNK; i += 2) {
+            const int r = row + i / 2 % 2 * 8;  // r % 8 == lane / 4: the 128-byte swizzle
+            const int unit = (i / 4 * 2 + lane % 4 / 2) ^ (lane / 4);
+            store_shared(buffer + r * 128 + unit * 16 + lane % 2 * 8, problem.alpha * v[i],
+                         problem.alpha * v[i + 1]);
+        }
+        fence_async_proxy();
+        named_sync(1 + group, WARPGROUP);
+        if (thread == 0) tma_add(map_c, column, row0, buffer);
+    } else {
+#pragma unroll
+        for (int i = 0; i < CHUNK; i += 2) {
+            const int r = row0 + row + i / 2 % 2 * 8, c = column + i / 4 * 8 + lane % 4 * 2;
+            float* target = problem.c + r * problem.stride_c + c;
+            if (r >= problem.n) continue;
+            if (below || r > c) {
+                add_global(target, problem.alpha * v[i], problem.alpha * v[i + 1]);
+            } else if (r == c) {
+                atomicAdd(target, problem.alpha * v[i]);
+            }
+        }
+    }
+}
+
+// The same for a transposed tile: v holds columns of C from column0 on, by rows from row0 on.
+__device__ __forceinline__ void add_transposed(const Problem& problem, const float (&v)[64],
+                                               int row0, int column0) {
+    const int thread = threadIdx.x % WARPGROUP, lane = threadIdx.x % 32;
+    const int c = column0 + thread / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {  // 8 columns of 4 rows at a time
+        const int r = row0 + i / 4 * 8 + lane % 4 * 2 + i % 2, column = c + i / 2 % 2 * 8;
+        if (r >= column && r < problem.n)
+            atomicAdd(problem.c + r * problem.stride_c + column, problem.alpha * v[i]);
+    }
+}
+
+template <typename T>
+__global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
+    syrk_kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_c,
+                const Problem problem) {
+    extern __shared__ uint8_t shared[];
+    __shared__ uint64_t barriers[2 * STAGES];
+    const uint32_t smem = (smem_address(shared) + 1023) & ~1023u;
+    const uint32_t full = smem_address(barriers), empty = full + 8 * STAGES;
+    const int rank = cluster_rank(), pair = blockIdx.x / 2;
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            mbarrier_init(full + 8 * stage, 1);
+            mbarrier_init(empty + 8 * stage, 2 * CONSUMERS);
+        }
+        mbarrier_init_done();
+        prefetch_map(&map_x);
+        prefetch_map(&map_c);
+    }
+    cluster_sync_relaxed();
+
+    const int fours = Tile::fours(problem.n);
+    const Schedule schedule(Tile::units(fours), problem.steps, gridDim.x / 2, pair);
+    const int group = static_cast<int>(threadIdx.x / WARPGROUP) - 1;  // -1: the producer
+    if (group < 0) {
+        registers_down<40>();
+        if (threadIdx.x == 0) {
+            Ring<STAGES> ring;
+            for (int i = 0; i < schedule.count(); ++i) {
+                int unit, begin, end;
+                schedule.piece(i, pair, unit, begin, end);
+                const Tile tile(unit, rank, fours);
+                for (int step = begin; step < end; ++step) {
+                    fetch(&map_x, smem, full, empty, ring, step, tile, rank);
+                    // C's tile into L2 meanwhile: all blocks come to add to C at the same time.
+                    const int chunk = end - 1 - step;
+                    if (chunk < 2 * CHUNKS && !tile.transposed) {
+                        const int column =
+                            tile.b[chunk / CHUNKS] + chunk % CHUNKS * OUT_COLUMNS;
+                        tma_prefetch(&map_c, column, tile.a);
+                        tma_prefetch(&map_c, column, tile.a + 64);
+                    }
+                }
+            }
+        }
+        __syncwarp();
+    } else {
+        registers_up<232>();
+        const int thread = threadIdx.x % WARPGROUP;
+        const uint32_t out = smem + OUT_OFFSET + group * 2 * OUT_BYTES;
+        int* flags = problem.flags + (schedule.worker * 2 + rank) * CONSUMERS + group;
+        Consumer consumer(smem, full, empty);
+        for (int i = 0; i < schedule.count(); ++i) {
+            int unit, begin, end;
+            schedule.piece(i, pair, unit, begin, end);
+            const Tile tile(unit, rank, fours);
+            float d[2][64];
+            consumer.run<T>(d, group, end - begin);
+            if (problem.flags && end < schedule.steps) {
+                if (thread == 0) wait_for_turn(flags + 2 * CONSUMERS);
+                named_sync(1 + group, WARPGROUP);
+            }
+            if (tile.transposed) {
+                add_transposed(problem, d[0], tile.b[0], group * 64);
+                add_transposed(problem, d[1], tile.b[1], group * 64);
+            } else {
+#pragma unroll
+                for (int chunk = 0; chunk < 2 * CHUNKS; ++chunk)
+                    add_chunk(&map_c, problem, d[chunk / CHUNKS] + chunk % CHUNKS * CHUNK, out,
+                              tile.a + group * 64,
+                              tile.b[chunk / CHUNKS] + chunk % CHUNKS * OUT_COLUMNS, group, chunk);
+            }
+            if (problem.flags && begin > 0) {
+                named_sync(1 + group, WARPGROUP);
+                if (thread == 0) give_turn(flags);
+            }
+        }
+        if (thread == 0) tma_wait_done();
+    }
+    cluster_sync_relaxed();  // no block ends while the other still writes its shared memory
+}
+
+}  // namespace pairs
+
+// --- split ----------------------------------------------------------------------------------------
+
+namespace split {
+
+constexpr int MAX_BLOCKS = 8;  // of a cluster
+constexpr int STAGES = 6, STAGE_BYTES = 2 * PANEL_BYTES;
+constexpr int SMEM_BYTES = STAGES * STAGE_BYTES + 1024;  // and its alignment
+// Row stride of the sums in shared memory: 8 words more, so that rows fall on other banks.
+constexpr int STRIDE = TILE + 8;
+static_assert(TILE * STRIDE * 4 <= STAGES * STAGE_BYTES);
+constexpr int UNITS = TILE * TILE / 4;  // of four floats
+constexpr int BATCH = 6;  // reads of another block's memory take long: many at once
+
+__device__ __forceinline__ uint32_t sum_address(uint32_t sums, int row, int column) {
+    return sums + (row * STRIDE + column) * 4;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(THREADS, 1)
+    syrk_kernel(const __grid_constant__ CUtensorMap map_x, const Problem problem) {
+    extern __shared__ uint8_t shared[];
+    __shared__ uint64_t barriers[2 * STAGES];
+    const uint32_t smem = (smem_address(shared) + 1023) & ~1023u;
+    const uint32_t full = smem_address(barriers), empty = full + 8 * STAGES;
+    const int rank = cluster_rank(), size = cluster_size(), index = blockIdx.x / size;
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            mbarrier_init(full + 8 * stage, 1);
+            mbarrier_init(empty + 8 * stage, CONSUMERS);
+        }
+        mbarrier_init_done();
+        prefetch_map(&map_x);
+    }
+    __syncthreads();
+
+    const int block_row = triangular_row(index);
+    const int row0 = block_row * TILE, column0 = (index - block_row * (block_row + 1) / 2) * TILE;
+    const bool diagonal = row0 == column0;  // B is A
+    const int begin = static_cast<int>(static_cast<long long>(problem.steps) * rank / size);
+    const int end = static_cast<int>(static_cast<long long>(problem.steps) * (rank + 1) / size);
+    const int group = static_cast<int>(threadIdx.x / WARPGROUP) - 1;  // -1: the producer
+    Ring<STAGES> ring;
+    if (group < 0) {
+        registers_down<40>();
+        if (threadIdx.x == 0) {
+            for (int step = begin; step < end; ++step) {
+                mbarrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
+                const uint32_t barrier = full + 8 * ring.stage;
+                const uint32_t stage = smem + ring.stage * STAGE_BYTES;
+                mbarrier_expect(barrier, diagonal ? PANEL_BYTES : STAGE_BYTES);
+                load_panel(stage, &map_x, row0, step, barrier);
+                if (!diagonal) load_panel(stage + PANEL_BYTES, &map_x, column0, step, barrier);
+                ring.next();
+            }
+        }
+        __syncwarp();
+        cluster_sync();
+    } else {
+        registers_up<232>();
+        const int thread = threadIdx.x % WARPGROUP, lane = threadIdx.x % 32;
+        float d[64] = {};  // 64 rows of the tile
+        int previous = -1;
+        for (int step = begin; step < end; ++step) {
+            mbarrier_wait(full + 8 * ring.stage, ring.phase);
+            const uint32_t stage = smem + ring.stage * STAGE_BYTES;
+            const uint64_t a = wgmma_descriptor(stage + group * BOX_BYTES, BOX_BYTES);
+            const uint64_t b =
+                wgmma_descriptor(diagonal ? stage : stage + PANEL_BYTES, BOX_BYTES);
+            wgmma_begin();
+#pragma unroll
+            for (int k = 0; k < TILE_K / 16; ++k)
+                wgmma_m64n128k16<T>(d, a + k * K_STEP, b + k * K_STEP, 1);
+            wgmma_commit();
+            wgmma_wait<1>();
+            if (previous >= 0 && thread == 0) mbarrier_arrive(empty + 8 * previous);
+            previous = ring.stage;
+            ring.next();
+        }
+        wgmma_wait<0>();
+        wgmma_pin(d);
+        named_sync(1, CONSUMERS * WARPGROUP);  // both warpgroups are done with the stages
+        const int row = group * 64 + thread / 32 * 16 + lane / 4;
+#pragma unroll
+        for (int i = 0; i < 64; i += 2)
+            store_shared(sum_address(smem, row + i / 2 % 2 * 8, i / 4 * 8 + lane % 4 * 2), d[i],
+                         d[i + 1]);
+        cluster_sync();
+
+        // The blocks' sums: each adds its share of the tile to C, in the order of the blocks.
+        const int last = UNITS * (rank + 1) / size;
+        for (int start = UNITS * rank / size + threadIdx.x - WARPGROUP; start < last;
+             start += BATCH * CONSUMERS * WARPGROUP) {
+            int r[BATCH], c[BATCH];
+            float4* target[BATCH];
+            float4 old[BATCH];
+            float sum[BATCH][4] = {};
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const int unit = start + i * (CONSUMERS * WARPGROUP);
+                r[i] = row0 + unit / (TILE / 4);
+                c[i] = unit < last && r[i] < problem.n ? column0 + unit % (TILE / 4) * 4 : r[i] + 1;
+                target[i] = reinterpret_cast<float4*>(problem.c + r[i] * problem.stride_c + c[i]);
+                if (c[i] + 3 <= r[i]) old[i] = *target[i];
+            }
+            for (int peer = 0; peer < size; ++peer) {
+                const uint32_t sums = peer_address(smem, peer);
+                float v[BATCH][4] = {};
+#pragma unroll
+                for (int i = 0; i < BATCH; ++i)
+                    if (c[i] <= r[i]) load_cluster(sum_address(sums, r[i] - row0, c[i] - column0), v[i]);
+#pragma unroll
+                for (int i = 0; i < BATCH; ++i)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) sum[i][e] += v[i][e];
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const float* v = sum[i];
+                if (c[i] + 3 <= r[i]) {
+                    *target[i] = make_float4(
+                        old[i].x + problem.alpha * v[0], old[i].y + problem.alpha * v[1],
+                        old[i].z + problem.alpha * v[2], old[i].w + problem.alpha * v[3]);
+                } else {
+                    float* elements = reinterpret_cast<float*>(target[i]);
+#pragma unroll
+                    for (int e = 0; e < 3; ++e)
+                        if (c[i] + e <= r[i]) elements[e] += problem.alpha * v[e];
+                }
+            }
+        }
+    }
+    cluster_sync_relaxed();  // no block ends while another still reads its shared memory
+}
+
+}  // namespace split
+
+// --- host -----------------------------------------------------------------------------------------
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+int encode_matrix(CUtensorMap* map, CUtensorMapDataType type, int element_bytes, const void* data,
+                  int64_t rows, int64_t columns, int64_t stride, int box_columns, int box_rows) {
+    static Encode encode = nullptr;
+    if (!encode) {
+        void* entry = nullptr;
+        cudaDriverEntryPointQueryResult found;
+        const cudaError_t status = cudaGetDriverEntryPointByVersion(
+            "cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+        if (status != cudaSuccess) return status;
+        if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+        encode = reinterpret_cast<Encode>(entry);
+    }
+    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+    const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride) * element_bytes};
+    const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns),
+                              static_cast<cuuint32_t>(box_rows)};
+    const cuuint32_t ones[] = {1, 1};
+    const CUresult result =
+        encode(map, type, 2, const_cast<void*>(data), sizes, strides, box, ones,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return -static_cast<int>(result);
+}
+
+int pair_count() {
+    int device = 0, multiprocessors = 2;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) !=
+            cudaSuccess)
+        return 1;
+    return std::max(multiprocessors / 2, 1);
+}
+
+int64_t split_tiles(int64_t n) {
+    const int64_t blocks = (n + TILE - 1) / TILE;
+    return blocks * (blocks + 1) / 2;
+}
+
+template <typename T>
+cudaError_t split_config(int clusters, int blocks, cudaStream_t stream, cudaLaunchConfig_t& config,
+                         cudaLaunchAttribute& cluster) {
+    config = {};
+    config.gridDim = clusters * blocks;
+    config.blockDim = THREADS;
+    config.dynamicSmemBytes = split::SMEM_BYTES;
+    config.stream = stream;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = blocks;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    return cudaFuncSetAttribute(split::syrk_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                split::SMEM_BYTES);
+}
+
+template <typename T>
+int launch(const FiletSyrk& args, CUtensorMapDataType type) {
+    CUtensorMap map_x, map_c;
+    int status = encode_matrix(&map_x, type, 2, args.x, args.tokens, args.n, args.stride_x, BOX,
+                               TILE_K);
+    if (status) return status;
+    const Problem problem = {args.c,
+                             args.stride_c,
+                             static_cast<int>(args.n),
+                             static_cast<int>((args.tokens + TILE_K - 1) / TILE_K),
+                             args.alpha,
+                             args.flags};
+    const auto stream = static_cast<cudaStream_t>(args.stream);
+    if (args.split > 0) {
+        cudaLaunchConfig_t config;
+        cudaLaunchAttribute cluster;
+        status = split_config<T>(static_cast<int>(split_tiles(args.n)), args.split, stream, config,
+                                 cluster);
+        if (status) return status;
+        return cudaLaunchKernelEx(&config, split::syrk_kernel<T>, map_x, problem);
+    }
+    status = encode_matrix(&map_c, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, args.c, args.n, args.n,
+                           args.stride_c, pairs::OUT_COLUMNS, 64);
+    if (status) return status;
+    status = cudaFuncSetAttribute(pairs::syrk_kernel<T>,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, pairs::SMEM_BYTES);
+    if (status) return status;
+    pairs::syrk_kernel<T><<<2 * pair_count(), THREADS, pairs::SMEM_BYTES, stream>>>(map_x, map_c,
+                                                                                   problem);
+    return cudaGetLastError();
+}
+
+}  // namespace
+
+extern "C" int64_t filet_syrk_sm90_flags(void) {
+    return static_cast<int64_t>(pair_count() + 1) * 2 * CONSUMERS;
+}
+
+extern "C" int32_t filet_syrk_sm90_split(int64_t n) {
+    for (int blocks = split::MAX_BLOCKS; blocks > 1; --blocks) {
+        cudaLaunchConfig_t config;
+        cudaLaunchAttribute cluster;
+        int active = 0;
+        if (split_config<__nv_bfloat16>(1, blocks, nullptr, config, cluster) != cudaSuccess ||
+            cudaOccupancyMaxActiveClusters(&active, split::syrk_kernel<__nv_bfloat16>, &config) !=
+                cudaSuccess)
+            return 0;
+        if (active >= split_tiles(n)) return blocks;
+    }
+    return 0;
+}
+
+extern "C" int filet_syrk_sm90(const FiletSyrk* args) {
+    if (args->n <= 0 || args->tokens <= 0) return cudaSuccess;
+    return args->dtype == FILET_FP16
+               ? launch<__half>(*args, CU_TENSOR_MAP_DATA_TYPE_FLOAT16)
+               : launch<__nv_bfloat16>(*args, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16);
+}
