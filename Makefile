@@ -18,11 +18,11 @@ FILET_SMOLLM2 ?= build/models/smollm2-135m
 MODEL := $(FILET_SMOLLM2)/config.json
 DEMO := build/demo
 
-.PHONY: help demo test bench accuracy lint clean
+.PHONY: help demo test bench bench-syrk accuracy lint clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: $(INSTALLED) $(MODEL)  ## initialise a real model with FILet, fine-tune it, draw the loss curves
 	$(BIN)/python examples/python_docs.py $(DEMO)
@@ -36,6 +36,9 @@ test: $(INSTALLED) $(MODEL)  ## run the test suite
 
 bench: $(INSTALLED)  ## time the operations on this machine
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+bench-syrk: $(INSTALLED)  ## compare the second moments with the library's product, on a GPU
+	$(BIN)/python benchmarks/bench_syrk.py --output build/bench
 
 accuracy: $(INSTALLED) $(MODEL)  ## print the accuracy table of the README
 	$(BIN)/python benchmarks/accuracy.py --model $(FILET_SMOLLM2)

@@ -631,7 +631,9 @@ extern "C" int32_t filet_syrk_sm90_split(int64_t n) {
             cudaOccupancyMaxActiveClusters(&active, split::syrk_kernel<__nv_bfloat16>, &config) !=
                 cudaSuccess)
             return 0;
-        if (active >= split_tiles(n)) return blocks;
+        // Two blocks a tile beat pairs even where some wait for a second round (n = 1536, 1792).
+        if (active >= split_tiles(n) || (blocks == 2 && active * 8 >= split_tiles(n) * 5))
+            return blocks;
     }
     return 0;
 }

@@ -411,7 +411,7 @@ def test_every_way_to_split(T, n):
 
     X = make(T, n, torch.bfloat16, "cuda")
     turns = _turns(X.device)
-    for split in (0, 2, 3, 5, 8):
+    for split in (0, 1, 2, 3, 5, 8):
         C = poisoned(n, "cuda", value=1.0)
         cuda_extension().syrk_sm90(
             c=C.data_ptr(), stride_c=n, x=X.data_ptr(), stride_x=n, n=n, tokens=T, alpha=0.5,
@@ -494,3 +494,5 @@ def test_the_choice_on_this_gpu():
     assert backend_of(C, X.float()) == "triton"
     assert backend_of(C[1:, 1:], X[:, 1:]) == "triton"
     assert backend_of(C.double(), X) == "reference"
+    wide = torch.zeros(4096, 2048, device="cuda").bfloat16()
+    assert backend_of(torch.zeros(2048, 2048, device="cuda"), wide) == "triton"

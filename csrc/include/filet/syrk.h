@@ -26,7 +26,8 @@ typedef struct {
 // How many flags `split == 0` needs on the current device.
 int64_t filet_syrk_sm90_flags(void);
 
-// The largest split <= 8 for which all tiles of an n-wide C run at once on the current device, or 0.
+// The split that suits an n-wide C on the current device: the largest for which all of its tiles run
+// at once, 2 where nearly all do, 0 for larger ones.
 int32_t filet_syrk_sm90_split(int64_t n);
 
 // Enqueues the kernel on `stream` of the current device; returns a status (filet_status_text).
