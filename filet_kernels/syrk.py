@@ -319,7 +319,9 @@ def _syrk_op(
         _mutated(C)
 
 
-def syrk_ragged_(C: Tensor, X: Tensor, offsets: Tensor, *, alpha: float = 1.0) -> Tensor:
+def syrk_ragged_(
+    C: Tensor, X: Tensor, offsets: Tensor, *, alpha: float = 1.0, backend: str | None = None
+) -> Tensor:
     """Second moments of groups of rows in one launch: C[e] += alpha Σ_{t in group e} x_t x_tᵀ.
 
     For the experts of a mixture: tokens sorted by expert, group e being the rows
@@ -332,13 +334,17 @@ def syrk_ragged_(C: Tensor, X: Tensor, offsets: Tensor, *, alpha: float = 1.0) -
         offsets: (E + 1,) int32 or int64, on X's device, not decreasing, within 0 ... T. Its values
             are not checked: that would wait for the device. Groups may be empty.
         alpha: factor of the whole sum.
+        backend: "triton" or "reference" (which reads the offsets on the host), or None for Triton
+            on a GPU and plain torch elsewhere.
 
     Returns:
-        C. Precision and determinism as :func:`syrk_`; Triton on a GPU, plain torch elsewhere.
+        C. Precision and determinism as :func:`syrk_`.
 
     Raises:
         TypeError, ValueError: operands that do not fit, naming the argument.
     """
+    if backend not in (None, "triton", "reference"):
+        raise ValueError(f"backend={backend!r}; expected None, 'triton' or 'reference'")
     if C.dim() != 3:
         raise ValueError(f"C has shape {tuple(C.shape)}; expected (E, n, n)")
     if X.dim() != 2:
@@ -354,14 +360,19 @@ def syrk_ragged_(C: Tensor, X: Tensor, offsets: Tensor, *, alpha: float = 1.0) -
         raise ValueError(f"offsets is on {offsets.device}; expected {X.device}, as X")
     if C.shape[0]:
         _check(C[0], X, None)
-    torch.ops.filet_kernels.syrk_ragged_(C, X, offsets, alpha)
+    torch.ops.filet_kernels.syrk_ragged_(C, X, offsets, alpha, backend)
     return C
 
 
-def _ragged_op(C: Tensor, X: Tensor, offsets: Tensor, alpha: float) -> None:
+def _ragged_op(
+    C: Tensor, X: Tensor, offsets: Tensor, alpha: float, backend: str | None = None
+) -> None:
     if not C.numel() or not X.numel():
         return
-    if _triton_unsupported(C[0], X, None) is None:
+    reason = _triton_unsupported(C[0], X, None)
+    if backend == "triton" and reason is not None:
+        raise ValueError(f"backend='triton' does not support these operands: {reason}")
+    if backend == "triton" or (backend is None and X.is_cuda and reason is None):
         from filet_kernels.syrk_triton import syrk_ragged_triton
 
         with _on(X.device):
@@ -378,7 +389,9 @@ _library.define(
     "syrk_(Tensor(a!) C, Tensor X, float alpha, Tensor? weights, bool deterministic=True, "
     "str? backend=None) -> ()"
 )
-_library.define("syrk_ragged_(Tensor(a!) C, Tensor X, Tensor offsets, float alpha) -> ()")
+_library.define(
+    "syrk_ragged_(Tensor(a!) C, Tensor X, Tensor offsets, float alpha, str? backend=None) -> ()"
+)
 for _name, _implementation in (("syrk_", _syrk_op), ("syrk_ragged_", _ragged_op)):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"filet_kernels::{_name}", lambda *args, **kwargs: None)

@@ -122,22 +122,27 @@ def _piece(x):
 def _multiply_pieces(a, b, acc, B_PIECES: tl.constexpr):
     """acc + aᵀ b for float32 a in three bfloat16 pieces and b in B_PIECES, to float32's precision.
 
-    Products of pieces are exact; those below 2⁻²⁴ of the whole are left out.
+    Products of pieces are exact; those below 2⁻²⁴ of the whole are left out. The tensor cores cut
+    off what they add below the last bit of a sum, so the block's sum starts at zero, with the small
+    products first, and is rounded into acc: cut off at every step, in any order, float32 energies
+    of SmolLM2-135M were wrong by up to 3.8e-4 (H200).
     """
     a0, rest = _piece(a)
     a1, rest = _piece(rest)
     a2 = rest.to(tl.bfloat16)
     b0, rest = _piece(b)
-    acc = _multiply(a0, b0, acc)
-    acc = _multiply(a1, b0, acc)
-    acc = _multiply(a2, b0, acc)
+    part = tl.zeros_like(acc)
+    part = _multiply(a2, b0, part)
     if B_PIECES > 1:
         b1, rest = _piece(rest)
-        acc = _multiply(a0, b1, acc)
-        acc = _multiply(a1, b1, acc)
+        part = _multiply(a1, b1, part)
         if B_PIECES > 2:
-            acc = _multiply(a0, rest.to(tl.bfloat16), acc)
-    return acc
+            part = _multiply(a0, rest.to(tl.bfloat16), part)
+        part = _multiply(a1, b0, part)
+        part = _multiply(a0, b1, part)
+    else:
+        part = _multiply(a1, b0, part)
+    return acc + _multiply(a0, b0, part)
 
 
 @triton.jit

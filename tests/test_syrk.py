@@ -178,14 +178,18 @@ def test_without_fixed_order(device, backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_groups_of_rows(dtype, device):
+def test_groups_of_rows(dtype, device, backend):
     """Experts: empty ones first, in the middle and last, and one of a single token."""
     sizes = [0, 200, 0, 1, 77, 130, 0]
     offsets = torch.tensor([0, *sizes], device=device).cumsum(0)
     X = make(int(offsets[-1]) + 5, 150, dtype, device)  # rows after the last group do not count
     X[offsets[-1] :] = float("nan")
     C = torch.stack([poisoned(150, device, value=1.0) for _ in sizes])
-    assert syrk_ragged_(C, X, offsets, alpha=0.5) is C
+    if backend == "cuda":
+        with pytest.raises(ValueError, match="backend='cuda'; expected None, 'triton'"):
+            syrk_ragged_(C, X, offsets, backend=backend)
+        backend = None
+    assert syrk_ragged_(C, X, offsets, alpha=0.5, backend=backend) is C
     for group, (begin, end) in enumerate(itertools.pairwise(offsets)):
         check(C[group], X[begin:end], start=torch.ones(150, 150, device=device), alpha=0.5)
 
@@ -213,6 +217,7 @@ def test_groups_without_rows(device):
         ),
         ({"offsets": torch.zeros(3)}, TypeError, "offsets is torch.float32"),
         ({"offsets": torch.tensor([0, 1, 4], device="meta")}, ValueError, "offsets is on meta"),
+        ({"C": torch.zeros(2, 3, 3).double(), "backend": "triton"}, ValueError, "does not support"),
     ],
 )
 def test_bad_groups_are_named(change, error, words):
@@ -223,7 +228,7 @@ def test_bad_groups_are_named(change, error, words):
         **change,
     }
     with pytest.raises(error, match=words):
-        syrk_ragged_(arguments["C"], arguments["X"], arguments["offsets"])
+        syrk_ragged_(**arguments)
 
 
 def test_float64(device):
@@ -269,6 +274,8 @@ def test_autograd_notices_the_change(device):
 def test_op_registration(device):
     args = (torch.zeros(5, 5, device=device), make(12, 5, torch.float32, device), 1.0, None)
     torch.library.opcheck(torch.ops.filet_kernels.syrk_, args)
+    args = (torch.zeros(2, 5, 5, device=device), args[1], torch.tensor([0, 5, 9]).to(device), 1.0)
+    torch.library.opcheck(torch.ops.filet_kernels.syrk_ragged_, args)
 
 
 @settings(deadline=None, max_examples=30)
