@@ -1,7 +1,8 @@
 """Build of the optional CUDA extension; everything else is in pyproject.toml.
 
-``filet_kernels._cuda`` is compiled from ``csrc/*.cu`` and ``csrc/*.cpp`` on Linux when nvcc is on
-PATH. FILET_BUILD_CUDA=1 demands it, FILET_BUILD_CUDA=0 forbids it. No GPU is probed.
+``filet_kernels._cuda`` is compiled from ``csrc/*.cu`` and ``csrc/*.cpp`` on Linux when nvcc (CUDA 12
+or later) is on PATH; where that fails, the package is installed without it. FILET_BUILD_CUDA=1
+demands it, FILET_BUILD_CUDA=0 forbids it. No GPU is probed.
 """
 
 import os
@@ -42,5 +43,7 @@ class BuildWithNvcc(build_ext):
 
 
 wanted = wish == "1" or (wish == "" and nvcc and sources and sys.platform == "linux")
-extension = Extension("filet_kernels._cuda", [str(source) for source in sources])
+extension = Extension(
+    "filet_kernels._cuda", [str(source) for source in sources], optional=wish != "1"
+)
 setup(ext_modules=[extension] if wanted else [], cmdclass={"build_ext": BuildWithNvcc})

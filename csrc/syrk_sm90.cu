@@ -535,8 +535,13 @@ int encode_matrix(CUtensorMap* map, CUtensorMapDataType type, int element_bytes,
     if (!encode) {
         void* entry = nullptr;
         cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
         const cudaError_t status = cudaGetDriverEntryPointByVersion(
             "cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+#else
+        const cudaError_t status =
+            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
+#endif
         if (status != cudaSuccess) return status;
         if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
         encode = reinterpret_cast<Encode>(entry);
