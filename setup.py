@@ -1,7 +1,7 @@
 """Build of the optional CUDA extension; everything else is in pyproject.toml.
 
-``filet_kernels._cuda`` is compiled from ``csrc/*.cu`` and ``csrc/*.cpp`` on Linux when nvcc (CUDA 12
-or later) is on PATH; where that fails, the package is installed without it. FILET_BUILD_CUDA=1
+``filet_kernels._cuda`` is compiled from ``csrc/*.cu`` and ``csrc/*.cpp`` on Linux when nvcc (CUDA
+12 or later) is on PATH; where that fails, the package is installed without it. FILET_BUILD_CUDA=1
 demands it, FILET_BUILD_CUDA=0 forbids it. No GPU is probed.
 """
 
