@@ -35,7 +35,7 @@ _BLOCK = 512
 # Tokens of one launch. The tensor cores cut off what they add below the last bit of the sum, which
 # then falls short by up to T / 16 · 2⁻²⁴ of itself: 6e-5 for this many (measured on an H200, as for
 # the library's product), after which the sum goes on in C, rounded.
-_TOKENS = 16384
+TOKENS_A_SUM = 16384
 
 
 def syrk_reference(C: Tensor, X: Tensor, alpha: float, weights: Tensor | None) -> None:
@@ -103,6 +103,16 @@ def _triton(
         syrk_triton(C, X, alpha, weights, _turns(X.device) if deterministic else None)
 
 
+def has_tma_rows(matrix: Tensor) -> bool:
+    """Whether a tensor descriptor can describe it: contiguous, 16-byte aligned, separate rows."""
+    return (
+        matrix.stride(1) == 1
+        and matrix.stride(0) >= matrix.shape[1]
+        and matrix.stride(0) * matrix.element_size() % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+    )
+
+
 def _cuda_unsupported(C: Tensor, X: Tensor, weights: Tensor | None) -> str | None:
     if not X.is_cuda:
         return f"X is on {X.device}; expected a CUDA device"
@@ -115,11 +125,11 @@ def _cuda_unsupported(C: Tensor, X: Tensor, weights: Tensor | None) -> str | Non
     if X.shape[1] < 128:
         return f"n={X.shape[1]}; expected 128, the width of a tile, or more"
     for name, tensor in (("X", X), ("C", C)):
-        row = tensor.stride(0) * tensor.element_size()
-        if tensor.stride(1) != 1 or row % 16 or tensor.data_ptr() % 16:
-            return f"{name} has strides {tensor.stride()}; expected rows of 16-byte alignment"
-        if tensor.stride(0) < tensor.shape[1]:
-            return f"{name} has overlapping rows (strides {tensor.stride()})"
+        if not has_tma_rows(tensor):
+            return (
+                f"{name} has strides {tensor.stride()}; expected contiguous rows of 16-byte "
+                "alignment that do not overlap"
+            )
     return why_no_extension()
 
 
@@ -167,13 +177,15 @@ def _turns(device: torch.device) -> Tensor:
     """
     if device.type != "cuda":
         return torch.zeros(64, dtype=torch.int32)
-    size = 4 * (torch.cuda.get_device_properties(device).multi_processor_count + 2)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(size, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _turns_of_stream:
-        _turns_of_stream[key] = torch.zeros(size, dtype=torch.int32, device=device)
-    return _turns_of_stream[key]
+    capturing = torch.cuda.is_current_stream_capturing()
+    if not capturing and key in _turns_of_stream:
+        return _turns_of_stream[key]
+    size = 4 * (torch.cuda.get_device_properties(device).multi_processor_count + 2)
+    turns = torch.zeros(size, dtype=torch.int32, device=device)
+    if not capturing:
+        _turns_of_stream[key] = turns
+    return turns
 
 
 @dataclass(frozen=True)
@@ -312,8 +324,8 @@ def _syrk_op(
 ) -> None:
     chosen = _choose(C, X, weights, backend)
     if X.numel():
-        for start in range(0, X.shape[0], _TOKENS):
-            part = slice(start, start + _TOKENS)
+        for start in range(0, X.shape[0], TOKENS_A_SUM):
+            part = slice(start, start + TOKENS_A_SUM)
             counted = None if weights is None else weights[part]
             chosen.run(C, X[part], alpha, counted, deterministic)
         _mutated(C)
@@ -376,7 +388,7 @@ def _ragged_op(
         from filet_kernels.syrk_triton import syrk_ragged_triton
 
         with _on(X.device):
-            syrk_ragged_triton(C, X, offsets.contiguous(), alpha, _turns(X.device))
+            syrk_ragged_triton(C, X, offsets, alpha, _turns(X.device))
     else:
         for group, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
             _reference(C[group], X[begin:end], alpha, None, True)

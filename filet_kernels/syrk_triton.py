@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from filet_kernels.syrk import TOKENS_A_SUM, has_tma_rows
+
 __all__ = ["CONFIGS", "TritonConfig", "default_config", "syrk_ragged_triton", "syrk_triton"]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -50,6 +52,14 @@ class TritonConfig:
             return f"{self.name} has no registers for operands in {pieces} pieces"
         return None
 
+    def suits(self, n: int, pieces: int) -> bool:
+        """Whether its tiles are of a size for such a problem."""
+        if self.tile_n == 64:
+            return n <= 64
+        if self.tile_n == 256:
+            return n >= 8192
+        return (self.tile_k == 32) == (pieces > 1)
+
 
 CONFIGS = (
     TritonConfig("tma-128x256", 128, 256, 64, 8, 4, tma=True, split=False, capability=90),
@@ -68,14 +78,7 @@ def default_config(n: int, capability: int, tma: bool, pieces: int) -> TritonCon
     most 16384, and all but the widest tiles are split along them.
     """
     for config in CONFIGS:
-        suits = (
-            n <= 64
-            if config.tile_n == 64
-            else n >= 8192
-            if config.tile_n == 256
-            else (config.tile_k == 32) == (pieces > 1)
-        )
-        if suits and config.unsupported(capability, tma, pieces) is None:
+        if config.unsupported(capability, tma, pieces) is None and config.suits(n, pieces):
             return config
     return CONFIGS[-1]
 
@@ -233,7 +236,6 @@ def _syrk_kernel(
         if SPLIT:
             rest = tiles % programs
             cut = tl.where(tiles < programs, tiles, tl.where(rest == 0, 0, rest + programs))
-            cut = tl.minimum(cut, tiles)
         else:
             cut = 0 * tiles
         cut_steps = cut.to(tl.int64) * steps
@@ -268,15 +270,15 @@ def _syrk_kernel(
 @triton.jit(do_not_specialize=["groups"])
 def _syrk_ragged_kernel(
     c_ptr, x_ptr, offsets_ptr, flags_ptr, n, groups, alpha,
-    stride_cg, stride_cm, stride_cn, stride_xt, stride_xn,
+    stride_cg, stride_cm, stride_cn, stride_xt, stride_xn, stride_o,
     GROUPS: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
     MIN_STEPS: tl.constexpr, LONGEST: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     count = tl.cdiv(n, TILE)
     tiles = count * (count + 1) // 2
     lanes = tl.arange(0, GROUPS)
-    begins = tl.load(offsets_ptr + lanes, mask=lanes < groups, other=0)
-    ends = tl.load(offsets_ptr + lanes + 1, mask=lanes < groups, other=0)
+    begins = tl.load(offsets_ptr + lanes * stride_o, mask=lanes < groups, other=0)
+    ends = tl.load(offsets_ptr + (lanes + 1) * stride_o, mask=lanes < groups, other=0)
     work = tl.cdiv(ends - begins, TILE_K).to(tl.int64) * tiles  # steps of each group
     after = tl.cumsum(work, 0)
     total = tl.sum(work, 0)
@@ -300,7 +302,7 @@ def _syrk_ragged_kernel(
             row0 = block_row * TILE
             col0 = block_col * TILE
             total_acc = tl.zeros((TILE, TILE), dtype=tl.float32)
-            for k in range(k_begin, k_end, LONGEST):  # see _TOKENS in syrk.py
+            for k in range(k_begin, k_end, LONGEST):
                 acc = tl.zeros((TILE, TILE), dtype=tl.float32)
                 total_acc += _accumulate_tile(
                     acc, x_ptr, x_ptr, x_ptr, row0, col0, begin, end,
@@ -327,17 +329,6 @@ def _device_limits(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.major * 10 + properties.minor
 
 
-def has_tma_rows(X: Tensor) -> bool:
-    """Whether a tensor descriptor can describe the rows of X: unit and 16-byte strides."""
-    return (
-        X.element_size() == 2
-        and X.stride(1) == 1
-        and X.stride(0) >= X.shape[1]
-        and X.stride(0) % 8 == 0
-        and X.data_ptr() % 16 == 0
-    )
-
-
 def syrk_triton(
     C: Tensor,
     X: Tensor,
@@ -353,7 +344,7 @@ def syrk_triton(
     programs, capability = _device_limits(X.device)
     kind = 0 if weights is None else 1 if weights.dtype == torch.bool else 2
     pieces = _PIECES[X.dtype] if kind == 2 or X.dtype == torch.float32 else 1
-    tma = kind == 0 and pieces == 1 and has_tma_rows(X)
+    tma = kind == 0 and X.element_size() == 2 and has_tma_rows(X)
     if config is None:
         config = default_config(n, capability, tma, 3 if kind == 2 else pieces)
     reason = config.unsupported(capability, tma, 3 if kind == 2 else pieces)
@@ -381,8 +372,8 @@ def syrk_ragged_triton(C: Tensor, X: Tensor, offsets: Tensor, alpha: float, flag
     pieces = 3 if X.dtype == torch.float32 else 1
     config = default_config(n, capability, False, pieces)
     _syrk_ragged_kernel[(programs,)](
-        C, X, offsets, flags, n, groups, alpha, *C.stride(), *X.stride(),
+        C, X, offsets, flags, n, groups, alpha, *C.stride(), *X.stride(), *offsets.stride(),
         GROUPS=triton.next_power_of_2(groups), TILE=config.tile_m, TILE_K=config.tile_k, GROUP=8,
-        MIN_STEPS=8, LONGEST=16384 // config.tile_k, PIECES=pieces,
+        MIN_STEPS=8, LONGEST=TOKENS_A_SUM // config.tile_k, PIECES=pieces,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

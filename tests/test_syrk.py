@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from filet_kernels import syrk_, syrk_ragged_
-from filet_kernels.syrk import BACKENDS, backend_of
+from filet_kernels.extension import cuda_extension, why_no_extension
+from filet_kernels.syrk import BACKENDS, _turns, backend_of
 
 CUDA = torch.cuda.is_available()
 TRITON = importlib.util.find_spec("triton") is not None
@@ -26,7 +27,7 @@ def backend(request, device):
 
 
 def run(C, X, backend, **options):
-    """syrk_ by this backend. Operands that it names as unsupported go the way that None takes."""
+    """syrk_ by this backend; the test is skipped for operands that the CUDA kernel refuses."""
     try:
         return syrk_(C, X, backend=backend, **options)
     except ValueError as error:
@@ -181,7 +182,7 @@ def test_without_fixed_order(device, backend):
 def test_groups_of_rows(dtype, device, backend):
     """Experts: empty ones first, in the middle and last, and one of a single token."""
     sizes = [0, 200, 0, 1, 77, 130, 0]
-    offsets = torch.tensor([0, *sizes], device=device).cumsum(0)
+    offsets = torch.tensor([0, *sizes], device=device).cumsum(0).repeat_interleave(2)[::2]
     X = make(int(offsets[-1]) + 5, 150, dtype, device)  # rows after the last group do not count
     X[offsets[-1] :] = float("nan")
     C = torch.stack([poisoned(150, device, value=1.0) for _ in sizes])
@@ -328,7 +329,6 @@ def test_the_interpreter_is_never_chosen_by_itself():
 def test_every_triton_configuration(index, device):
     if device.type == "cpu" and CUDA:
         pytest.skip("it needs a CUDA device")
-    from filet_kernels.syrk import _turns
     from filet_kernels.syrk_triton import CONFIGS, syrk_triton
 
     config = CONFIGS[index]
@@ -409,13 +409,8 @@ def test_large(T, n, kernel):
 @pytest.mark.parametrize("T", [1, 63, 64, 129, 3000])
 def test_every_way_to_split(T, n):
     """The CUDA kernel by hand: pairs and every cluster, also where it would not choose them."""
-    from filet_kernels.extension import why_no_extension
-    from filet_kernels.syrk import _turns
-
     if why_no_extension():
         pytest.skip(why_no_extension())
-    from filet_kernels.extension import cuda_extension
-
     X = make(T, n, torch.bfloat16, "cuda")
     turns = _turns(X.device)
     for split in (0, 1, 2, 3, 5, 8):
@@ -492,8 +487,6 @@ def test_streams_side_by_side(kernel):
 @gpu
 @pytest.mark.gpu
 def test_the_choice_on_this_gpu():
-    from filet_kernels.extension import why_no_extension
-
     C, X = torch.zeros(128, 128, device="cuda"), torch.zeros(8, 128, device="cuda").bfloat16()
     fast = torch.cuda.get_device_capability() == (9, 0) and why_no_extension() is None
     assert backend_of(C, X) == ("cuda" if fast else "triton")
