@@ -18,11 +18,11 @@ FILET_SMOLLM2 ?= build/models/smollm2-135m
 MODEL := $(FILET_SMOLLM2)/config.json
 DEMO := build/demo
 
-.PHONY: help demo test bench bench-syrk accuracy lint clean
+.PHONY: help demo test bench bench-syrk bench-quadform accuracy lint clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
 
 demo: $(INSTALLED) $(MODEL)  ## initialise a real model with FILet, fine-tune it, draw the loss curves
 	$(BIN)/python examples/python_docs.py $(DEMO)
@@ -39,6 +39,9 @@ bench: $(INSTALLED)  ## time the operations on this machine
 
 bench-syrk: $(INSTALLED)  ## compare the second moments with the library's product, on a GPU
 	$(BIN)/python benchmarks/bench_syrk.py --output build/bench
+
+bench-quadform: $(INSTALLED)  ## compare the quadratic forms with the library's product, on a GPU
+	$(BIN)/python benchmarks/bench_quadform.py --output build/bench
 
 accuracy: $(INSTALLED) $(MODEL)  ## print the accuracy table of the README
 	$(BIN)/python benchmarks/accuracy.py --model $(FILET_SMOLLM2)

@@ -1,49 +1,40 @@
 """Build of the optional CUDA extension; everything else is in pyproject.toml.
 
-``filet_kernels._cuda`` is compiled from ``csrc/*.cu`` and ``csrc/*.cpp`` on Linux when nvcc (CUDA
-12 or later) is on PATH; where that fails, the package is installed without it. FILET_BUILD_CUDA=1
-demands it, FILET_BUILD_CUDA=0 forbids it. No GPU is probed.
+``filet_kernels._cuda`` is compiled from csrc/ on Linux where nvcc (CUDA 12 or later) is found. If
+that fails, the package is installed without it, and compiles it on first use where it can.
+FILET_BUILD_CUDA=1 demands it, FILET_BUILD_CUDA=0 forbids it. No GPU is probed.
 """
 
+import importlib.util
 import os
-import shutil
-import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
-sources = sorted([*Path("csrc").glob("*.cu"), *Path("csrc").glob("*.cpp")])
-nvcc, wish = shutil.which("nvcc"), os.environ.get("FILET_BUILD_CUDA", "")
+# By path: importing the package would import torch, which is not needed to build.
+spec = importlib.util.spec_from_file_location("_build", "filet_kernels/_build.py")
+_build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_build)
+
+wish, missing = os.environ.get("FILET_BUILD_CUDA", ""), _build.missing(_build.SOURCES)
 if wish not in ("", "0", "1"):
     raise SystemExit(f"FILET_BUILD_CUDA must be 0 or 1, got {wish!r}")
-if wish == "1" and not sources:
-    raise SystemExit("FILET_BUILD_CUDA=1, but csrc/ holds no CUDA sources to build")
-if wish == "1" and not nvcc:
-    raise SystemExit("FILET_BUILD_CUDA=1, but nvcc is not on PATH")
+if wish == "1" and missing:
+    raise SystemExit(f"FILET_BUILD_CUDA=1, but {missing}")
 
 
 class BuildWithNvcc(build_ext):
     def build_extension(self, ext):
-        import pybind11
-
-        headers = ["csrc/include", pybind11.get_include(), sysconfig.get_path("include")]
-        flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        flags += [f"-I{folder}" for folder in headers]
-        target, objects = Path(self.get_ext_fullpath(ext.name)), []
-        for folder in (target.parent, Path(self.build_temp)):
-            folder.mkdir(parents=True, exist_ok=True)
-        for source in map(Path, ext.sources):
-            archs = ["90a"] if source.stem.endswith("_sm90") else ["80", "90a"]
-            codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-            objects.append(str(Path(self.build_temp, source.name + ".o")))
-            self.spawn([nvcc, *flags, *codes, "-c", str(source), "-o", objects[-1]])
-        self.spawn([nvcc, "-shared", *objects, "-o", str(target)])  # cudart is linked statically
+        try:
+            _build.compile_to(Path(self.get_ext_fullpath(ext.name)), _build.SOURCES)
+        except RuntimeError as error:
+            raise CompileError(str(error)) from None
 
 
-wanted = wish == "1" or (wish == "" and nvcc and sources and sys.platform == "linux")
-extension = Extension(
-    "filet_kernels._cuda", [str(source) for source in sources], optional=wish != "1"
+extension = Extension("filet_kernels._cuda", [], optional=wish != "1")
+setup(
+    ext_modules=[extension] if wish != "0" and not missing else [],
+    cmdclass={"build_ext": BuildWithNvcc},
 )
-setup(ext_modules=[extension] if wanted else [], cmdclass={"build_ext": BuildWithNvcc})

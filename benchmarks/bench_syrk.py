@@ -3,7 +3,8 @@
     make bench-syrk
 
 Every row: correctness against float64 first; then all implementations in turn, round after round,
-so that they meet the same clocks; the L2 cache is overwritten before every call. Times are medians
+so that they meet the same clocks; before every call the L2 cache is filled with other data, which
+are read: written, they would have to be written back during the call. Times are medians
 of CUDA events. Effective TFLOP/s count the operations of the full product, 2 T n², whatever is
 skipped. The limit is half of these operations at the rate of an 8192³ bfloat16 product that takes
 its turn in the same rounds. Written: syrk.csv and syrk.png in --output.
@@ -96,16 +97,14 @@ def time_in_turn(
     runs: dict[str, Callable[[], Any]], rounds: int
 ) -> dict[str, tuple[float, float, float]]:
     """p20, p50 and p80 of each, in milliseconds."""
-    flush = torch.empty(
-        256 << 20 if CUDA else 0, dtype=torch.int8, device="cuda" if CUDA else "cpu"
-    )
+    flush = torch.zeros(64 << 20 if CUDA else 0, device="cuda" if CUDA else "cpu")  # 256 MiB
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for number in range(rounds + 2):
         events = {}
         for place in range(len(names)):
             name = names[(place + number) % len(names)]  # each follows each other, and comes first
-            flush.zero_()
+            flush.sum()
             if CUDA:  # no wait in between: the host stays ahead, its own time is not measured
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()

@@ -1,13 +1,14 @@
 // C += alpha Xᵀ X, lower triangle, in place, on Hopper: X (tokens, n) bf16 or fp16, C (n, n) fp32.
 //
 // A producer warp copies boxes of X (64 tokens × 64 columns) through a ring of stages, two consumer
-// warpgroups multiply with wgmma, both operands straight from X's rows (M- and N-major). Two kernels:
+// warpgroups multiply with wgmma, both operands straight from X's rows (M- and N-major). Three kernels:
 //
 // - pairs: tiles of 128 × 256. Two blocks of a cluster compute two tiles with the same 256 columns of
 //   B and multicast those to each other. The tiles that do not divide evenly among the pairs are cut
 //   along the tokens (stream-K), so that all pairs end together. Where several pairs contribute to a
 //   tile they add in a fixed order, each waiting for the one before.
-// - split, for few tiles: tiles of 128 × 128. The blocks of a cluster share a tile's tokens, exchange
+// - single, where tiles of 128 × 128, 160 or 192 just about make one for each multiprocessor.
+// - split, for fewer tiles: tiles of 128 × 128. The blocks of a cluster share a tile's tokens, exchange
 //   their sums through distributed shared memory and add them in the order of the blocks.
 //
 // Every element of C has one owner at a time and a fixed order of additions: deterministic.
@@ -18,11 +19,14 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "filet/host.h"
 #include "filet/sm90.cuh"
 #include "filet/syrk.h"
+#include "filet/triangle.cuh"
 
 namespace {
 
+using namespace filet;
 using namespace filet::sm90;
 
 constexpr int TILE = 128, TILE_K = 64, BOX = 64;
@@ -39,22 +43,6 @@ struct Problem {
     int* flags;
 };
 
-__device__ __forceinline__ int triangular_row(int index) {
-    int row = static_cast<int>((sqrtf(8.0f * index + 1.0f) - 1.0f) * 0.5f);
-    if (row * (row + 1) / 2 > index) --row;
-    if ((row + 1) * (row + 2) / 2 <= index) ++row;
-    return row;
-}
-
-template <int STAGES>
-struct Ring {
-    int stage = 0;
-    uint32_t phase = 0;
-    __device__ void next() {
-        if (++stage == STAGES) stage = 0, phase ^= 1;
-    }
-};
-
 __device__ __forceinline__ void load_panel(uint32_t target, const CUtensorMap* map_x, int column,
                                            int step, uint32_t barrier) {
 #pragma unroll
@@ -62,14 +50,57 @@ __device__ __forceinline__ void load_panel(uint32_t target, const CUtensorMap* m
         tma_load(target + box * BOX_BYTES, map_x, column + box * BOX, step * TILE_K, barrier);
 }
 
+// What a warpgroup hands to the copy engine at a time: 64 rows × 32 columns of fp32, in turn from two
+// buffers.
+constexpr int OUT_COLUMNS = 32, OUT_BYTES = 64 * OUT_COLUMNS * 4;
+constexpr int CHUNK = OUT_COLUMNS / 2;  // registers of a chunk
+
+// C += alpha v for this warpgroup's 64 rows and the 32 columns of a chunk, from (row0, column) on,
+// without reading C here: below the diagonal in turns by the copy engine and from registers, which
+// is faster than either alone; where the diagonal crosses, one by one.
+__device__ __forceinline__ void add_chunk(const CUtensorMap* map_c, const Problem& problem,
+                                          const float* v, uint32_t out, int& sent, int row0,
+                                          int column, int group, int chunk) {
+    if (column > row0 + 63 || row0 >= problem.n) return;
+    const int thread = threadIdx.x % WARPGROUP, lane = threadIdx.x % 32;
+    const int row = thread / 32 * 16 + lane / 4;
+    const bool below = column + OUT_COLUMNS - 1 <= row0;
+    if (below && chunk % 2 == 0) {
+        const uint32_t buffer = out + sent++ % 2 * OUT_BYTES;
+        if (thread == 0) tma_wait_read<1>();  // this buffer was sent the time before last
+        named_sync(1 + group, WARPGROUP);
+#pragma unroll
+        for (int i = 0; i < CHUNK; i += 2) {
+            const int r = row + i / 2 % 2 * 8;  // r % 8 == lane / 4: the 128-byte swizzle
+            const int unit = (i / 4 * 2 + lane % 4 / 2) ^ (lane / 4);
+            store_shared(buffer + r * 128 + unit * 16 + lane % 2 * 8, problem.alpha * v[i],
+                         problem.alpha * v[i + 1]);
+        }
+        fence_async_proxy();
+        named_sync(1 + group, WARPGROUP);
+        if (thread == 0) tma_add(map_c, column, row0, buffer);
+    } else {
+#pragma unroll
+        for (int i = 0; i < CHUNK; i += 2) {
+            const int r = row0 + row + i / 2 % 2 * 8, c = column + i / 4 * 8 + lane % 4 * 2;
+            float* target = problem.c + r * problem.stride_c + c;
+            if (r >= problem.n) continue;
+            if (below || r > c) {
+                add_global(target, problem.alpha * v[i], problem.alpha * v[i + 1]);
+            } else if (r == c) {
+                atomicAdd(target, problem.alpha * v[i]);
+            }
+        }
+    }
+}
+
 // --- pairs ----------------------------------------------------------------------------------------
 
 namespace pairs {
 
 constexpr int STAGES = 4, STAGE_BYTES = 3 * PANEL_BYTES;  // A, and B's two halves
-// What a warpgroup hands to the copy engine at a time: 64 rows × 32 columns of fp32, twice.
-constexpr int OUT_COLUMNS = 32, OUT_BYTES = 64 * OUT_COLUMNS * 4, OUT_OFFSET = STAGES * STAGE_BYTES;
-constexpr int CHUNKS = TILE / OUT_COLUMNS, CHUNK = OUT_COLUMNS / 2;  // of half a tile; registers of one
+constexpr int OUT_OFFSET = STAGES * STAGE_BYTES;
+constexpr int CHUNKS = TILE / OUT_COLUMNS;  // of half a tile
 constexpr int SMEM_BYTES = OUT_OFFSET + CONSUMERS * 2 * OUT_BYTES + 1024;  // and its alignment
 static_assert(SMEM_BYTES <= 232448);
 constexpr int GROUP = 4;      // fours of block rows that are walked together, for reuse in L2
@@ -224,7 +255,7 @@ struct Consumer {
             wgmma_begin();
 #pragma unroll
             for (int k = 0; k < TILE_K / 16; ++k)
-                wgmma_m64n256k16<T>(d, a + k * K_STEP, b + k * K_STEP, step > 0 || k > 0);
+                wgmma_m64k16<T>(d, a + k * K_STEP, b + k * K_STEP, step > 0 || k > 0);
             wgmma_commit();
             wgmma_wait<1>();
             if (step > 0 && release) mbarrier_arrive(release + 8 * previous);
@@ -254,46 +285,7 @@ __device__ __forceinline__ void give_turn(int* flag) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
 }
 
-// C += alpha v for this warpgroup's 64 rows and the 32 columns of a chunk, from (row0, column) on,
-// without reading C here: below the diagonal in turns by the copy engine and from registers, which
-// is faster than either alone; where the diagonal crosses, one by one.
-__device__ __forceinline__ void add_chunk(const CUtensorMap* map_c, const Problem& problem,
-                                          const float* v, uint32_t out, int row0, int column,
-                                          int group, int chunk) {
-    if (column > row0 + 63 || row0 >= problem.n) return;
-    const int thread = threadIdx.x % WARPGROUP, lane = threadIdx.x % 32;
-    const int row = thread / 32 * 16 + lane / 4;
-    const bool below = column + OUT_COLUMNS - 1 <= row0;
-    if (below && chunk % 2 == 0) {
-        const uint32_t buffer = out + chunk / 2 % 2 * OUT_BYTES;
-        if (thread == 0) tma_wait_read<1>();  // this buffer was sent the time before last
-        named_sync(1 + group, WARPGROUP);
-#pragma unroll
-        for (int i = 0; i < CHUNK; i += 2) {
-            const int r = row + i / 2 % 2 * 8;  // r % 8 == lane / 4: the 128-byte swizzle
-            const int unit = (i / 4 * 2 + lane % 4 / 2) ^ (lane / 4);
-            store_shared(buffer + r * 128 + unit * 16 + lane % 2 * 8, problem.alpha * v[i],
-                         problem.alpha * v[i + 1]);
-        }
-        fence_async_proxy();
-        named_sync(1 + group, WARPGROUP);
-        if (thread == 0) tma_add(map_c, column, row0, buffer);
-    } else {
-#pragma unroll
-        for (int i = 0; i < CHUNK; i += 2) {
-            const int r = row0 + row + i / 2 % 2 * 8, c = column + i / 4 * 8 + lane % 4 * 2;
-            float* target = problem.c + r * problem.stride_c + c;
-            if (r >= problem.n) continue;
-            if (below || r > c) {
-                add_global(target, problem.alpha * v[i], problem.alpha * v[i + 1]);
-            } else if (r == c) {
-                atomicAdd(target, problem.alpha * v[i]);
-            }
-        }
-    }
-}
-
-// The same for a transposed tile: v holds columns of C from column0 on, by rows from row0 on.
+// add_chunk for a transposed tile: v holds columns of C from column0 on, by rows from row0 on.
 __device__ __forceinline__ void add_transposed(const Problem& problem, const float (&v)[64],
                                                int row0, int column0) {
     const int thread = threadIdx.x % WARPGROUP, lane = threadIdx.x % 32;
@@ -357,6 +349,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
         const uint32_t out = smem + OUT_OFFSET + group * 2 * OUT_BYTES;
         int* flags = problem.flags + (schedule.worker * 2 + rank) * CONSUMERS + group;
         Consumer consumer(smem, full, empty);
+        int sent = 0;
         for (int i = 0; i < schedule.count(); ++i) {
             int unit, begin, end;
             schedule.piece(i, pair, unit, begin, end);
@@ -374,7 +367,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
 #pragma unroll
                 for (int chunk = 0; chunk < 2 * CHUNKS; ++chunk)
                     add_chunk(&map_c, problem, d[chunk / CHUNKS] + chunk % CHUNKS * CHUNK, out,
-                              tile.a + group * 64,
+                              sent, tile.a + group * 64,
                               tile.b[chunk / CHUNKS] + chunk % CHUNKS * OUT_COLUMNS, group, chunk);
             }
             if (problem.flags && begin > 0) {
@@ -388,6 +381,111 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
 }
 
 }  // namespace pairs
+
+// --- single ---------------------------------------------------------------------------------------
+
+namespace single {
+
+// Tiles of 128 × COLUMNS, from the left in each block row, the last across the diagonal.
+template <int COLUMNS>
+struct Shape {
+    static constexpr int B_BOX = COLUMNS % BOX ? BOX / 2 : BOX;  // columns of a box of B
+    static constexpr int B_BOX_BYTES = TILE_K * B_BOX * 2, B_K_STEP = 16 * B_BOX * 2 >> 4;
+    static constexpr int STAGE_BYTES = PANEL_BYTES + TILE_K * COLUMNS * 2;
+    static constexpr int STAGES = COLUMNS == 128 ? 6 : COLUMNS == 160 ? 5 : 4;
+    static constexpr int OUT_OFFSET = STAGES * STAGE_BYTES;
+    static constexpr int SMEM_BYTES = OUT_OFFSET + CONSUMERS * 2 * OUT_BYTES + 1024;  // and alignment
+    static_assert(SMEM_BYTES <= 232448);
+
+    static __host__ __device__ int tiles_of_row(int row) {
+        return ((row + 1) * TILE + COLUMNS - 1) / COLUMNS;
+    }
+    static int tiles(int64_t n) {
+        int64_t count = 0;
+        for (int64_t row = 0; row * TILE < n; ++row) count += tiles_of_row(row);
+        return static_cast<int>(count);
+    }
+};
+
+template <typename T, int COLUMNS>
+__global__ void __launch_bounds__(THREADS, 1)
+    syrk_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
+                const __grid_constant__ CUtensorMap map_c, const Problem problem) {
+    using S = Shape<COLUMNS>;
+    extern __shared__ uint8_t shared[];
+    __shared__ uint64_t barriers[2 * S::STAGES];
+    const uint32_t smem = (smem_address(shared) + 1023) & ~1023u;
+    const uint32_t full = smem_address(barriers), empty = full + 8 * S::STAGES;
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < S::STAGES; ++stage) {
+            mbarrier_init(full + 8 * stage, 1);
+            mbarrier_init(empty + 8 * stage, CONSUMERS);
+        }
+        mbarrier_init_done();
+        prefetch_map(&map_a);
+        prefetch_map(&map_b);
+        prefetch_map(&map_c);
+    }
+    __syncthreads();
+
+    int block_row = 0, column0 = blockIdx.x;
+    while (column0 >= S::tiles_of_row(block_row)) column0 -= S::tiles_of_row(block_row++);
+    const int row0 = block_row * TILE;
+    column0 *= COLUMNS;
+    const int group = static_cast<int>(threadIdx.x / WARPGROUP) - 1;  // -1: the producer
+    Ring<S::STAGES> ring;
+    if (group < 0) {
+        registers_down<40>();
+        if (threadIdx.x > 0) return;
+        for (int step = 0; step < problem.steps; ++step) {
+            mbarrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
+            const uint32_t barrier = full + 8 * ring.stage;
+            const uint32_t stage = smem + ring.stage * S::STAGE_BYTES;
+            mbarrier_expect(barrier, S::STAGE_BYTES);
+            load_panel(stage, &map_a, row0, step, barrier);
+#pragma unroll
+            for (int box = 0; box < COLUMNS / S::B_BOX; ++box)
+                tma_load(stage + PANEL_BYTES + box * S::B_BOX_BYTES, &map_b,
+                         column0 + box * S::B_BOX, step * TILE_K, barrier);
+            ring.next();
+            const int chunk = problem.steps - 1 - step;  // C's tile into L2 meanwhile
+            if (chunk < COLUMNS / OUT_COLUMNS) {
+                tma_prefetch(&map_c, column0 + chunk * OUT_COLUMNS, row0);
+                tma_prefetch(&map_c, column0 + chunk * OUT_COLUMNS, row0 + 64);
+            }
+        }
+        return;
+    }
+    registers_up<232>();
+    const int thread = threadIdx.x % WARPGROUP;
+    float d[COLUMNS / 2];  // 64 rows of the tile
+    int previous = 0;
+    for (int step = 0; step < problem.steps; ++step) {
+        mbarrier_wait(full + 8 * ring.stage, ring.phase);
+        const uint32_t stage = smem + ring.stage * S::STAGE_BYTES;
+        const uint64_t a = wgmma_descriptor(stage + group * BOX_BYTES, BOX_BYTES);
+        const uint64_t b = wgmma_descriptor<S::B_BOX>(stage + PANEL_BYTES, S::B_BOX_BYTES);
+        wgmma_begin();
+#pragma unroll
+        for (int k = 0; k < TILE_K / 16; ++k)
+            wgmma_m64k16<T>(d, a + k * K_STEP, b + k * S::B_K_STEP, step > 0 || k > 0);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (step > 0 && thread == 0) mbarrier_arrive(empty + 8 * previous);
+        previous = ring.stage;
+        ring.next();
+    }
+    wgmma_wait<0>();
+    wgmma_pin(d);
+    int sent = 0;
+#pragma unroll
+    for (int chunk = 0; chunk < COLUMNS / OUT_COLUMNS; ++chunk)
+        add_chunk(&map_c, problem, d + chunk * CHUNK, smem + S::OUT_OFFSET + group * 2 * OUT_BYTES,
+                  sent, row0 + group * 64, column0 + chunk * OUT_COLUMNS, group, chunk);
+    if (thread == 0) tma_wait_done();
+}
+
+}  // namespace single
 
 // --- split ----------------------------------------------------------------------------------------
 
@@ -460,7 +558,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             wgmma_begin();
 #pragma unroll
             for (int k = 0; k < TILE_K / 16; ++k)
-                wgmma_m64n128k16<T>(d, a + k * K_STEP, b + k * K_STEP, 1);
+                wgmma_m64k16<T>(d, a + k * K_STEP, b + k * K_STEP, 1);
             wgmma_commit();
             wgmma_wait<1>();
             if (previous >= 0 && thread == 0) mbarrier_arrive(empty + 8 * previous);
@@ -527,46 +625,6 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 // --- host -----------------------------------------------------------------------------------------
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-int encode_matrix(CUtensorMap* map, CUtensorMapDataType type, int element_bytes, const void* data,
-                  int64_t rows, int64_t columns, int64_t stride, int box_columns, int box_rows) {
-    static Encode encode = nullptr;
-    if (!encode) {
-        void* entry = nullptr;
-        cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-        const cudaError_t status = cudaGetDriverEntryPointByVersion(
-            "cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-#else
-        const cudaError_t status =
-            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
-#endif
-        if (status != cudaSuccess) return status;
-        if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-        encode = reinterpret_cast<Encode>(entry);
-    }
-    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-    const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride) * element_bytes};
-    const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns),
-                              static_cast<cuuint32_t>(box_rows)};
-    const cuuint32_t ones[] = {1, 1};
-    const CUresult result =
-        encode(map, type, 2, const_cast<void*>(data), sizes, strides, box, ones,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return -static_cast<int>(result);
-}
-
-int pair_count() {
-    int device = 0, multiprocessors = 2;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) !=
-            cudaSuccess)
-        return 1;
-    return std::max(multiprocessors / 2, 1);
-}
-
 int64_t split_tiles(int64_t n) {
     const int64_t blocks = (n + TILE - 1) / TILE;
     return blocks * (blocks + 1) / 2;
@@ -589,6 +647,22 @@ cudaError_t split_config(int clusters, int blocks, cudaStream_t stream, cudaLaun
                                 split::SMEM_BYTES);
 }
 
+template <typename T, int COLUMNS>
+int launch_single(const FiletSyrk& args, CUtensorMapDataType type, const CUtensorMap& map_a,
+                  const CUtensorMap& map_c, const Problem& problem) {
+    using S = single::Shape<COLUMNS>;
+    const auto kernel = single::syrk_kernel<T, COLUMNS>;
+    CUtensorMap map_b;
+    int status = encode_matrix(&map_b, type, 2, args.x, args.tokens, args.n, args.stride_x, S::B_BOX,
+                               TILE_K);
+    if (status) return status;
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SMEM_BYTES);
+    if (status) return status;
+    kernel<<<S::tiles(problem.n), THREADS, S::SMEM_BYTES, static_cast<cudaStream_t>(args.stream)>>>(
+        map_a, map_b, map_c, problem);
+    return cudaGetLastError();
+}
+
 template <typename T>
 int launch(const FiletSyrk& args, CUtensorMapDataType type) {
     CUtensorMap map_x, map_c;
@@ -602,21 +676,24 @@ int launch(const FiletSyrk& args, CUtensorMapDataType type) {
                              args.alpha,
                              args.flags};
     const auto stream = static_cast<cudaStream_t>(args.stream);
-    if (args.split > 0) {
+    if (args.plan > 1 && args.plan <= split::MAX_BLOCKS) {
         cudaLaunchConfig_t config;
         cudaLaunchAttribute cluster;
-        status = split_config<T>(static_cast<int>(split_tiles(args.n)), args.split, stream, config,
+        status = split_config<T>(static_cast<int>(split_tiles(args.n)), args.plan, stream, config,
                                  cluster);
         if (status) return status;
         return cudaLaunchKernelEx(&config, split::syrk_kernel<T>, map_x, problem);
     }
     status = encode_matrix(&map_c, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, args.c, args.n, args.n,
-                           args.stride_c, pairs::OUT_COLUMNS, 64);
+                           args.stride_c, OUT_COLUMNS, 64);
     if (status) return status;
+    if (args.plan == 128) return launch_single<T, 128>(args, type, map_x, map_c, problem);
+    if (args.plan == 160) return launch_single<T, 160>(args, type, map_x, map_c, problem);
+    if (args.plan == 192) return launch_single<T, 192>(args, type, map_x, map_c, problem);
     status = cudaFuncSetAttribute(pairs::syrk_kernel<T>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, pairs::SMEM_BYTES);
     if (status) return status;
-    pairs::syrk_kernel<T><<<2 * pair_count(), THREADS, pairs::SMEM_BYTES, stream>>>(map_x, map_c,
+    pairs::syrk_kernel<T><<<multiprocessors() / 2 * 2, THREADS, pairs::SMEM_BYTES, stream>>>(map_x, map_c,
                                                                                    problem);
     return cudaGetLastError();
 }
@@ -624,10 +701,10 @@ int launch(const FiletSyrk& args, CUtensorMapDataType type) {
 }  // namespace
 
 extern "C" int64_t filet_syrk_sm90_flags(void) {
-    return static_cast<int64_t>(pair_count() + 1) * 2 * CONSUMERS;
+    return static_cast<int64_t>(multiprocessors() / 2 + 1) * 2 * CONSUMERS;
 }
 
-extern "C" int32_t filet_syrk_sm90_split(int64_t n) {
+extern "C" int32_t filet_syrk_sm90_plan(int64_t n) {
     for (int blocks = split::MAX_BLOCKS; blocks > 1; --blocks) {
         cudaLaunchConfig_t config;
         cudaLaunchAttribute cluster;
@@ -636,10 +713,13 @@ extern "C" int32_t filet_syrk_sm90_split(int64_t n) {
             cudaOccupancyMaxActiveClusters(&active, split::syrk_kernel<__nv_bfloat16>, &config) !=
                 cudaSuccess)
             return 0;
-        // Two blocks a tile beat pairs even where some wait for a second round (n = 1536, 1792).
-        if (active >= split_tiles(n) || (blocks == 2 && active * 8 >= split_tiles(n) * 5))
-            return blocks;
+        if (active >= split_tiles(n)) return blocks;
     }
+    const int blocks = multiprocessors();
+    if (n > 128 * blocks) return 0;
+    if (single::Shape<128>::tiles(n) <= blocks) return 128;
+    if (single::Shape<160>::tiles(n) <= blocks) return 160;
+    if (single::Shape<192>::tiles(n) <= blocks) return 192;
     return 0;
 }
 

@@ -6,7 +6,8 @@ The paper (arXiv 2605.01046, Algorithm 1) scores direction i of W (m, n) = (out,
 With G = WᵀW, K = WWᵀ, y = Wx and h = Wᵀg, the two factors are also
     e_x = diag(G S_X G) / diag(G²)         = diag(Wᵀ C_y W) / diag(G²),
     e_y = diag((KW)ᵀ S_Y (KW)) / diag(G³)  = diag(G C_h G) / diag(G³),
-so each moment may be taken in the smaller of the two spaces, and V̂, Û need not exist.
+so each moment may be taken in the smaller of the two spaces, and V̂, Û need not exist. Where m < n
+neither does G: diag(G²) = diag(Wᵀ KW), diag(G³) = diag((KW)ᵀ KW), some columns of KW at a time.
 """
 
 from __future__ import annotations
@@ -17,11 +18,21 @@ import torch
 from torch import Tensor
 
 from filet_kernels.moments import Moments, SecondMoment
+from filet_kernels.product import SECOND_PART, column_sums, mirror_, product, slices, split
 from filet_kernels.quadform import Precision, quadform_diag
+from filet_kernels.syrk import syrk_
 
 __all__ = ["Normalization", "fisher_energies"]
 
 Normalization = Literal["mean", "sum"]
+
+# Rows of W whose products enter a Gram matrix between two roundings: the tensor cores cut off what
+# they add below the last bit. In an emulation of that on SmolLM2-135M sums of 12288 rows changed
+# energies by up to 2e-5, sums of 2048 by 7e-6.
+_ROWS_A_SUM = 4096
+
+# Floats of KW that exist at a time, where min(m, n)² are not more: 64 MiB.
+_FLOATS = 2**24
 
 
 def fisher_energies(
@@ -39,12 +50,16 @@ def fisher_energies(
         normalization: "mean", the paper's: g is the gradient of the mean loss over all the loss
             terms that the moments saw; "sum": of the summed loss. They differ by the factor
             ``loss_terms²``, so the ranking is the same.
-        precision: of the quadratic forms, see :func:`filet_kernels.quadform_diag`.
+        precision: of the moments' quadratic forms, see :func:`filet_kernels.quadform_diag`.
 
     Returns:
         (n,) float64, non-negative (a rounding below 0 becomes 0). NaN marks what is no candidate:
         a zero column of W has no direction. A layer that saw no token has energy 0 everywhere.
         Nothing is mutated; deterministic on the same device.
+
+    Computed in float64, except on a GPU from a W and moments of at most float32: there in products
+    of float32's precision on the tensor cores, which allocate matrices of a moment's size, or of
+    64 MiB, at most.
 
     Raises:
         ValueError: moments of another shape than W, or an unknown normalization.
@@ -54,20 +69,102 @@ def fisher_energies(
         raise ValueError(f"W has shape {tuple(W.shape)}; expected ({m}, {n}), as its moments")
     if normalization not in ("mean", "sum"):
         raise ValueError(f"normalization={normalization!r}; expected 'mean' or 'sum'")
-    W = W.detach().double()
+    W = W.detach()
+    dtypes = {W.dtype, moments.input.sum.dtype, moments.output.sum.dtype}
+    if W.is_cuda and torch.float64 not in dtypes:
+        factors = _factors_float32(W, moments, precision)
+    else:
+        factors = _factors_float64(W, moments, precision)
+    energies = torch.ones(n, dtype=torch.float64, device=W.device)
+    for moment, (form, norm) in zip((moments.input, moments.output), factors, strict=True):
+        energies *= form.clamp_min(0) / moment.count.clamp_min(1) / norm
+    if normalization == "mean":
+        energies /= moments.loss_terms.clamp_min(1).double() ** 2
+    nonzero = torch.linalg.vector_norm(W, torch.inf, dim=0) != 0  # one pass, without a mask
+    return torch.where(nonzero, energies, torch.nan)
+
+
+# Quadratic form of the summed moment and squared norm, both of the input's and of the output's
+# directions. The directions are not normalised.
+_Factors = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _factors_float64(W: Tensor, moments: Moments, precision: Precision) -> _Factors:
+    m, n = W.shape
+    W = W.double()
     directions = {"y": W}
     if n <= m or moments.input.space == "x" or moments.output.space == "h":
         directions["x"] = directions["h"] = W.T @ W
     # W G = K W, through the smaller of the two Gram matrices.
     WG = directions["g"] = W @ directions["x"] if n <= m else (W @ W.T) @ W
 
-    def mean_form(moment: SecondMoment) -> Tensor:
-        form = quadform_diag(moment.sum, directions[moment.space], precision=precision)
-        return form.clamp_min_(0) / moment.count.clamp_min(1)
+    def form(moment: SecondMoment) -> Tensor:
+        return quadform_diag(moment.sum, directions[moment.space], precision=precision)
 
-    input_energy = mean_form(moments.input) / (W * WG).sum(0)  # diag(G²) = diag(Wᵀ K W)
-    output_energy = mean_form(moments.output) / (WG * WG).sum(0)  # diag(G³)
-    energies = input_energy * output_energy
-    if normalization == "mean":
-        energies = energies / moments.loss_terms.clamp_min(1).double() ** 2
-    return torch.where((W != 0).any(0), energies, torch.nan)
+    return (
+        (form(moments.input), (W * WG).sum(0)),  # diag(G²) = diag(Wᵀ K W)
+        (form(moments.output), (WG * WG).sum(0)),  # diag(G³)
+    )
+
+
+def _factors_float32(
+    W: Tensor, moments: Moments, precision: Precision, backend: str | None = None
+) -> _Factors:
+    """The same in products of float32's precision, with ``backend``'s quadratic forms."""
+    m, n = W.shape
+    S = {moment.space: moment.sum for moment in (moments.input, moments.output)}
+    forms: dict[str, Tensor] = {}  # of each moment, by its space
+
+    def form(S: Tensor, V: Tensor, precision: Precision = precision) -> Tensor:
+        return quadform_diag(S, V, precision=precision, backend=backend)
+
+    squares, cubes = (torch.empty(n, dtype=torch.float64, device=W.device) for _ in range(2))
+    if n <= m or S.keys() & {"x", "h"}:
+        G = _gram(W)
+        for space in S.keys() & {"x", "h"}:
+            forms[space] = form(S[space], G)
+    if n <= m:
+        squares = column_sums(G)[0]
+        if "g" not in S:
+            cubes = form(G, G, "accurate")
+        left, right = W, G
+    else:
+        left, right = _gram(W.T), W
+    if "y" in S:
+        forms["y"] = form(S["y"], W)
+    if m < n or "g" in S:  # WG = KW
+        forms["g"] = torch.empty_like(squares)
+        a = split(left)
+        del left
+        for columns in slices(n, _width(m, n)):
+            b = split(right[:, columns], columns=True)
+            V, scale = product(a, b)
+            # Where W is what was split, its parts are in range, however small a column of it is.
+            of_squares, of_products = column_sums(V, b.parts[0] if m < n else None)
+            cubes[columns] = of_squares / scale**2
+            if "g" in S:
+                forms["g"][columns] = form(S["g"], V) / scale**2
+            if m < n:
+                for part in b.parts[1:]:
+                    of_products += column_sums(V, part)[1] * SECOND_PART
+                squares[columns] = of_products / scale / b.scale
+    return (
+        (forms[moments.input.space], squares),
+        (forms[moments.output.space], cubes),
+    )
+
+
+def _gram(X: Tensor) -> Tensor:
+    """XᵀX, float32, both triangles."""
+    n = X.shape[1]
+    G = torch.zeros(n, n, dtype=torch.float32, device=X.device)
+    for rows in slices(X.shape[0], _ROWS_A_SUM):
+        # The CUDA kernel takes contiguous rows only. For the WWᵀ of a 4096 × 14336 W copies and it
+        # take 0.75 ms, the Triton kernel without a copy 1.97 (H200).
+        syrk_(G, X[rows].contiguous())
+    return mirror_(G)
+
+
+def _width(m: int, n: int) -> int:
+    """Columns of KW at a time, in whole tiles of 128."""
+    return max(max(min(m, n) ** 2, _FLOATS) // m // 128, 1) * 128

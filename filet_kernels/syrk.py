@@ -4,8 +4,8 @@ This is the accumulation step of S_X = E[x xᵀ] and S_Y = E[g gᵀ] (FILet, arX
 Algorithm 1); the division by the token count happens once, in :mod:`filet_kernels.energy`.
 
 Three implementations: the CUDA kernel of csrc/syrk_sm90.cu, the Triton kernel of
-:mod:`filet_kernels.syrk_triton`, and plain torch. The first that supports the operands is used, but
-for one range of shapes in which Triton's is faster. docs/kernels.md has the measurements.
+:mod:`filet_kernels.syrk_triton`, and plain torch. The first that supports the operands is used.
+docs/kernels.md has the measurements.
 """
 
 from __future__ import annotations
@@ -133,19 +133,9 @@ def _cuda_unsupported(C: Tensor, X: Tensor, weights: Tensor | None) -> str | Non
     return why_no_extension()
 
 
-def _cuda_avoids(X: Tensor) -> bool:
-    """Shapes for which the Triton kernel is faster, as measured on an H200.
-
-    A C of 2048 has 34 pairs of tiles for the 66 pairs of blocks of that GPU, but 136 tiles of the
-    Triton kernel for its 132 multiprocessors: 607 against 775 effective TFLOP/s at 4096 tokens. At
-    16384 tokens cutting the 34 pays again.
-    """
-    return 1792 < X.shape[1] <= 2304 and X.shape[0] < 8192 and _has_triton()
-
-
 @functools.cache
-def _split(device: torch.device, n: int) -> int:
-    return cuda_extension().syrk_sm90_split(n)
+def _plan(device: torch.device, n: int) -> int:
+    return cuda_extension().syrk_sm90_plan(n)
 
 
 def _cuda(C: Tensor, X: Tensor, alpha: float, weights: Tensor | None, deterministic: bool) -> None:
@@ -160,7 +150,7 @@ def _cuda(C: Tensor, X: Tensor, alpha: float, weights: Tensor | None, determinis
             tokens=tokens,
             alpha=alpha,
             half=X.dtype == torch.float16,
-            split=_split(X.device, n),
+            plan=_plan(X.device, n),
             flags=_turns(X.device).data_ptr() if deterministic else 0,
             stream=torch.cuda.current_stream().cuda_stream,
         )
@@ -213,8 +203,6 @@ def _choose(C: Tensor, X: Tensor, weights: Tensor | None, name: str | None) -> _
             raise ValueError(f"backend={name!r} does not support these operands: {reason}")
         # The interpreter is for tests: only an explicit choice takes it.
         if name is None and not X.is_cuda and backend.name != "reference":
-            continue
-        if name is None and backend.name == "cuda" and _cuda_avoids(X):
             continue
         if reason is None:
             return backend

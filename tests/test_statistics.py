@@ -56,9 +56,9 @@ def test_save_and_load(kind: str, tmp_path: Path, device: torch.device) -> None:
     ours, theirs = energies(taken, c), energies(loaded, c)
     assert list(loaded.moments) == list(taken.moments)
     for name in ours:
-        # Not the last bit on a GPU: the quadratic form runs elsewhere.
+        # On a GPU in float32's precision, while what was loaded is on the CPU.
         assert torch.allclose(
-            ours[name], theirs[name], rtol=0 if device.type == "cpu" else 1e-12, atol=0
+            ours[name], theirs[name], rtol=0 if device.type == "cpu" else 1e-4, atol=0
         )
         for side in ("input", "output"):
             one, two = (getattr(s.moments[name], side) for s in (taken, loaded))

@@ -17,18 +17,19 @@ typedef struct {
     int64_t n, tokens;
     float alpha;
     FiletDtype dtype;     // of X: FILET_BF16 or FILET_FP16
-    int32_t split;        // blocks (2-8) of a cluster that share a tile's tokens; 0: stream-K pairs
+    int32_t plan;         // 2-8: so many blocks of a cluster share a tile's tokens; 128, 192: each
+                          // block computes one tile of so many columns; 0: stream-K pairs
     int32_t* flags;       // filet_syrk_sm90_flags() zeros, zero again when the kernel ends; null:
                           // pairs add to a tile that they share in any order
     void* stream;         // cudaStream_t
 } FiletSyrk;
 
-// How many flags `split == 0` needs on the current device.
+// How many flags `plan == 0` needs on the current device.
 int64_t filet_syrk_sm90_flags(void);
 
-// The split that suits an n-wide C on the current device: the largest for which all of its tiles run
-// at once, 2 where nearly all do, 0 for larger ones.
-int32_t filet_syrk_sm90_split(int64_t n);
+// The plan that suits an n-wide C on the current device: as many blocks to a tile as still run at
+// once; one where they just about do; pairs for larger C.
+int32_t filet_syrk_sm90_plan(int64_t n);
 
 // Enqueues the kernel on `stream` of the current device; returns a status (filet_status_text).
 int filet_syrk_sm90(const FiletSyrk* args);

@@ -1,0 +1,33 @@
+// Quadratic forms, diag(Vᵀ S V) from the lower triangle of S: the C interface of csrc/quadform.cu.
+#pragma once
+
+#include <stdint.h>
+
+#include "filet/status.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+    const float* s;  // (n, n); what lies above the diagonal is not used
+    int64_t stride_s_row, stride_s_column;
+    const void* v;   // (n, p)
+    int64_t stride_v_row, stride_v_column;
+    FiletDtype dtype;  // of V
+    int64_t n, p;
+    int32_t accurate;  // 0: S and V rounded to bf16
+    int32_t portable;  // 1: the kernel for compute capability 8.0, on any later GPU too
+    double* out;       // (p,), overwritten
+    void* workspace;   // filet_quadform_workspace(args) bytes, 256-byte aligned
+    void* stream;      // cudaStream_t
+} FiletQuadform;
+
+int64_t filet_quadform_workspace(const FiletQuadform* args);
+
+// Enqueues the kernels on `stream` of the current device; returns a status (filet_status_text).
+int filet_quadform(const FiletQuadform* args);
+
+#ifdef __cplusplus
+}
+#endif

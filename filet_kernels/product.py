@@ -1,0 +1,159 @@
+"""Products A B of float32's precision on the tensor cores, for results that exist in part only.
+
+With powers of two a and b_j that bring A and the columns of B into float16's range,
+    a A = A₀ + 2⁻¹¹ A₁,   b_j B_j = B₀ + 2⁻¹¹ B₁   (float16 each, together right to 2⁻²³),
+    a b_j (A B)_j = A₀ B₀ + 2⁻¹¹ (A₁ B₀ + A₀ B₁) + 2⁻²² A₁ B₁,
+of which the last is left out. bfloat16 and float16 matrices need one part, so three products of
+float16 matrices, two or one give what six, three or one of bfloat16 parts would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from filet_kernels.extension import extension_on
+
+__all__ = ["SECOND_PART", "Split", "column_sums", "mirror_", "product", "slices", "split"]
+
+# Rows of B that one product sums up. The tensor cores cut off what they add below the last bit of a
+# sum, a relative error of up to 2⁻²⁴ for every 16 of them; between products it is rounded. (In an
+# emulation on SmolLM2-135M sums of 4608 rows changed energies by up to 2e-5, of 1024 by 3e-6.)
+_ROWS_A_SUM = 2048
+
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of the extension
+
+SECOND_PART = 2.0**-11  # what second parts are to be multiplied by
+_LARGEST = 2.0**14  # power of two of the largest element
+_RESULT = _LARGEST**-2  # keeps products, and quadratic forms of them, in float32's range
+
+
+@dataclass(frozen=True)
+class Split:
+    """x · scale as float16 parts; ``scale``, of powers of two, is float64: () or one a column."""
+
+    parts: tuple[Tensor, ...]
+    scale: Tensor
+
+
+def split(x: Tensor, *, columns: bool = False) -> Split:
+    """The parts of a matrix x in bfloat16, float16 or float32, scaled as a whole or by columns.
+
+    What is 2⁻²⁹ of the largest element or less loses bits, at 2⁻⁵¹ of it.
+    """
+    size = (x.shape[1],) if columns else ()
+    if x.dtype == torch.float16 or not x.numel():
+        return Split((x.half(),), torch.ones(size, dtype=torch.float64, device=x.device))
+    if (extension := extension_on(x.device)) is not None:
+        return _split_at_once(extension, x, columns)
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=0 if columns else None).float()
+    # The exponent's bits: a power function need not be exact.
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
+    scale = _LARGEST / power.clamp(min=2.0**-100)
+    if x.dtype == torch.bfloat16:
+        return Split(((x * scale.bfloat16()).half(),), scale.double())
+    rest = x * scale
+    first = rest.half()
+    rest -= first  # exact
+    rest *= 1 / SECOND_PART
+    return Split((first, rest.half()), scale.double())
+
+
+def _split_at_once(extension: ModuleType, x: Tensor, columns: bool) -> Split:
+    """The same in two passes over x; torch takes up to seven."""
+    count = x.shape[1] if columns else 1
+    first = torch.empty(x.shape, dtype=torch.float16, device=x.device)
+    second = torch.empty_like(first) if x.dtype == torch.float32 else None
+    scale = torch.empty(count, dtype=torch.float64, device=x.device)
+    largest = torch.empty(count, dtype=torch.int32, device=x.device)
+    with torch.cuda.device(x.device):
+        extension.split(
+            x=x.data_ptr(),
+            stride_row=x.stride(0),
+            stride_column=x.stride(1),
+            dtype=_DTYPES[x.dtype],
+            rows=x.shape[0],
+            columns=x.shape[1],
+            by_column=columns,
+            largest=largest.data_ptr(),
+            scale=scale.data_ptr(),
+            first=first.data_ptr(),
+            second=0 if second is None else second.data_ptr(),
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return Split((first,) if second is None else (first, second), scale if columns else scale[0])
+
+
+def column_sums(V: Tensor, W: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Σ_i V_ij² and Σ_i V_ij W_ij of float32 V and W in float16: (p,) float64 each.
+
+    Summed in float32, 256 rows at a time on a GPU (torch would copy V to float64 for more).
+    Without W the second is empty memory.
+    """
+    squares, products = V.new_empty(2, V.shape[1], dtype=torch.float64)
+    extension = extension_on(V.device)
+    if extension is None or not V.is_contiguous() or not (W is None or W.is_contiguous()):
+        squares.copy_(torch.linalg.vector_norm(V, dim=0).double() ** 2)
+        return squares, products if W is None else (V * W).sum(0).double()
+    parts = V.new_empty(extension.column_sums_parts(V.shape[0]), 2, V.shape[1])
+    with torch.cuda.device(V.device):
+        extension.column_sums(
+            v=V.data_ptr(),
+            w=0 if W is None else W.data_ptr(),
+            rows=V.shape[0],
+            columns=V.shape[1],
+            parts=parts.data_ptr(),
+            squares=squares.data_ptr(),
+            products=products.data_ptr(),
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return squares, products
+
+
+def mirror_(C: Tensor) -> Tensor:
+    """Copies what lies below the diagonal of a float32 matrix of contiguous rows above it."""
+    if (extension := extension_on(C.device)) is not None:
+        with torch.cuda.device(C.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            extension.mirror(c=C.data_ptr(), n=C.shape[0], stride=C.stride(0), stream=stream)
+    else:
+        for block in slices(C.shape[0], 1024):
+            C[: block.start, block] = C[block, : block.start].T
+            diagonal = C[block, block]
+            diagonal.tril_().add_(torch.tril(diagonal, -1).T)
+    return C
+
+
+def product(a: Split, b: Split) -> tuple[Tensor, Tensor]:
+    """C, float32, and scale (p,), float64, with C = A B · scale for A (m, k) and B (k, p).
+
+    The small products enter first. Deterministic as the library's products are.
+    """
+    C = a.parts[0].new_zeros(a.parts[0].shape[0], b.parts[0].shape[1], dtype=torch.float32)
+    with torch.autocast(C.device.type, enabled=False):
+        for A in a.parts[1:]:
+            _add_product(C, A, b.parts[0], _RESULT * SECOND_PART)
+        for B in b.parts[1:]:
+            _add_product(C, a.parts[0], B, _RESULT * SECOND_PART)
+        for rows in slices(b.parts[0].shape[0], _ROWS_A_SUM):
+            _add_product(C, a.parts[0][:, rows], b.parts[0][rows], _RESULT)
+    return C, (a.scale * b.scale * _RESULT).expand(C.shape[1])
+
+
+def _add_product(C: Tensor, A: Tensor, B: Tensor, alpha: float) -> None:
+    if not C.is_cuda:
+        C.addmm_(A.float(), B.float(), alpha=alpha)
+    elif torch.__version__ >= "2.10":
+        torch.addmm(C, A, B, out_dtype=torch.float32, alpha=alpha, out=C)
+    else:  # there addmm's summand must have the factors' dtype
+        C.add_(torch.mm(A, B, out_dtype=torch.float32), alpha=alpha)
+
+
+def slices(size: int, step: int) -> Iterator[slice]:
+    """0 ... size in parts of ``step``."""
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
