@@ -20,6 +20,7 @@ from transformers import BartForSequenceClassification
 
 import oracle
 from filet import FiletConfig, collect_statistics
+from filet.walk import MomentHooks
 from models import (
     KINDS,
     LENGTHS,
@@ -565,6 +566,44 @@ def test_bfloat16(kind: str, device: torch.device) -> None:
     found = energies_of(peft_model, loader(c.samples, 1))
     expected = half_truth(c, device, torch.bfloat16)
     assert_energies(found, expected, 5e-3 if device.type == "cpu" else 3e-2)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "bart"])  # without and with biases
+def test_y_and_h_are_handed_on(
+    kind: str,
+    dtype: torch.dtype,
+    reentrant: bool | None,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a GPU does, on every device, against the products formed once more; padding included."""
+    c = case(kind)
+    monkeypatch.setattr("filet.walk._HANDS_ON", set())
+    expected = energies_of(peft_of(c, device, dtype), loader(c.samples), share_inputs=False)
+    monkeypatch.setattr("filet.walk._HANDS_ON", {"cpu", "cuda"})
+    taken: dict[str, int] = {}
+    for name in ("take_y", "take_h"):
+        plain = getattr(MomentHooks, name)
+
+        def watch(self: Any, *args: Any, name: str = name, plain: Any = plain) -> Any:
+            result = plain(self, *args)
+            taken[name] = taken.get(name, 0) + (result is not None)
+            return result
+
+        monkeypatch.setattr(MomentHooks, name, watch)
+    peft_model = peft_of(c, device, dtype)
+    if reentrant is not None:
+        peft_model.base_model.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
+    found = energies_of(peft_model, loader(c.samples), share_inputs=False)
+    assert taken["take_y"] > 0 and taken["take_h"] > 0
+    # The model's own rounding is the same but for the last bit of y and of h.
+    assert_energies(found, expected, 2e-2 if dtype == torch.bfloat16 else 5e-3)
+    assert not [module for module in peft_model.modules() if "forward" in vars(module)]
 
 
 def faint() -> Case:

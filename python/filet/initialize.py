@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
-from filet.adapters import Layer, adapter_states, commit, twin_name
+from filet.adapters import Layer, adapter_states, commit, originals, twin_name
 from filet.config import FiletConfig
 from filet.report import FiletReport, ModuleReport
 from filet.statistics import (
@@ -61,11 +61,13 @@ def initialize_lora_filet_weights(
         As :func:`filet.collect_statistics` and :func:`filet.apply_statistics`.
     """
     config = config or FiletConfig()
-    _prepare(peft_model, config, adapter_name)  # what is refused is refused before the pass
-    statistics = collect_statistics(
-        peft_model, dataloader, config, adapter_name, forward_fn, show_progress_bar
-    )
-    return _apply(peft_model, statistics, config, adapter_name)
+    # What is refused is refused before the pass.
+    targets = _prepare(peft_model, config, adapter_name)
+    with originals(targets if config.base == "residual" else {}) as original:
+        statistics = collect_statistics(
+            peft_model, dataloader, config, adapter_name, forward_fn, show_progress_bar
+        )
+        return _apply(peft_model, statistics, config, adapter_name, original)
 
 
 def apply_statistics(
@@ -85,8 +87,10 @@ def apply_statistics(
             already, or in residual mode a base weight that other adapters or modules use as well.
     """
     config = config or FiletConfig()
-    check_statistics(statistics, _prepare(peft_model, config, adapter_name))
-    return _apply(peft_model, statistics, config, adapter_name)
+    targets = _prepare(peft_model, config, adapter_name)
+    check_statistics(statistics, targets)
+    with originals(targets if config.base == "residual" else {}) as original:
+        return _apply(peft_model, statistics, config, adapter_name, original)
 
 
 def _prepare(peft_model: PeftModel, config: FiletConfig, adapter_name: str) -> dict[str, Target]:
@@ -136,7 +140,11 @@ def _check_sole_user(peft_model: PeftModel, targets: dict[str, Target], adapter_
 
 
 def _apply(
-    peft_model: PeftModel, statistics: Statistics, config: FiletConfig, adapter_name: str
+    peft_model: PeftModel,
+    statistics: Statistics,
+    config: FiletConfig,
+    adapter_name: str,
+    original: Callable[[str], Tensor],
 ) -> FiletReport:
     targets, unsupported = find_targets(peft_model, adapter_name)
     left_default = dict(unsupported)
@@ -177,7 +185,7 @@ def _apply(
             "that reaches at least one of them"
         )
     selected = time.perf_counter()
-    errors = commit(peft_model, adapter_name, targets, layers, config.base)
+    errors = commit(peft_model, adapter_name, targets, layers, config.base, original)
     _materialise_rest(peft_model, adapter_name, config.seed)
     written = time.perf_counter()
     devices = {t.weight.device for t in targets.values() if t.weight.device.type == "cuda"}

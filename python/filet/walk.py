@@ -1,8 +1,9 @@
 """The pass over the data: forward, backward, and the second moments taken on the way.
 
 x is there in a module's forward and g in its backward: each moment is accumulated where its
-vector exists anyway (y = Wx and h = Wᵀg are formed from those), and nothing is kept. Weights stay
-frozen, so no weight gradient is ever computed.
+vector exists anyway, and nothing is kept. y = Wx and h = Wᵀg are needed before they are rounded: on
+a GPU the module's own products give them (:class:`_Linear`), elsewhere they are formed once more.
+Weights stay frozen, so no weight gradient is ever computed.
 """
 
 from __future__ import annotations
@@ -37,6 +38,13 @@ _FP16_PEAK = 2.0**4
 # Where another gradient on the way, the logits', say, overflows before that: this far below it.
 _FP16_ROOM = 2.0**5
 
+# Where a linear layer in bfloat16 or float16 hands y and h on before it rounds them.
+_HANDS_ON = {"cuda"}
+
+# They enter their moments as float16, each column scaled by a power of two that puts the largest
+# number of the first batch at 2². That leaves 2¹⁴ of room, and 11 bits to what is 2⁻¹⁶ of that.
+_UNROUNDED_EXPONENT = 2
+
 
 class MomentHooks:
     """Hooks on the base modules of the targets that accumulate each one's :class:`Moments`.
@@ -59,10 +67,17 @@ class MomentHooks:
         self._masks: dict[str, Tensor | None] = {}
         self._seen: dict[int, tuple[weakref.ref[Tensor], SecondMoment]] = {}
         self._calls: dict[str, int] = {}
+        self._scales: dict[int, tuple[SecondMoment, Tensor]] = {}  # of the columns of y and h
         self._handles: list[Any] = []
+        self._replaced: list[nn.Module] = []  # modules with a forward of ours
 
     def __enter__(self) -> MomentHooks:
         for target in self.targets.values():
+            module = target.base
+            # A forward that somebody has put there (a device map's, say) is left alone.
+            if type(module) is nn.Linear and "forward" not in vars(module):
+                module.forward = _bound(self._forward, target)  # type: ignore[method-assign]
+                self._replaced.append(module)
             self._handles.append(
                 target.base.register_forward_pre_hook(_bound(self._before, target))
             )
@@ -73,7 +88,16 @@ class MomentHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for module in self._replaced:
+            del module.forward
+        self._replaced.clear()
         self._seen.clear()
+
+    def finish(self) -> None:
+        """Take the scales of y and h back out of their moments."""
+        for moment, scale in self._scales.values():
+            moment.sum.div_(scale).div_(scale.unsqueeze(1))
+        self._scales.clear()
 
     def start_batch(self, masks: dict[str, Tensor | None]) -> None:
         """``masks`` (B, T) of the tokens to count: "encoder" and "decoder"; None counts all."""
@@ -130,7 +154,59 @@ class MomentHooks:
     def _after(self, target: Target, module: nn.Module, args: Any, output: Tensor) -> None:
         self.half = self.half or output.dtype == torch.float16
         if output.requires_grad:
-            output.register_hook(_bound(self._gradient, target))
+            output.register_hook(_bound(self._gradient, target, _is_handed_on(output)))
+
+    def _forward(self, target: Target, x: Tensor) -> Tensor:
+        """What nn.Linear does, with y and h handed on where a moment is of them."""
+        if self._hands_on(target, x):
+            return _Linear.apply(x, self, target)
+        return F.linear(x, target.base.weight, target.base.bias)
+
+    def _hands_on(self, target: Target, x: Tensor) -> bool:
+        moments, weight = self.moments.get(target.name), target.weight
+        return (
+            moments is not None
+            and (moments.input.space == "y" or moments.output.space == "h")
+            and target.base in self._replaced
+            and x.device.type in _HANDS_ON
+            and x.device == weight.device
+            and x.dtype == weight.dtype
+            and x.dtype in (torch.bfloat16, torch.float16)
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    def take_y(self, target: Target, x: Tensor) -> Tensor | None:
+        """x Wᵀ in float32, after it entered its moment; None where that is not wanted now."""
+        moment = self.moments[target.name].input
+        if self.phase != "forward" or moment.space != "y":
+            return None
+        y = _unrounded(x, target.weight.T, torch.float32)
+        self._add_scaled(target, moment, y)
+        return y
+
+    def take_h(self, target: Target, gradient: Tensor) -> Tensor | None:
+        """g W in float32, after it entered its moment; None where that is not wanted now."""
+        moment = self.moments[target.name].output
+        if self.phase != "backward" or moment.space != "h":
+            return None
+        h = _unrounded(gradient, target.weight, torch.float32)
+        self._add_scaled(target, moment, h, alpha=self.gradient_scale**-2)
+        return h
+
+    def _add_scaled(
+        self, target: Target, moment: SecondMoment, v: Tensor, *, alpha: float = 1.0
+    ) -> None:
+        if not v.numel():
+            return
+        if id(moment) not in self._scales:
+            largest = v.abs().flatten(0, -2).amax(0)
+            largest = torch.where(largest > 0, largest, largest.amax())
+            exponent = torch.frexp(largest).exponent
+            scale = torch.ldexp(torch.ones_like(largest), _UNROUNDED_EXPONENT - exponent)
+            self._scales[id(moment)] = (moment, scale)
+        scale = self._scales[id(moment)][1]
+        scaled = torch.mul(v, scale, out=torch.empty_like(v, dtype=torch.float16))
+        self._add(target, moment, scaled, alpha=alpha)
 
     def _count_input(self, target: Target, x: Tensor) -> None:
         name = target.name
@@ -152,10 +228,10 @@ class MomentHooks:
         elif mine.space == "x":
             self._add(target, mine, x.detach())
             self._seen[id(x)] = (weakref.ref(x), mine)
-        else:
+        elif not self._hands_on(target, x):
             self._add(target, mine, _unrounded(x.detach(), target.weight.T, mine.sum.dtype))
 
-    def _gradient(self, target: Target, gradient: Tensor) -> None:
+    def _gradient(self, target: Target, handed_on: bool, gradient: Tensor) -> None:
         if self.phase == "probe":
             rows, weights = self._rows(target, gradient.detach())
             peak = rows.abs().amax(-1)
@@ -166,6 +242,8 @@ class MomentHooks:
             output = self.moments[target.name].output
             v = gradient.detach()
             if output.space == "h":
+                if handed_on:
+                    return
                 v = _unrounded(v, target.weight, output.sum.dtype)
             self._add(target, output, v, alpha=self.gradient_scale**-2)
 
@@ -207,6 +285,34 @@ class MomentHooks:
         return "encoder" if "encoder" in parts and "decoder" not in parts else "decoder"
 
 
+class _Linear(torch.autograd.Function):
+    """y = x Wᵀ + b and h = g W of a frozen layer, both handed on before they are rounded.
+
+    The matrix unit has them in float32 anyway. Rounded to the model's bfloat16 first, they would
+    change choices (docs/accuracy.md).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, hooks: MomentHooks, target: Target) -> Tensor:
+        ctx.hooks, ctx.target = hooks, target
+        y = hooks.take_y(target, x)
+        if y is None:
+            return F.linear(x, target.base.weight, target.base.bias)
+        if target.bias is not None:
+            y += target.bias
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        h = ctx.hooks.take_h(ctx.target, gradient)
+        h = gradient @ ctx.target.weight if h is None else h.to(gradient.dtype)
+        return h, None, None
+
+
+def _is_handed_on(output: Tensor) -> bool:
+    return getattr(type(output.grad_fn), "_forward_cls", None) is _Linear
+
+
 def empty_moments(weight: Tensor, shared_input: SecondMoment | None = None) -> Moments:
     """Accumulators for a layer with this weight: float32 sums, float64 for a float64 weight."""
     return Moments.zeros(
@@ -223,7 +329,7 @@ def _unrounded(v: Tensor, M: Tensor, dtype: torch.dtype) -> Tensor:
 
     The module's own output and input gradient would do, but for that rounding. On SmolLM2-135M in
     bfloat16 it moved the selected energies by up to 6.3e-3 through y and 6.5e-4 through h, and
-    changed choices through both (docs/accuracy.md). It costs the product once more.
+    changed choices through both (docs/accuracy.md).
     """
     v = v.to(M.device)  # where a device map left the input elsewhere
     with torch.autocast(v.device.type, enabled=False):
@@ -305,6 +411,7 @@ def collect_moments(
         progress.total = counts["samples"]
     if counts["samples"] == 0:
         raise ValueError("the dataloader gave no sample; expected at least one")
+    hooks.finish()
     for moments in hooks.moments.values():
         # Of the whole run, also for a module (an expert) that only later batches reached.
         moments.loss_terms.fill_(counts["loss_terms"])
