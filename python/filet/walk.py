@@ -26,7 +26,8 @@ from tqdm import tqdm
 from filet.config import FiletConfig
 from filet.loss import SummedLoss
 from filet.targets import Target
-from filet_kernels import Moments, SecondMoment
+from filet_kernels import Moments, SecondMoment, syrk_
+from filet_kernels.rounded import rounded_and_scaled
 
 __all__ = ["ForwardFn", "collect_moments", "empty_moments", "preserved", "some"]
 
@@ -67,6 +68,9 @@ class MomentHooks:
         self._masks: dict[str, Tensor | None] = {}
         self._seen: dict[int, tuple[weakref.ref[Tensor], SecondMoment]] = {}
         self._calls: dict[str, int] = {}
+        self._mask_counts: dict[str, int] = {}
+        # Rows of each moment. On the host: 9 additions a block and batch would be 9 launches.
+        self._counted: dict[int, tuple[SecondMoment, int]] = {}
         self._scales: dict[int, tuple[SecondMoment, Tensor]] = {}  # of the columns of y and h
         self._handles: list[Any] = []
         self._replaced: list[nn.Module] = []  # modules with a forward of ours
@@ -94,14 +98,18 @@ class MomentHooks:
         self._seen.clear()
 
     def finish(self) -> None:
-        """Take the scales of y and h back out of their moments."""
+        """Take the scales of y and h back out of their moments, and write the counts into them."""
         for moment, scale in self._scales.values():
             moment.sum.div_(scale).div_(scale.unsqueeze(1))
         self._scales.clear()
+        for moment, count in self._counted.values():
+            moment.count += count
+        self._counted.clear()
 
     def start_batch(self, masks: dict[str, Tensor | None]) -> None:
         """``masks`` (B, T) of the tokens to count: "encoder" and "decoder"; None counts all."""
         self._masks = masks
+        self._mask_counts = {k: int(m.sum()) for k, m in masks.items() if m is not None}
         self._seen.clear()
         self._calls.clear()
 
@@ -115,16 +123,21 @@ class MomentHooks:
         # The first module of the forward, then the first of the backward, is where it began.
         checks = [(name, self.moments[name].input) for name in names]
         checks += [(name, self.moments[name].output) for name in reversed(names)]
-        by_device: dict[torch.device, list[int]] = {}
+        alike: dict[tuple[torch.device, int], dict[int, int]] = {}
         for position, (_, moment) in enumerate(checks):
-            by_device.setdefault(moment.sum.device, []).append(position)
-        bad: list[int] = []
-        for positions in by_device.values():
+            of_kind = alike.setdefault((moment.sum.device, moment.sum.shape[0]), {})
+            of_kind.setdefault(id(moment), position)
+        flags: dict[torch.device, list[Tensor]] = {}
+        positions: dict[torch.device, list[int]] = {}
+        for (device, _), of_kind in alike.items():
             # A NaN or infinity in any counted row stays on the diagonal, the sum of squares.
-            totals = torch.stack([checks[p][1].sum.diagonal().sum() for p in positions])
-            bad += [
-                p for p, fine in zip(positions, totals.isfinite().tolist(), strict=True) if not fine
-            ]
+            sums = torch.stack([checks[p][1].sum.diagonal() for p in of_kind.values()])
+            flags.setdefault(device, []).append(sums.isfinite().all(1))
+            positions.setdefault(device, []).extend(of_kind.values())
+        bad: list[int] = []
+        for device, parts in flags.items():
+            fine = torch.cat(parts).tolist()
+            bad += [p for p, ok in zip(positions[device], fine, strict=True) if not ok]
         if bad:
             name, moment = checks[min(bad)]
             where = {"x": "its input", "y": "its output"}.get(
@@ -176,37 +189,46 @@ class MomentHooks:
         )
 
     def take_y(self, target: Target, x: Tensor) -> Tensor | None:
-        """x Wᵀ in float32, after it entered its moment; None where that is not wanted now."""
+        """The layer's output, after x Wᵀ entered its moment; None where that is not wanted now."""
         moment = self.moments[target.name].input
         if self.phase != "forward" or moment.space != "y":
             return None
         y = _unrounded(x, target.weight.T, torch.float32)
-        self._add_scaled(target, moment, y)
-        return y
+        return self._add_unrounded(target, moment, y, x.dtype, bias=target.bias)
 
     def take_h(self, target: Target, gradient: Tensor) -> Tensor | None:
-        """g W in float32, after it entered its moment; None where that is not wanted now."""
+        """The input's gradient g W, after it entered its moment; None as for :meth:`take_y`."""
         moment = self.moments[target.name].output
         if self.phase != "backward" or moment.space != "h":
             return None
         h = _unrounded(gradient, target.weight, torch.float32)
-        self._add_scaled(target, moment, h, alpha=self.gradient_scale**-2)
-        return h
+        alpha = self.gradient_scale**-2
+        return self._add_unrounded(target, moment, h, gradient.dtype, alpha=alpha)
 
-    def _add_scaled(
-        self, target: Target, moment: SecondMoment, v: Tensor, *, alpha: float = 1.0
-    ) -> None:
-        if not v.numel():
-            return
-        if id(moment) not in self._scales:
-            largest = v.abs().flatten(0, -2).amax(0)
+    def _add_unrounded(
+        self,
+        target: Target,
+        moment: SecondMoment,
+        v: Tensor,
+        dtype: torch.dtype,
+        *,
+        bias: Tensor | None = None,
+        alpha: float = 1.0,
+    ) -> Tensor:
+        """Adds the rows v to a moment, scaled; returns v + bias in ``dtype``."""
+        if id(moment) not in self._scales and v.numel():
+            rows, weights = self._rows(target, v.abs())
+            if weights is not None:
+                rows = torch.where(weights.unsqueeze(-1), rows, 0)
+            largest = rows.flatten(0, -2).amax(0)
             largest = torch.where(largest > 0, largest, largest.amax())
             exponent = torch.frexp(largest).exponent
             scale = torch.ldexp(torch.ones_like(largest), _UNROUNDED_EXPONENT - exponent)
             self._scales[id(moment)] = (moment, scale)
-        scale = self._scales[id(moment)][1]
-        scaled = torch.mul(v, scale, out=torch.empty_like(v, dtype=torch.float16))
+        scale = self._scales[id(moment)][1] if v.numel() else v.new_ones(v.shape[-1])
+        rounded, scaled = rounded_and_scaled(v, scale, bias=bias, dtype=dtype)
         self._add(target, moment, scaled, alpha=alpha)
+        return rounded
 
     def _count_input(self, target: Target, x: Tensor) -> None:
         name = target.name
@@ -249,11 +271,15 @@ class MomentHooks:
 
     def _add(self, target: Target, moment: SecondMoment, v: Tensor, *, alpha: float = 1.0) -> None:
         rows, weights = self._rows(target, v)
+        count = rows.shape[:-1].numel()
+        if weights is not None:
+            count = self._mask_counts[self._side(target.name)]
+        self._counted[id(moment)] = (moment, self._counted.get(id(moment), (moment, 0))[1] + count)
         device = moment.sum.device
         if rows.device != device:
             rows, weights = rows.to(device), None if weights is None else weights.to(device)
         with torch.no_grad():
-            moment.update(rows, weights=weights, alpha=alpha)
+            syrk_(moment.sum, rows, alpha=alpha, weights=weights)
 
     def _rows(self, target: Target, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """v as rows (…, T, d) that :func:`syrk_` takes, and which of them count."""
@@ -296,17 +322,12 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, hooks: MomentHooks, target: Target) -> Tensor:
         ctx.hooks, ctx.target = hooks, target
         y = hooks.take_y(target, x)
-        if y is None:
-            return F.linear(x, target.base.weight, target.base.bias)
-        if target.bias is not None:
-            y += target.bias
-        return y.to(x.dtype)
+        return F.linear(x, target.base.weight, target.base.bias) if y is None else y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         h = ctx.hooks.take_h(ctx.target, gradient)
-        h = gradient @ ctx.target.weight if h is None else h.to(gradient.dtype)
-        return h, None, None
+        return gradient @ ctx.target.weight if h is None else h, None, None
 
 
 def _is_handed_on(output: Tensor) -> bool:
@@ -597,6 +618,8 @@ def preserved(peft_model: PeftModel) -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+    memory: Any = torch.utils.deterministic  # its attribute is a property that mypy does not see
+    fill = memory.fill_uninitialized_memory
     hooks = []
     try:
         with contextlib.ExitStack() as stack:
@@ -612,6 +635,7 @@ def preserved(peft_model: PeftModel) -> Iterator[None]:
             if cuda and deterministic != (True, False):
                 torch.use_deterministic_algorithms(True, warn_only=True)
                 stack.enter_context(_deterministic_attention())
+            memory.fill_uninitialized_memory = False  # a pass over every new tensor
             for parameter in requires_grad:
                 parameter.requires_grad_(False)
             for module in training:
@@ -644,6 +668,7 @@ def preserved(peft_model: PeftModel) -> Iterator[None]:
         for parameter, flag in requires_grad.items():
             parameter.requires_grad_(flag)
         torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
+        memory.fill_uninitialized_memory = fill
         random.setstate(random_states[0])
         np.random.set_state(random_states[1])
         if cuda:
