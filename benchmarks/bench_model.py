@@ -34,7 +34,8 @@ from typing import Any
 
 import shapes
 import torch
-from bench_syrk import library, time_in_turn
+from bench_syrk import time_in_turn
+from recipes import AsWritten
 from shapes import CUDA, DEVICE, SAMPLES, SHAPES, Shape, synchronize
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -100,47 +101,15 @@ def one_round(model: nn.Module, batches: Batches, rank: int) -> dict[str, Any]:
 
 def moments_alone(sizes: Counter[int], tokens: int, rounds: int) -> dict[int, float]:
     """Milliseconds of one syrk_ of a batch, by size of the moment."""
-    runs = {}
+    runs: dict[str, Callable[[], Any]] = {}
     for n in sizes:
         X, C = (
             torch.randn(tokens, n, device=DEVICE).bfloat16(),
             torch.zeros(n, n, device=DEVICE),
         )
-        runs[str(n)] = lambda C=C, X=X: syrk_(C, X)
+        runs[str(n)] = lambda C=C, X=X: syrk_(C, X)  # type: ignore[misc]
     times = time_in_turn(runs, rounds)
     return {n: times[str(n)][1] for n in sizes}
-
-
-class AsWritten:
-    """The paper's statistics of some blocks: hooks that add xxᵀ and ggᵀ in full, unshared."""
-
-    def __init__(self, model: nn.Module, blocks: int) -> None:
-        self.moments: list[Tensor] = []
-        self.handles: list[Any] = []
-        layers = model.model.layers[:blocks]  # type: ignore[index,union-attr]
-        for name, module in layers.named_modules():
-            if name.rpartition(".")[2] in shapes.LINEARS:
-                self._watch(module)
-
-    def _watch(self, module: nn.Module) -> None:
-        m, n = module.weight.shape  # type: ignore[misc]
-        S_X, S_Y = torch.zeros(n, n, device=DEVICE), torch.zeros(m, m, device=DEVICE)
-        self.moments += [S_X, S_Y]
-
-        def add(C: Tensor, rows: Tensor) -> None:
-            C.add_(library(rows.detach().flatten(0, -2)))
-
-        def forward(module: Any, args: Any, output: Tensor) -> None:
-            add(S_X, args[0])
-            output.register_hook(lambda gradient: add(S_Y, gradient))
-
-        self.handles.append(module.register_forward_hook(forward))
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.moments.clear()
-        self.handles.clear()
 
 
 def paper_blocks(shape: Shape, blocks: int, bare_peak: float) -> int:
@@ -170,9 +139,10 @@ def paper(
     extra = []
     for number in range(rounds + 1):  # the first warms up
         without = timed(lambda: bare(model, batches))[0]
-        hooks = AsWritten(model, measured)
+        hooks = AsWritten(shapes.linears(model, measured))
         with_hooks = timed(lambda: bare(model, batches))[0]
         hooks.remove()
+        del hooks
         if number:
             extra.append(1e3 * (with_hooks - without) / len(batches) * blocks / measured)
     return statistics.median(extra), measured

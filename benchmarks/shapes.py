@@ -14,8 +14,6 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-__all__ = ["LINEARS", "SHAPES", "Shape", "about", "build", "token_batches", "with_lora"]
-
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16
@@ -95,10 +93,24 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def with_lora(model: nn.Module, rank: int, **settings: Any) -> PeftModel:
-    """A PeftModel over the model's weights with an adapter on all seven linear layers."""
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEARS, **settings)
-    return get_peft_model(twin(model), config)
+def lora_config(rank: int, **settings: Any) -> LoraConfig:
+    """An adapter on all seven linear layers, of scaling 1."""
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEARS, **settings)
+
+
+def with_lora(model: nn.Module, rank: int) -> PeftModel:
+    """A PeftModel over the model's own weights, with PEFT's default initialisation."""
+    return get_peft_model(twin(model), lora_config(rank))
+
+
+def linears(model: nn.Module, blocks: int) -> dict[str, nn.Linear]:
+    """The seven linear layers of each of the first blocks."""
+    layers: Any = model.model.layers[:blocks]  # type: ignore[index,union-attr]
+    return {
+        name: module
+        for name, module in layers.named_modules()
+        if name.rpartition(".")[2] in LINEARS
+    }
 
 
 def token_batches(
