@@ -14,6 +14,7 @@ import random
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,29 @@ _HANDS_ON = {"cuda"}
 _UNROUNDED_EXPONENT = 2
 
 
+@dataclass(frozen=True)
+class _Awaited:
+    """The check of a batch, on its way to the host."""
+
+    index: int
+    checks: list[tuple[str, SecondMoment]]
+    places: list[list[int]]  # in checks, of each kind of moment
+    fine: list[
+        tuple[Tensor, torch.cuda.Event | None]
+    ]  # flags of each kind, and when they are there
+
+
+def _to_host(flags: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    if not flags.is_cuda:
+        return flags, None
+    host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+    with torch.cuda.device(flags.device):
+        host.copy_(flags, non_blocking=True)
+        event = torch.cuda.Event(blocking=True)
+        event.record()
+    return host, event
+
+
 class MomentHooks:
     """Hooks on the base modules of the targets that accumulate each one's :class:`Moments`.
 
@@ -73,6 +97,7 @@ class MomentHooks:
         self._counted: dict[int, tuple[SecondMoment, int]] = {}
         self._scales: dict[int, tuple[SecondMoment, Tensor]] = {}  # of the columns of y and h
         self._handles: list[Any] = []
+        self._awaited: _Awaited | None = None
         self._replaced: list[nn.Module] = []  # modules with a forward of ours
 
     def __enter__(self) -> MomentHooks:
@@ -99,6 +124,7 @@ class MomentHooks:
 
     def finish(self) -> None:
         """Take the scales of y and h back out of their moments, and write the counts into them."""
+        self.judge()
         for moment, scale in self._scales.values():
             moment.sum.div_(scale).div_(scale.unsqueeze(1))
         self._scales.clear()
@@ -114,11 +140,15 @@ class MomentHooks:
         self._calls.clear()
 
     def finish_batch(self, index: int) -> None:
-        """Raise for what this batch showed to be wrong. One device synchronisation a device."""
+        """Look for what is wrong with this batch, and raise for it, on a GPU one batch later.
+
+        By then the answer has arrived, so that the GPU need not run dry for it.
+        """
         for follower, leader in self.shared_input.items():
             if self._calls.get(follower, 0) != self._calls.get(leader, 0):
                 raise _sharing_broke(follower, leader, index)
         self._seen.clear()
+        self.judge()
         names = list(self.moments)
         # The first module of the forward, then the first of the backward, is where it began.
         checks = [(name, self.moments[name].input) for name in names]
@@ -127,24 +157,33 @@ class MomentHooks:
         for position, (_, moment) in enumerate(checks):
             of_kind = alike.setdefault((moment.sum.device, moment.sum.shape[0]), {})
             of_kind.setdefault(id(moment), position)
-        flags: dict[torch.device, list[Tensor]] = {}
-        positions: dict[torch.device, list[int]] = {}
-        for (device, _), of_kind in alike.items():
+        fine = []
+        for of_kind in alike.values():
             # A NaN or infinity in any counted row stays on the diagonal, the sum of squares.
-            sums = torch.stack([checks[p][1].sum.diagonal() for p in of_kind.values()])
-            flags.setdefault(device, []).append(sums.isfinite().all(1))
-            positions.setdefault(device, []).extend(of_kind.values())
+            diagonals = torch.stack([checks[p][1].sum.diagonal() for p in of_kind.values()])
+            fine.append(_to_host(diagonals.isfinite().all(1)))
+        places = [list(of_kind.values()) for of_kind in alike.values()]
+        self._awaited = _Awaited(index, checks, places, fine)
+        if all(event is None for _, event in fine):
+            self.judge()
+
+    def judge(self) -> None:
+        """Raise for the last batch whose check has not been looked at."""
+        awaited, self._awaited = self._awaited, None
+        if awaited is None:
+            return
         bad: list[int] = []
-        for device, parts in flags.items():
-            fine = torch.cat(parts).tolist()
-            bad += [p for p, ok in zip(positions[device], fine, strict=True) if not ok]
+        for positions, (flags, event) in zip(awaited.places, awaited.fine, strict=True):
+            if event is not None:
+                event.synchronize()
+            bad += [p for p, fine in zip(positions, flags.tolist(), strict=True) if not fine]
         if bad:
-            name, moment = checks[min(bad)]
+            name, moment = awaited.checks[min(bad)]
             where = {"x": "its input", "y": "its output"}.get(
                 moment.space, "the gradient it received"
             )
             raise FloatingPointError(
-                f"{name}: {where} has a NaN or infinity in batch {index} (counted from 0); "
+                f"{name}: {where} has a NaN or infinity in batch {awaited.index} (counted from 0); "
                 "expected finite values (check that batch, and the model's dtype)"
             )
 
@@ -475,7 +514,8 @@ def _loss_scale(hooks: MomentHooks, loss: Tensor, factor: float, index: int) -> 
         if peak and wanted <= scale:
             return wanted
         scale = wanted
-    hooks.finish_batch(index)  # names the module where a NaN of the forward began
+    hooks.finish_batch(index)
+    hooks.judge()  # names the module where a NaN of the forward began
     raise FloatingPointError(
         f"no loss scale keeps the float16 gradients of batch {index} finite and non-zero; expected "
         "a model in bfloat16 or float32, or a batch without NaN"
