@@ -13,8 +13,8 @@ from torch import Tensor
 
 __all__ = ["cross_entropy_triton"]
 
-# 32 warps have the registers of a multiprocessor to themselves. So it has one row under way, and the
-# second pass may find that in the L2 cache: 132 rows of 128256 bfloat16 are 32 MiB.
+# 32 warps take the registers of a multiprocessor. So each has one row under way, and the
+# second pass may find it in the L2 cache: 132 rows of 128256 bfloat16 are 32 MiB.
 _TILE = 16384
 _PER_WARP = 512  # elements
 
