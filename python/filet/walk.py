@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from filet.config import FiletConfig
-from filet.loss import SummedLoss
+from filet.head import ChunkedLoss, HeadLoss
+from filet.loss import ModelLoss, SummedLoss
 from filet.targets import Target
 from filet_kernels import Moments, SecondMoment, syrk_
 from filet_kernels.rounded import rounded_and_scaled
@@ -424,9 +425,10 @@ def collect_moments(
 
     The model must be inside :func:`preserved`. Counts: "samples", "tokens", "loss_terms".
     """
-    forward_fn = forward_fn or _default_forward
     base_model = peft_model.base_model.model
     summed_loss = SummedLoss(config, base_model)
+    head_loss = HeadLoss(config, peft_model, summed_loss, forward_fn)
+    forward_fn = forward_fn or _default_forward
     device = _input_device(base_model)
     is_encoder_decoder = bool(
         getattr(getattr(base_model, "config", None), "is_encoder_decoder", False)
@@ -448,20 +450,26 @@ def collect_moments(
             if size == 0:
                 continue
             masks, tokens = _token_masks(batch, size, is_encoder_decoder)
-            batch = _to_device(summed_loss.without_padded_terms(batch), device)
+            host = summed_loss.without_padded_terms(batch)
+            batch = _to_device(host, device)
             hooks.start_batch(masks)
             hooks.phase = "forward"
-            loss, factor, terms = summed_loss(forward_fn(peft_model, batch), batch)
-            if scale is None and terms:
-                scale = _loss_scale(hooks, loss, factor, index) if hooks.half else 1.0
+            loss: ChunkedLoss | ModelLoss | None = None
+            if head_loss.takes(host):
+                loss = head_loss(batch, host)
+                hooks.phase = "idle"  # if it goes through once more, its inputs are counted already
+            if loss is None:
+                loss = summed_loss(forward_fn(peft_model, batch), batch)
+            if scale is None and loss.terms:
+                scale = _loss_scale(hooks, loss, index) if hooks.half else 1.0
             hooks.phase = "backward"
             hooks.gradient_scale = scale or 1.0  # none yet: no term, and every gradient is zero
-            _backward(loss, factor * hooks.gradient_scale, index)
+            _backward(loss, hooks.gradient_scale, index)
             hooks.phase = "idle"
             hooks.finish_batch(index)
             counts["samples"] += size
             counts["tokens"] += tokens
-            counts["loss_terms"] += terms
+            counts["loss_terms"] += loss.terms
             progress.update(size)
             elapsed = progress.format_dict["elapsed"]
             if elapsed:
@@ -485,17 +493,18 @@ def collect_moments(
     return hooks, counts
 
 
-def _backward(loss: Tensor, factor: float, index: int, retain_graph: bool = False) -> None:
+def _backward(
+    loss: ChunkedLoss | ModelLoss, scale: float, index: int, retain_graph: bool = False
+) -> None:
     if not loss.requires_grad:
         raise RuntimeError(
             f"the loss of batch {index} has no gradient: no target module took part in it, or "
             "forward_fn ran under torch.no_grad(); expected a loss that depends on the targets"
         )
-    loss = loss.to(torch.promote_types(loss.dtype, torch.float32)) * factor
-    loss.backward(retain_graph=retain_graph)
+    loss.backward(scale, retain_graph)
 
 
-def _loss_scale(hooks: MomentHooks, loss: Tensor, factor: float, index: int) -> float:
+def _loss_scale(hooks: MomentHooks, loss: ChunkedLoss | ModelLoss, index: int) -> float:
     """The power of two that keeps float16 gradients away from underflow and overflow.
 
     Found by going backward through this batch's graph, which stays for the backward that counts.
@@ -504,7 +513,7 @@ def _loss_scale(hooks: MomentHooks, loss: Tensor, factor: float, index: int) -> 
     scale, ceiling = 1.0, math.inf
     for _ in range(12):
         hooks.peaks = []
-        _backward(loss, factor * scale, index, retain_graph=True)
+        _backward(loss, scale, index, retain_graph=True)
         peak = max((float(peak) for peak in hooks.peaks), default=0.0, key=_nan_last)
         if not math.isfinite(peak):
             ceiling = scale = scale / _FP16_ROOM
