@@ -95,7 +95,8 @@ class Case:
 
     def block_batches(self, samples: int, batch_size: int) -> list[dict[str, Tensor]]:
         small = dataclasses.replace(self.shape, vocabulary=256)
-        return shapes.token_batches(small, samples, self.length, batch_size)
+        batches = shapes.token_batches(small, samples, self.length, batch_size)
+        return [shapes.on_device(batch) for batch in batches]
 
     def scaled(self, seconds: float, blocks: int) -> float:
         return seconds * self.shape.blocks / blocks
@@ -161,7 +162,7 @@ def lora_ga(case: Case) -> Result:
     def gradients(batches: Sequence[dict[str, Tensor]]) -> None:
         def train_step() -> None:
             for batch in batches:
-                model(**batch).loss.backward()
+                model(**shapes.on_device(batch)).loss.backward()
 
         preprocess_loraga(model, config, train_step)
 

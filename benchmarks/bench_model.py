@@ -55,8 +55,9 @@ def bare(model: nn.Module, batches: Batches) -> None:
     """Forward and backward of the frozen model; the embedding's output asks for a gradient."""
     embed = model.get_input_embeddings()  # type: ignore[operator]
     for batch in batches:
-        inputs = embed(batch["input_ids"]).detach().requires_grad_()
-        model(inputs_embeds=inputs, labels=batch["labels"], use_cache=False).loss.backward()
+        inputs = embed(batch["input_ids"].to(DEVICE)).detach().requires_grad_()
+        labels = batch["labels"].to(DEVICE)
+        model(inputs_embeds=inputs, labels=labels, use_cache=False).loss.backward()
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, float, Any]:

@@ -116,10 +116,14 @@ def linears(model: nn.Module, blocks: int) -> dict[str, nn.Linear]:
 def token_batches(
     shape: Shape, samples: int, length: int, batch_size: int
 ) -> list[dict[str, Tensor]]:
-    """Random tokens without padding, on the device; the labels are the tokens."""
+    """Random tokens without padding, on the CPU as a dataloader's; the labels are the tokens."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, shape.vocabulary, (samples, length), generator=generator).to(DEVICE)
+    ids = torch.randint(0, shape.vocabulary, (samples, length), generator=generator)
     return [{"input_ids": part, "labels": part} for part in ids.split(batch_size)]
+
+
+def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.to(DEVICE) for key, value in batch.items()}
 
 
 def synchronize() -> None:

@@ -48,7 +48,10 @@ def select(energies: Tensor, rank: int, how: Selection = "min", *, seed: int = 0
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(candidates.numel(), generator=generator).to(candidates.device)
     elif how in ("min", "max"):
-        order = torch.argsort(energies[candidates], descending=how == "max", stable=True)
+        keys = energies[candidates] if how == "min" else -energies[candidates]
+        # Only what can be chosen is sorted: 14336 energies take a CPU 1 ms, of every layer.
+        few = (keys <= keys.topk(rank, largest=False).values.amax()).nonzero().squeeze(1)
+        order = few[torch.argsort(keys[few], stable=True)]
     else:
         raise ValueError(f"how={how!r}; expected 'min', 'max' or 'random'")
     return candidates[order[:rank]]
@@ -131,5 +134,5 @@ def residual_weight(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
             f"A {tuple(A.shape)} and B {tuple(B.shape)}; expected (r, {n}) and ({m}, r) for W"
         )
     compute = torch.float64 if W.dtype == torch.float64 else torch.float32
-    product = B.detach().to(compute) @ A.detach().to(compute)
-    return (W.detach().to(compute) - scale * product).to(W.dtype)
+    A, B = A.detach().to(compute), B.detach().to(compute)
+    return torch.addmm(W.detach().to(compute), B, A, alpha=-scale).to(W.dtype)

@@ -187,8 +187,9 @@ def _write_residual(weight: Tensor, layer: Layer, scale: float) -> Tensor:
     residual = residual_weight(weight, layer.A0, layer.B0, scale)
     # The error is one of rounding to W's dtype: what is measured with need only be much finer.
     compute = torch.float32 if weight.element_size() == 2 else torch.float64
-    error = scale * (layer.B0.to(compute) @ layer.A0.to(compute))
-    error += residual
+    error = torch.addmm(
+        residual.to(compute), layer.B0.to(compute), layer.A0.to(compute), alpha=scale
+    )
     error -= weight
     difference = torch.linalg.vector_norm(error, torch.inf)
     unit = torch.finfo(weight.dtype).eps / 2 * weight.abs().max().to(compute)

@@ -155,7 +155,7 @@ def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:
 def _hash(weight: Tensor) -> Tensor:
     m, n = weight.shape
     a_word = max(1, 4 // weight.element_size())
-    step = max(1, 2**25 // max(1, n * weight.element_size()))  # 32 MiB at a time
+    step = max(1, 2**27 // max(1, n * weight.element_size()))  # 128 MiB at a time
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     for start in range(0, m, step):
         rows = weight[start : start + step].contiguous()
