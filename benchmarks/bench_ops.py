@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from filet_kernels import Moments, fisher_energies, quadform_diag, syrk_
+from filet_kernels import Moments, cross_entropy_, fisher_energies, quadform_diag, syrk_
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 SIZES = [1024, 2048, 4096, 8192] if CUDA else [256, 1024]
 TOKENS = 4096 if CUDA else 512
+VOCABULARY = 128256 if CUDA else 8192
 
 
 def measure(benchmark: Any, run: Any, operations: float) -> None:
@@ -88,3 +90,43 @@ def test_fisher_energies(benchmark: Any, n: int) -> None:
     moments.update(g=X)
     assert (fisher_energies(W, moments) > 0).all()
     measure(benchmark, lambda: fisher_energies(W, moments), 8 * n**3)
+
+
+def logits_and_labels() -> tuple[torch.Tensor, torch.Tensor]:
+    logits = torch.randn(TOKENS, VOCABULARY, device=DEVICE, dtype=torch.bfloat16).mul_(3)
+    return logits, torch.randint(VOCABULARY, (TOKENS,), device=DEVICE)
+
+
+def measure_bytes(benchmark: Any, run: Any) -> None:
+    """GB/s count what cannot be avoided without a cache: logits read twice and written once."""
+    measure(benchmark, run, 0)
+    del benchmark.extra_info["TFLOP/s"]
+    median = benchmark.stats.stats.median
+    benchmark.extra_info["GB/s"] = round(6 * TOKENS * VOCABULARY / median / 1e9, 1)
+
+
+@pytest.mark.benchmark(group="cross-entropy")
+def test_cross_entropy(benchmark: Any) -> None:
+    """Losses and gradient; the rounds after the first take the last one's gradient for logits."""
+    logits, labels = logits_and_labels()
+    few = logits[:8].double().requires_grad_()
+    truth = F.cross_entropy(few, labels[:8], reduction="none")
+    truth.sum().backward()
+    losses = cross_entropy_(logits, labels)
+    assert (losses[:8] - truth).abs().max() <= 1e-5
+    assert few.grad is not None
+    assert ((logits[:8] - few.grad).abs() <= 2**-8 * few.grad.abs() + 1e-6).all()
+    measure_bytes(benchmark, lambda: cross_entropy_(logits, labels))
+
+
+@pytest.mark.benchmark(group="cross-entropy")
+def test_cross_entropy_of_the_library(benchmark: Any) -> None:
+    """What it replaces: transformers' loss of the same bfloat16 logits, forward and backward."""
+    logits, labels = logits_and_labels()
+    logits.requires_grad_()
+
+    def run() -> None:
+        logits.grad = None
+        F.cross_entropy(logits.float(), labels, reduction="sum").backward()
+
+    measure_bytes(benchmark, run)

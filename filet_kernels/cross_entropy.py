@@ -36,16 +36,18 @@ def cross_entropy_reference(
     losses = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
     step = max(1, _ELEMENTS // vocabulary)
     for part in (slice(start, start + step) for start in range(0, logits.shape[0], step)):
-        label = labels[part].long().unsqueeze(1)
-        ignored = label == ignore_index
-        outside = ~ignored & ((label < 0) | (label >= vocabulary))
+        z, label = logits[part], labels[part].long().unsqueeze(1)
+        counted = label != ignore_index
+        inside = (label >= 0) & (label < vocabulary)
         label = label.clamp(0, vocabulary - 1)
-        # A product with 0 would keep NaN: ignored rows are replaced, not multiplied.
-        z = logits[part].to(dtype).masked_fill(ignored, 0).masked_fill(outside, torch.nan)
-        log_p = z.log_softmax(-1)
-        losses[part] = log_p.gather(1, label).neg().masked_fill(ignored, 0).squeeze(1)
-        gradient = log_p.exp_().scatter_add_(1, label, -torch.ones_like(z[:, :1]))
-        logits[part] = gradient.mul_(scale).masked_fill_(ignored, 0)
+        # A product with 0 would keep NaN: rows that do not count are replaced first.
+        z.masked_fill_(~(counted & inside), 0)
+        log_p = z.log_softmax(-1, dtype=dtype)
+        loss = log_p.gather(1, label).neg().masked_fill(~inside, torch.nan)
+        losses[part] = loss.masked_fill(~counted, 0).squeeze(1)
+        factor = torch.full_like(loss, scale).masked_fill(~inside, torch.nan)
+        gradient = log_p.exp_().scatter_add_(1, label, loss.new_full(loss.shape, -1.0))
+        z.copy_(gradient.mul_(factor.masked_fill(~counted, 0)))
     return losses
 
 

@@ -2,8 +2,8 @@
 
 With a vocabulary of 128k the logits of a batch, and their float32 copy in the loss, would set the
 peak memory. So the model runs with a stand-in for its head, which keeps the last hidden states;
-head, loss and their gradient follow in the backward, some hundred tokens at a time. Tokens without
-a label never enter the head.
+head, loss and their gradient follow in the backward, some tokens at a time. Tokens without a label
+never enter the head.
 
 What the model does with its logits is not known, only seen (:meth:`HeadLoss._differs`): where they
 are scaled, capped or summed up in another way, the model's own loss is taken (:mod:`filet.loss`).
@@ -45,6 +45,8 @@ _KEYS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels
 _KEYS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
+_NOT_FINITE = "the logits of a batch are not finite"
+
 _HOOKS = re.compile("_(forward|backward).*_hooks")
 
 
@@ -73,34 +75,56 @@ class _StandIn(nn.Module):
 
 
 class ChunkedLoss:
-    """The summed loss of a batch, from the hidden states of the rows that have a label."""
+    """The summed loss of a batch, from the hidden states of the tokens that predict a label."""
 
     def __init__(
-        self, head: _StandIn, rows: Tensor, labels: Tensor | None, uniform: Tensor | None
+        self,
+        head: _StandIn,
+        hidden: Tensor,
+        predicts: Tensor,
+        labels: Tensor | None,
+        uniform: Tensor | None,
     ) -> None:
+        """
+        Args:
+            hidden: (B, T, n), with the graph to go backward through.
+            predicts: (B, T) bool, on the CPU: the tokens that count, R of them.
+            labels: (R,) what they predict; None draws it from the model.
+            uniform: (R, 1) numbers in [0, 1) to draw it by.
+        """
+        device = head.weight.device
+        index = predicts.flatten().nonzero().squeeze(1)
+        # Of every token the row that it is, and of the others one more row, of zeros: the gradient
+        # of a selection that is one itself, and needs no atomics.
+        row = torch.full((predicts.numel(),), index.numel())
+        row[index] = torch.arange(index.numel())
         self.head = head
-        self.rows = rows
-        self.labels = labels  # of the data; None draws them from the model
-        self.uniform = uniform  # a number in [0, 1) a row, for that
-        self.terms = rows.shape[0]
-        self.requires_grad = rows.requires_grad
+        self.hidden = hidden
+        self.row = row.to(hidden.device, non_blocking=True)
+        index = index.to(hidden.device, non_blocking=True)
+        self.rows = hidden.detach().flatten(0, 1).index_select(0, index).to(device)
+        self.labels = None if labels is None else labels.to(device, non_blocking=True)
+        self.uniform = None if uniform is None else uniform.to(device, non_blocking=True)
+        self.terms = index.numel()
+        self.requires_grad = hidden.requires_grad
 
     def backward(self, scale: float, retain_graph: bool = False) -> None:
         """Backward from ``scale`` times the summed loss."""
         weight = self.head.weight
         step = max(1, _CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
         step = max(step // _CHUNK_ROWS * _CHUNK_ROWS, min(step, _CHUNK_ROWS))
-        gradient = torch.empty_like(self.rows)
+        gradient = self.rows.new_zeros(self.terms + 1, self.rows.shape[1])
         with torch.no_grad():
             for start in range(0, self.terms, step):
-                part = slice(start, start + step)
+                part = slice(start, min(start + step, self.terms))
                 gradient[part] = self._gradient(part, scale)
-        self.rows.backward(gradient, retain_graph=retain_graph)
+            gradient = gradient.to(self.hidden.device).index_select(0, self.row)
+        self.hidden.backward(gradient.view_as(self.hidden), retain_graph=retain_graph)
 
     def _gradient(self, part: slice, scale: float) -> Tensor:
         """Of the rows; logits exist in here only."""
         weight = self.head.weight
-        logits = F.linear(self.rows[part].to(weight.device), weight, self.head.bias)
+        logits = F.linear(self.rows[part], weight, self.head.bias)
         if self.labels is not None:
             labels = self.labels[part]
         else:
@@ -137,28 +161,25 @@ class HeadLoss:
         None where the model turned out to do something else with its logits. Then the batch has to
         go through the whole model instead.
         """
-        labels = host["labels"].cpu()[:, 1:]
-        counted = labels.ne(IGNORED)
-        labels = labels[counted].long()
-        self._check(labels)
+        labels = host["labels"].cpu()
+        predicts = F.pad(labels[:, 1:].ne(IGNORED), (0, 1))  # the last token predicts nothing
+        wanted = labels[:, 1:][predicts[:, :-1]].long()
+        self._check(wanted)
         with self._without_head():
             if self.settled:
                 self.peft_model(**{key: batch[key] for key in batch if key != "labels"})
-            elif not self._said(self._differs(batch)):
+            elif not self._said(reason := self._differs(batch)):
+                # The next batch may be finite.
+                self.why_not = None if reason == _NOT_FINITE else reason
                 return None
+            self.settled = True
             hidden = self.head.hidden
         assert hidden is not None
-        # The last token of every sample predicts nothing.
-        index = F.pad(counted, (0, 1)).flatten().nonzero().squeeze(1)
-        rows = hidden.flatten(0, 1).index_select(0, index.to(hidden.device, non_blocking=True))
-        device = self.head.weight.device
-        if self.config.fisher == "sampled":
-            uniform = [
-                self.summed_loss.uniform(host, sample, count)
-                for sample, count in enumerate(counted.sum(1).tolist())
-            ]
-            return ChunkedLoss(self.head, rows, None, torch.cat(uniform).to(device))
-        return ChunkedLoss(self.head, rows, labels.to(device, non_blocking=True), None)
+        if self.config.fisher == "empirical":
+            return ChunkedLoss(self.head, hidden, predicts, wanted, None)
+        counts = predicts.sum(1).tolist()
+        uniform = [self.summed_loss.uniform(host, index, n) for index, n in enumerate(counts)]
+        return ChunkedLoss(self.head, hidden, predicts, None, torch.cat(uniform))
 
     def _differs(self, batch: Any) -> str | None:
         """Run the model, and see that its loss is the shifted cross-entropy of its head's output.
@@ -175,17 +196,14 @@ class HeadLoss:
         self.head.few = 0
         hidden, shown = self.head.hidden, self.head.shown
         if hidden is None or shown is None or hidden.shape[:-1] != (size, length):
-            self.why_not = "its head is not called with the hidden states of all tokens"
-            return self.why_not
+            return "its head is not called with the hidden states of all tokens"
         logits, loss = getattr(result, "logits", None), getattr(result, "loss", None)
         if not isinstance(logits, Tensor) or not isinstance(loss, Tensor):
-            self.why_not = "it gives no .logits and .loss"
-            return self.why_not
+            return "it gives no .logits and .loss"
         if not bool(shown.isfinite().all()):
-            return "the logits of a batch are not finite"  # the next one is asked again
+            return _NOT_FINITE
         if logits.shape != shown.shape or not torch.equal(logits.detach(), shown.to(logits)):
-            self.why_not = "its logits are not what its head gives"
-            return self.why_not
+            return "its logits are not what its head gives"
         terms = F.cross_entropy(
             shown[0, :-1].float(), labels[0, 1:].to(shown.device), reduction="none"
         )
@@ -194,12 +212,10 @@ class HeadLoss:
             sums = {self.config.loss_reduction: sums[self.config.loss_reduction]}
         found = float(loss.detach())
         if not any(math.isclose(found, expected, rel_tol=_TOLERANCE) for expected in sums.values()):
-            self.why_not = (
+            return (
                 f"its loss of {few - 1} tokens, {found:.6g}, is not the {' or the '.join(sums)} of "
                 f"their cross-entropy, {float(terms.mean()):.6g} on average"
             )
-            return self.why_not
-        self.settled = True
         return None
 
     def _check(self, labels: Tensor) -> None:
@@ -232,6 +248,8 @@ class HeadLoss:
         # A device map puts a forward there that moves the input to the weight, as is done here.
         if "forward" in vars(head) and not hasattr(head, "_hf_hook"):
             return "its head has a forward of its own"
+        if type(head.weight) is not nn.Parameter:
+            return f"the weight of its head is a {type(head.weight).__name__}"
         if head.weight.device.type == "meta":
             return "its head is offloaded"
         modules = self.peft_model.named_modules(remove_duplicate=False)
