@@ -507,7 +507,7 @@ def _run(
     while True:
         loader = encoded.batches(size, by_length=True)
         padding = 1 - encoded.tokens / sum(batch["input_ids"].numel() for batch in loader)
-        _print(f"{'batches':<14}{len(loader)}, of which {padding:.1%} is padding")
+        _print(f"{'padding':<14}{padding:.1%} of {len(loader)} batches")
         try:
             return function(
                 peft_model, loader, config=config, show_progress_bar=not args.no_progress
@@ -529,7 +529,9 @@ def _run(
 def _config(args: argparse.Namespace) -> Any:
     from filet import FiletConfig
 
-    chosen: dict[str, Any] = {"fisher": args.fisher, "seed": args.seed, "samples": args.samples}
+    chosen: dict[str, Any] = {
+        key: getattr(args, key) for key in ("fisher", "seed", "samples", "passes")
+    }
     if args.command == "init":
         chosen["base"] = args.base
         chosen["select"] = args.select

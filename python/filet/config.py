@@ -44,10 +44,11 @@ class FiletConfig:
         passes: over how many groups of blocks the moments are taken, one after the other, each in a
             forward and backward of its own over the same batches; the moments of a finished group
             go to host memory. Each pass costs a forward and backward and needs room on the GPU for
-            its own moments only. "auto" is one on a CPU, else as few as fit beside what a
-            sample of the first batch needs (measured there, see :func:`filet.estimate`); at most
-            one a block. The batches are kept in host memory; with more than one pass the model
-            has to do the same with a batch every time.
+            its own moments only. "auto" is one on a CPU, and where the moments take less than a
+            tenth of the GPU's free memory; else as few as fit beside the first batch, of which one
+            and two samples are measured (see :func:`filet.estimate`); at most one a block. With
+            more than one, batches are kept in host memory, and the model has to do the same with a
+            batch every time.
     """
 
     base: Base = "residual"

@@ -48,6 +48,10 @@ CPU_TOKENS = 4096
 _RESERVE = 0.04
 
 
+# Share of the free memory below which moments are taken in one pass without a measurement.
+_SMALL = 0.1
+
+
 @dataclass(frozen=True)
 class DevicePlan:
     """Bytes on one device.
@@ -220,8 +224,17 @@ def passes_that_fit(
 ) -> int:
     """The smallest number of passes over batches like this one that fits; a warning if none does.
 
-    The model must be inside :func:`preserved`.
+    The model must be inside :func:`preserved`. Nothing is measured where the moments are small
+    beside the free memory: then more passes would hardly make room for anything.
     """
+    moments = moment_bytes(targets, {})
+    small = [
+        sum(sum(moments[name]) for name, t in targets.items() if t.weight.device == device)
+        <= _SMALL * available(device)
+        for device in _gpus(peft_model)
+    ]
+    if all(small):
+        return 1
     size = _batch_size(batch)
     plan = _plan(peft_model, targets, batch, config, forward_fn, size, None)
     for d in plan.devices:
@@ -265,14 +278,14 @@ def _plan(
             name: sum(moments[name]) for name, t in targets.items() if t.weight.device == device
         }
         fixed = per_sample = total = free_here = None
-        if device.type == "cuda":
+        if device in free:
             total = torch.cuda.mem_get_info(device)[1]
             free_here = free[device] - int(_RESERVE * total)
             first, last = probe.peaks[0][device], probe.peaks[-1][device]
             # 1 and 2: a straight line through both. Else everything grows with the samples.
             slope = max(last - first, 0) if probe.sizes == (1, 2) else -(-last // probe.sizes[-1])
             fixed = max(last - slope * probe.sizes[-1], 0)
-            per_sample = slope + length * _handed_on(targets, here)
+            per_sample = slope + probe.rows * _handed_on(targets, here)
         devices.append(
             DevicePlan(
                 device=str(device),
@@ -338,6 +351,7 @@ class _Probe:
     sizes: tuple[int, ...]  # samples of each run
     peaks: list[dict[torch.device, int]]  # bytes above what was there before, of each run
     seconds: float  # of the last run
+    rows: int  # of the largest input of a target, for one sample
     shared_input: dict[str, str]
 
 
@@ -354,7 +368,7 @@ def _probe(
     before = {device: torch.cuda.memory_allocated(device) for device in gpus}
     everything = dataclasses.replace(config, samples=None)
     peaks: list[dict[torch.device, int]] = []
-    with _watched(targets, config) as shared_input, warnings.catch_warnings():
+    with _watched(targets, config) as (shared_input, rows), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the pass itself will say it
         for size in sizes:
             for device in gpus:
@@ -380,22 +394,26 @@ def _probe(
                 torch.cuda.synchronize(device)
             seconds = time.perf_counter() - start  # of the last run: the first warms up
             peaks.append({d: torch.cuda.max_memory_allocated(d) - before[d] for d in gpus})
-    gc.collect()  # an error's frames hold the graph
-    return _Probe(sizes[: len(peaks)], peaks, seconds, shared_input)
+    if len(peaks) < len(sizes):
+        gc.collect()  # the error's frames hold the graph
+    most = -(-max(rows.values(), default=0) // sizes[0])
+    return _Probe(sizes[: len(peaks)], peaks, seconds, most, shared_input)
 
 
 @contextmanager
-def _watched(targets: dict[str, Target], config: FiletConfig) -> Iterator[dict[str, str]]:
-    """Module → the module whose input moment it will share, by the rule of the pass."""
+def _watched(
+    targets: dict[str, Target], config: FiletConfig
+) -> Iterator[tuple[dict[str, str], dict[str, int]]]:
+    """Of each module's first call: whose input moment it will share, and the rows of its input."""
     shared_input: dict[str, str] = {}
+    rows: dict[str, int] = {}
     seen: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-    called: set[str] = set()
 
     def watch(target: Target, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if target.name in called or not args or not isinstance(args[0], Tensor):
+        if target.name in rows or not args or not isinstance(args[0], Tensor):
             return
-        called.add(target.name)
         x = args[0]
+        rows[target.name] = x.shape[:-1].numel()
         reference, leader = seen.get(id(x), (None, ""))
         if config.share_inputs and reference is not None and reference() is x:
             shared_input[target.name] = leader
@@ -406,7 +424,7 @@ def _watched(targets: dict[str, Target], config: FiletConfig) -> Iterator[dict[s
         target.base.register_forward_pre_hook(_bound(watch, target)) for target in targets.values()
     ]
     try:
-        yield shared_input
+        yield shared_input, rows
     finally:
         for handle in handles:
             handle.remove()
@@ -414,8 +432,7 @@ def _watched(targets: dict[str, Target], config: FiletConfig) -> Iterator[dict[s
 
 def _is_compiled(model: nn.Module) -> bool:
     return any(
-        isinstance(module, torch._dynamo.OptimizedModule)
-        or getattr(module, "_compiled_call_impl", None) is not None
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
 
