@@ -188,10 +188,11 @@ def test_the_largest_batch_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -
     plan = filet.estimate(peft_model, batch, whole)
     assert (plan.batch_size, plan.passes, plan.fits) == (250, 1, True)
     assert not filet.estimate(peft_model, batch, whole, batch_size=1000).fits
-    # A batch of 2048 tokens is worth two passes.
-    gpu.free = on.moments + gpu.fixed + 2048 // 9 * each
+    # Where a batch would have too few tokens, two passes are better.
+    few = plan_module._FEW_TOKENS // 9
+    gpu.free = on.moments + gpu.fixed + few * each
     plan = filet.estimate(peft_model, batch, whole)
-    many = 2048 // 9 + on.moments // 2 // each
+    many = few + on.moments // 2 // each
     assert (plan.batch_size, plan.passes, plan.fits) == (many, 2, True)
     assert f"{readable(on.moments // 2)} at a time" in str(plan)
     assert filet.estimate(peft_model, batch, FiletConfig(samples=None, passes=1)).passes == 1
@@ -442,8 +443,7 @@ def python_error(*_: Any) -> None:
         (python_error, "more than there is asked for"),
     ],
 )
-@pytest.mark.parametrize("phase", ["forward", "backward"])
-@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(("phase", "passes"), [("forward", 1), ("backward", 2)])
 def test_a_shortage_is_named(fail: Any, said: str, phase: str, passes: int) -> None:
     c = case("llama")
     peft_model = peft_of(c)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import time
 import warnings
 import weakref
@@ -37,10 +38,13 @@ from filet.walk import (
 
 __all__ = ["CPU_TOKENS", "DevicePlan", "Plan", "estimate", "passes_that_fit"]
 
-# More tokens a batch do not pay: the products are as fast as they get.
+# More tokens a batch hardly pay: at 16384 rows of 4096 and more syrk_ is at its ceiling
+# (docs/kernels.md).
 _MOST_TOKENS = 16384
-# With fewer, adding to the moments (read and written once a batch) costs as much as another pass.
-_FEW_TOKENS = 2048
+# With fewer, another pass is preferred: moments are read and written once a batch. Those of an 8B
+# model, 19.6 GB, take 13 ms at 3 TB/s, and 512 tokens forward and backward about 33 (an H100 at its
+# rate for 4096 tokens).
+_FEW_TOKENS = 512
 CPU_TOKENS = 4096
 """Tokens of a batch on a CPU, whose memory is not measured: 8 samples of 512."""
 
@@ -169,7 +173,8 @@ class Plan:
         rows.append(("data", samples + ("" if self.tokens is None else f", {self.tokens} tokens")))
         rows.append(("passes", str(self.passes)))
         if self.seconds is not None:
-            rows.append(("time", f"about {self.seconds:.2g} s (estimated from two samples)"))
+            about = f"{self.seconds:.{0 if self.seconds >= 10 else 1}f}"
+            rows.append(("time", f"about {about} s (estimated from two samples)"))
         if not self.fits:
             rows.append(("does not fit", self.advice))
         return "\n".join(f"{name:<14}{value}" for name, value in rows)
@@ -310,8 +315,8 @@ def _plan(
         tokens = config.samples * length
     seconds = None
     if tokens is not None:
-        rate = probe.seconds / (probe.sizes[-1] * length)
-        seconds = tokens * rate * (passes + _relative_cost(targets, moments, bool(gpus)))
+        samples = tokens / length
+        seconds = samples * probe.seconds * (passes + _relative_cost(targets, moments, bool(gpus)))
     return Plan(
         devices=tuple(devices),
         moments=moments,
@@ -350,7 +355,7 @@ def _choose(
 class _Probe:
     sizes: tuple[int, ...]  # samples of each run
     peaks: list[dict[torch.device, int]]  # bytes above what was there before, of each run
-    seconds: float  # of the last run
+    seconds: float  # a sample, of the faster run
     rows: int  # of the largest input of a target, for one sample
     shared_input: dict[str, str]
 
@@ -367,6 +372,7 @@ def _probe(
     """Forward and backward of the batch's first samples, as in the pass but without moments."""
     before = {device: torch.cuda.memory_allocated(device) for device in gpus}
     everything = dataclasses.replace(config, samples=None)
+    seconds = math.inf
     peaks: list[dict[torch.device, int]] = []
     with _watched(targets, config) as (shared_input, rows), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the pass itself will say it
@@ -392,7 +398,7 @@ def _probe(
                 break  # what one sample needs is known
             for device in gpus:
                 torch.cuda.synchronize(device)
-            seconds = time.perf_counter() - start  # of the last run: the first warms up
+            seconds = min(seconds, (time.perf_counter() - start) / size)
             peaks.append({d: torch.cuda.max_memory_allocated(d) - before[d] for d in gpus})
     if len(peaks) < len(sizes):
         gc.collect()  # the error's frames hold the graph
