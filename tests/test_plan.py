@@ -108,6 +108,16 @@ def test_moments_are_predicted_to_the_byte(kind: str, share: bool, device: torch
     assert on.weights == sum(tensors.values())
 
 
+def test_moments_of_y_are_not_shared() -> None:
+    """k and v take the same x, but each has a moment of its own smaller output."""
+    c = case("llama")
+    peft_model = peft_of(c, target_modules=["k_proj", "v_proj"])
+    plan = filet.estimate(peft_model, next(iter(loader(c.samples))))
+    statistics = collected(peft_model, loader(c.samples), c)
+    assert plan.shared_input == statistics.shared_input == {}
+    assert set(plan.moments.values()) == {(4 * 16**2, 4 * 16**2)}
+
+
 def test_a_plan_in_words() -> None:
     c = case("llama")
     batch = next(iter(loader(c.samples)))

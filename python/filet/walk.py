@@ -447,7 +447,7 @@ def collect_moments(
             f"{some(sorted(hooks.unmasked))}: the rows of their inputs do not follow the batch's "
             "attention_mask, so padding counts there like any token; expected batches without "
             "padding (of one sample, say)",
-            stacklevel=3,
+            stacklevel=4,
         )
     return hooks, counts
 
