@@ -206,7 +206,7 @@ def main() -> None:
 
     def tokenize(chosen: list[Sample]) -> list[Batch]:
         shape = {"max_length": options.max_length, "batch_size": options.batch_size}
-        found = batches(chosen, tokenizer, **shape)
+        found = batches(chosen, tokenizer, by_length=False, **shape)  # shuffled: that order is kept
         return [{key: x.to(device) for key, x in batch.items()} for batch in found]
 
     train = tokenize(samples[: options.steps * options.batch_size])

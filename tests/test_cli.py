@@ -539,6 +539,136 @@ def test_a_rank_too_high_is_refused_before_the_pass(
     assert not (tmp_path / "out").exists()
 
 
+# -- plan and memory ----------------------------------------------------------------------------
+
+
+def plan_of(text: str) -> dict[str, str]:
+    """The plan's lines: a name and what is said of it."""
+    lines = text[: text.index("padding")].splitlines()
+    return {name: " ".join(words) for name, *words in map(str.split, lines)}
+
+
+def test_the_plan_is_printed_and_the_batches_follow_it(
+    init: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*init, "--batch-size", "auto"]) == 0
+    lines = plan_of(capsys.readouterr().out)
+    assert lines["batches"] == "of 24 samples x 13 tokens"  # all there are
+    assert lines["data"] == f"24 samples, {sum(5 + n % 9 for n in range(24))} tokens"
+    assert lines["passes"] == "1" and lines["time"].startswith("about")
+    assert lines["moments"] == "19 KiB"  # two blocks with nine of 16 x 16 and two of 8 x 8
+    assert main([*init, "--batch-size", "2", "--overwrite"]) == 0
+    out = capsys.readouterr().out
+    assert plan_of(out)["batches"] == "of 2 samples x 13 tokens"
+    assert "of 10 batches" in out
+
+
+def test_passes_and_checkpointing_give_the_same_adapter(
+    init: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    calls = []
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: (calls.append(0), forward(self, x))[1])
+    output = tmp_path / "out" / "adapter"
+    assert main(init) == 0
+    plain, once = adapter_weights(output), len(calls)
+    probe = 2 * 2  # two runs of two blocks
+    for option in ("--passes=2", "--gradient-checkpointing"):
+        calls.clear()
+        assert main([*init, option, "--overwrite"]) == 0
+        found = adapter_weights(output)
+        assert all(torch.equal(found[name], plain[name]) for name in plain)
+        twice = 2 * once - (probe if option == "--passes=2" else 0)
+        assert len(calls) == twice, option
+
+
+def out_of_memory_above(samples: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A model that has no memory for batches above that; returns the sizes it was run with."""
+    from transformers import LlamaForCausalLM
+
+    sizes: list[int] = []
+    forward = LlamaForCausalLM.forward
+
+    def limited(self: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(kwargs["input_ids"].shape[0])
+        if sizes[-1] > samples:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", limited)
+    return sizes
+
+
+@pytest.mark.parametrize("command", ["init", "init and keep", "stats"])
+def test_smaller_batches_where_memory_runs_out(
+    command: str,
+    init: list[str],
+    stats: list[str],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / ("s.safetensors" if command == "stats" else "out/adapter")
+    if command == "stats":
+        argv = [*stats, "--data", str(data), "--output", str(output)]
+    elif command == "init":
+        argv = init
+    else:
+        argv = [*init, "--save-statistics", str(tmp_path / "kept.safetensors")]
+    weights = output if command == "stats" else output / "adapter_model.safetensors"
+    assert main([*argv, "--batch-size", "3"]) == 0
+    expected = load_file(weights)
+    sizes = out_of_memory_above(7, monkeypatch)
+    capsys.readouterr()
+    assert main([*argv, "--batch-size", "auto", "--overwrite"]) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    # 24 samples as planned, then 12, 6 (where short samples are more), 3.
+    assert [line.rpartition("--batch-size ")[2] for line in warned] == ["12", "6", "3"]
+    assert all("in the forward of batch" in line and "2.00 GiB" in line for line in warned)
+    assert sizes[:4] == [1, 2, 24, 12] and max(sizes[4:]) > 7 and max(sizes[-4:]) <= 7
+    found = load_file(weights)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_no_memory_for_one_sample_or_for_what_was_asked(
+    init: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    sizes = out_of_memory_above(3, monkeypatch)
+    message = error_of(capsys, [*init, "--batch-size", "4"])  # as asked for, so no other is tried
+    assert "out of memory in the forward of batch 0 (counted from 0, 4 samples × 13 tok" in message
+    assert "--max-length" in message and "--gradient-checkpointing" in message
+    assert sizes == [1, 2, 4]
+    out_of_memory_above(0, monkeypatch)
+    message = error_of(capsys, [*init, "--batch-size", "auto"])
+    assert "(counted from 0, 1 sample × 13 tokens): 2.00 GiB asked for" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_batches_are_halved_down_to_one(
+    init: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def full(peft_model: Any, loader: Any, **_: Any) -> None:
+        sizes.append(loader[0]["input_ids"].shape[0])
+        raise filet.OutOfMemoryError("out of memory", "pass", None)
+
+    monkeypatch.setattr(filet, "initialize_lora_filet_weights", full)
+    assert error_of(capsys, [*init, "--batch-size", "auto"]) == "filet: error: out of memory"
+    assert sizes == [24, 12, 6, 3, 1]
+
+    def later(*_: Any, **__: Any) -> None:
+        raise filet.OutOfMemoryError("out of memory later", "selection", None)
+
+    monkeypatch.setattr(filet, "initialize_lora_filet_weights", later)
+    assert "later" in error_of(capsys, [*init, "--batch-size", "auto"])
+
+
 # -- errors: output --------------------------------------------------------------------------------
 
 
@@ -704,6 +834,8 @@ def test_bugs_keep_their_traceback(init: list[str], monkeypatch: pytest.MonkeyPa
         ),
         ("init --model m --output o --data d --rank 0".split(), "at least 1, got '0'"),
         ("init --model m --output o --data d --samples few".split(), "got 'few'"),
+        ("init --model m --output o --data d --batch-size big".split(), "got 'big'"),
+        ("stats --model m --output o --data d --passes 0".split(), "at least 1, got '0'"),
         ("init --model m --output o --data d --seed -1".split(), "got '-1'"),
         ("init --model m --output o --data d --max-length 1".split(), "must be at least 2"),
         (

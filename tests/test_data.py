@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from filet.data import Sample, batches, read_samples
+from filet.data import Sample, batches, encode, read_samples
 
 BOS, EOS, PAD = 1, 2, 0
 
@@ -304,3 +305,36 @@ def test_batch_arguments() -> None:
         batches([Sample("a")], Letters(), max_length=1, batch_size=4)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         batches([Sample("a")], Letters(), max_length=8, batch_size=0)
+
+
+# -- batches by length -----------------------------------------------------------------------------
+
+
+def test_by_length_fills_the_room_and_pads_little() -> None:
+    """The same samples, whatever the batches; the longest first, equal lengths in their order."""
+    lengths = [3, 14, 5, 5, 9, 2, 14, 7, 3, 16, 5]
+    samples = [Sample(chr(ord("a") + i) * (length - 2)) for i, length in enumerate(lengths)]
+    encoded = encode(samples, Letters(), max_length=16)
+    found = encoded.batches(2, by_length=True)
+    rows = [
+        ids[mask != 0].tolist()
+        for batch in found
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    assert rows == sorted((ids for ids, _ in encoded.rows), key=len, reverse=True)
+    # Room for 2 × 16 tokens: 2 of 16 and 14, 2 of 14 and 9, 4 of 7 and 5, the rest.
+    shapes = [tuple(batch["input_ids"].shape) for batch in found]
+    assert shapes == [(2, 16), (2, 14), (4, 7), (3, 3)]
+    assert encoded.tokens == sum(lengths) == sum(int(b["attention_mask"].sum()) for b in found)
+    assert len(encoded) == len(samples)
+    in_order = encoded.batches(2)
+    assert sum(batch["input_ids"].numel() for batch in in_order) > sum(map(math.prod, shapes))
+
+
+def test_by_length_of_one_sample_a_batch() -> None:
+    found = batches(
+        [Sample("a"), Sample("abc")], Letters(), max_length=5, batch_size=1, by_length=True
+    )
+    assert [batch["input_ids"].shape[1] for batch in found] == [5, 3]
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        encode([Sample("a")], Letters(), max_length=5).batches(0)

@@ -9,17 +9,23 @@ if TYPE_CHECKING:
     from filet.adapters import FiletCallback, load, restore_base, save_as_lora
     from filet.config import FiletConfig
     from filet.initialize import apply_statistics, initialize_lora_filet_weights
+    from filet.memory import OutOfMemoryError
+    from filet.plan import DevicePlan, Plan, estimate
     from filet.report import FiletReport, ModuleReport
     from filet.statistics import Statistics, collect_statistics
 
 __all__ = [
+    "DevicePlan",
     "FiletCallback",
     "FiletConfig",
     "FiletReport",
     "ModuleReport",
+    "OutOfMemoryError",
+    "Plan",
     "Statistics",
     "apply_statistics",
     "collect_statistics",
+    "estimate",
     "initialize_lora_filet_weights",
     "load",
     "restore_base",
@@ -30,6 +36,8 @@ _MODULES = {
     "adapters": ("FiletCallback", "load", "restore_base", "save_as_lora"),
     "config": ("FiletConfig",),
     "initialize": ("apply_statistics", "initialize_lora_filet_weights"),
+    "memory": ("OutOfMemoryError",),
+    "plan": ("DevicePlan", "Plan", "estimate"),
     "report": ("FiletReport", "ModuleReport"),
     "statistics": ("Statistics", "collect_statistics"),
 }

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import gc
 import importlib.util
 import os
 import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +246,12 @@ def _add_model(group: argparse._ArgumentGroup, *, required: bool) -> None:
         action="store_true",
         help="run Python code that lies in the model's folder",
     )
+    group.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="keep one activation a block and run the forward again in the backward: less memory, "
+        "more time",
+    )
 
 
 def _add_data(
@@ -272,11 +280,20 @@ def _add_data(
     )
     group.add_argument(
         "--batch-size",
-        type=_positive,
-        default=8,
+        type=_batch_size,
+        default="auto",
         metavar="N",
-        help="samples that go through the model at once; the result does not depend on it "
-        "(default: 8)",
+        help="samples as long as the longest that go through the model at once, shorter ones share "
+        "their room; the result does not depend on it (default: auto, what fits in the GPU's free "
+        "memory, or 4096 tokens on a CPU)",
+    )
+    group.add_argument(
+        "--passes",
+        type=_passes,
+        default="auto",
+        metavar="N",
+        help="take the moments in N passes over the data, each of some blocks, and keep finished "
+        "ones in host memory (default: auto, as few as fit; one on a CPU)",
     )
     group.add_argument("--text-field", metavar="NAME", help="field that holds a whole text")
     group.add_argument("--prompt-field", metavar="NAME", help="field that holds the prompt")
@@ -345,6 +362,14 @@ def _samples(text: str) -> int | None:
     return None if text == "all" else _positive(text)
 
 
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
+
+
+def _passes(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
+
+
 def _check_init(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.statistics is not None and args.save_statistics is not None:
         parser.error("init: --save-statistics has nothing to save with --statistics")
@@ -390,25 +415,25 @@ def _init(args: argparse.Namespace) -> None:
     import filet
 
     config = _config(args)
-    progress = not args.no_progress
-    loader = [] if args.data is None else _load_data(args)
+    encoded = None if args.data is None else _load_data(args)
     statistics = None if args.statistics is None else filet.Statistics.load(args.statistics)
     peft_model = _load_peft_model(args, rank=args.rank, alpha=args.alpha)
-    if statistics is not None:
+    if encoded is not None:
+        from filet.initialize import check_applicable
+
+        # Refused before anything runs: a rank too high, say.
+        check_applicable(peft_model, config, "default")
+    if encoded is None:
+        assert statistics is not None  # --data or --statistics, says the parser
         report = filet.apply_statistics(peft_model, statistics, config=config)
     elif args.save_statistics is not None:
-        statistics = filet.collect_statistics(
-            peft_model, loader, config=config, show_progress_bar=progress
-        )
+        statistics = _run(args, peft_model, encoded, config, filet.collect_statistics)
         # Before they are applied: an error in that does not cost the pass.
         with _staged(args.save_statistics) as staged:
             statistics.save(staged)
         report = filet.apply_statistics(peft_model, statistics, config=config)
     else:
-        # Refuses before the pass what it cannot apply after it: a rank too high, say.
-        report = filet.initialize_lora_filet_weights(
-            peft_model, loader, config=config, show_progress_bar=progress
-        )
+        report = _run(args, peft_model, encoded, config, filet.initialize_lora_filet_weights)
     with _staged(args.output) as staged:
         staged.mkdir()
         filet.save_as_lora(peft_model, staged)
@@ -433,15 +458,13 @@ def _stats(args: argparse.Namespace) -> None:
             statistics = statistics.merge(filet.Statistics.load(path))
     else:
         _check_model_folder(args)
-        loader = _load_data(args)
+        encoded = _load_data(args)
 
         import filet
 
         # The rank does not enter the statistics: 1 costs least.
         peft_model = _load_peft_model(args, rank=1, alpha=1)
-        statistics = filet.collect_statistics(
-            peft_model, loader, config=_config(args), show_progress_bar=not args.no_progress
-        )
+        statistics = _run(args, peft_model, encoded, _config(args), filet.collect_statistics)
     with _staged(args.output) as staged:
         statistics.save(staged)
     _print(f"{'written':<14}{args.output}")
@@ -459,13 +482,56 @@ def _inspect(args: argparse.Namespace) -> None:
         _print(f"{'drawn':<14}{path}")
 
 
+def _run(
+    args: argparse.Namespace,
+    peft_model: Any,
+    encoded: Any,
+    config: Any,
+    function: Callable[..., Any],
+) -> Any:
+    """Print the plan and run ``function`` on the data; in smaller batches where memory runs out."""
+    import torch
+
+    import filet
+
+    plan = filet.estimate(
+        peft_model,
+        encoded.batches(2, by_length=True)[0],  # of the longest samples
+        dataclasses.replace(config, samples=len(encoded)),
+        batch_size=args.batch_size,
+        tokens=encoded.tokens,
+    )
+    _print(str(plan))
+    config = dataclasses.replace(config, passes=plan.passes)
+    size = plan.batch_size
+    while True:
+        loader = encoded.batches(size, by_length=True)
+        padding = 1 - encoded.tokens / sum(batch["input_ids"].numel() for batch in loader)
+        _print(f"{'padding':<14}{padding:.1%} of {len(loader)} batches")
+        try:
+            return function(
+                peft_model, loader, config=config, show_progress_bar=not args.no_progress
+            )
+        except filet.OutOfMemoryError as error:
+            if args.batch_size != "auto" or size == 1 or error.phase != "pass":
+                raise
+            message = _one_line(error)
+        # Outside of the handler: what failed is held until it has ended.
+        size //= 2
+        warnings.warn(f"{message}. Starting again with --batch-size {size}", stacklevel=1)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 # -- model and data --------------------------------------------------------------------------------
 
 
 def _config(args: argparse.Namespace) -> Any:
     from filet import FiletConfig
 
-    chosen: dict[str, Any] = {"fisher": args.fisher, "seed": args.seed, "samples": args.samples}
+    chosen: dict[str, Any] = {
+        key: getattr(args, key) for key in ("fisher", "seed", "samples", "passes")
+    }
     if args.command == "init":
         chosen["base"] = args.base
         chosen["select"] = args.select
@@ -497,9 +563,9 @@ def _check_model_folder(args: argparse.Namespace) -> None:
         )
 
 
-def _load_data(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _load_data(args: argparse.Namespace) -> Any:
     """Read and tokenise the data: its errors come before the model is loaded."""
-    from filet.data import batches, read_samples
+    from filet.data import encode, read_samples
 
     samples = read_samples(
         args.data,
@@ -516,13 +582,7 @@ def _load_data(args: argparse.Namespace) -> list[dict[str, Any]]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(args.model), local_files_only=True, trust_remote_code=args.trust_remote_code
         )
-    return batches(
-        samples,
-        tokenizer,
-        max_length=args.max_length,
-        batch_size=args.batch_size,
-        mask_prompt=args.mask_prompt,
-    )
+    return encode(samples, tokenizer, max_length=args.max_length, mask_prompt=args.mask_prompt)
 
 
 def _load_peft_model(args: argparse.Namespace, *, rank: int, alpha: int | None) -> Any:
@@ -545,6 +605,9 @@ def _load_peft_model(args: argparse.Namespace, *, rank: int, alpha: int | None) 
             use_safetensors=None if args.allow_pickle else True,
         )
     model = model.to(device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()  # it checkpoints in this mode only; dropout is off in the pass
     targets = args.target_modules
     torch.manual_seed(args.seed)  # modules that keep PEFT's default get the same A every time
     lora = LoraConfig(

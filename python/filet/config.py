@@ -41,6 +41,14 @@ class FiletConfig:
             settles it: the mean over that many terms.
         share_inputs: modules called with the very same tensor (q/k/v, gate/up) share one input
             moment. False gives each its own.
+        passes: over how many groups of blocks the moments are taken, one after the other, each in a
+            forward and backward of its own over the same batches; the moments of a finished group
+            go to host memory. Each pass costs a forward and backward and needs room on the GPU for
+            its own moments only. "auto" is one on a CPU, and where the moments take less than two
+            fifths of the GPU's free memory; else as few as fit beside the first batch, of which one
+            and two samples are measured (see :func:`filet.estimate`); at most one a block. With
+            more than one, batches are kept in host memory, and the model has to do the same with a
+            batch every time.
     """
 
     base: Base = "residual"
@@ -52,6 +60,7 @@ class FiletConfig:
     seed: int = 0
     loss_reduction: LossReduction = "auto"
     share_inputs: bool = True
+    passes: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -65,5 +74,7 @@ class FiletConfig:
             raise ValueError(f"samples={self.samples!r}; expected an integer ≥ 1, or None for all")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r}; expected an integer in [0, 2**63)")
+        if self.passes != "auto" and (type(self.passes) is not int or self.passes < 1):
+            raise ValueError(f"passes={self.passes!r}; expected an integer ≥ 1, or 'auto'")
         if not isinstance(self.share_inputs, bool):
             raise ValueError(f"share_inputs={self.share_inputs!r}; expected True or False")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Sample", "batches", "read_samples"]
+__all__ = ["Encoded", "Sample", "batches", "encode", "read_samples"]
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 """What :func:`read_samples` reads, told apart by the file's name."""
@@ -107,42 +107,83 @@ def read_samples(
     return samples
 
 
-def batches(
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Samples as token ids, to be put into batches of any size; what :func:`encode` returns.
+
+    Attributes:
+        rows: of every usable sample, in the order of the samples: token ids and labels.
+        pad: the id that padding gets.
+    """
+
+    rows: list[tuple[list[int], list[int]]]
+    pad: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(ids) for ids, _ in self.rows)
+
+    def batches(self, batch_size: int, *, by_length: bool = False) -> list[dict[str, torch.Tensor]]:
+        """Padded batches of all the samples.
+
+        Args:
+            batch_size: samples in a batch, as ``by_length`` says, at least 1.
+            by_length: False keeps the order of the samples, ``batch_size`` of them in every batch
+                but the last. True sorts them, the longest first and equal ones in their order, so
+                that a batch has hardly any padding; ``batch_size`` then counts samples as long as
+                the longest, and shorter ones share their room: no batch holds more tokens, padding
+                included, than ``batch_size`` of the longest.
+
+        Returns:
+            One dict a batch of ``input_ids``, ``attention_mask`` and ``labels``, each (batch,
+            longest) int64 on the CPU. ``labels`` are the input ids (the model shifts them itself),
+            -100 on padding and on masked prompts. Padding goes to the right.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not by_length:
+            starts = range(0, len(self), batch_size)
+            return [_pad(self.rows[start : start + batch_size], self.pad) for start in starts]
+        rows = sorted(self.rows, key=lambda row: -len(row[0]))
+        room = batch_size * len(rows[0][0])
+        found, start = [], 0
+        while start < len(rows):
+            stop = start + room // len(rows[start][0])
+            found.append(_pad(rows[start:stop], self.pad))
+            start = stop
+        return found
+
+
+def encode(
     samples: Sequence[Sample],
     tokenizer: Any,
     *,
     max_length: int,
-    batch_size: int,
     mask_prompt: bool = False,
-) -> list[dict[str, torch.Tensor]]:
-    """Tokenise samples into padded batches for a causal language model, in the given order.
+) -> Encoded:
+    """Tokenise samples for a causal language model.
 
     Prompt and response are tokenised apart, so that the border between them is exact; a line
     break is put between them unless one of them has white space there. A sample longer than
     ``max_length`` loses its end; where it is complete and there is room, the tokenizer's
-    end-of-sequence token is appended. Padding goes to the right, with the tokenizer's padding
-    token, else its end-of-sequence token, else 0: it is masked in every case.
+    end-of-sequence token is appended. Padding takes the tokenizer's padding token, else its
+    end-of-sequence token, else 0: it is masked in every case.
 
     Args:
         samples: what :func:`read_samples` returns.
         tokenizer: a transformers tokenizer.
         max_length: tokens kept of a sample, at least 2.
-        batch_size: samples in a batch; the last one may be smaller.
         mask_prompt: give the prompt's tokens no label.
 
-    Returns:
-        One dict a batch of ``input_ids``, ``attention_mask`` and ``labels``, each (batch, longest)
-        int64 on the CPU. ``labels`` are the input ids (the model shifts them itself), -100 on
-        padding and on masked prompts.
-
     Raises:
-        ValueError: ``max_length`` or ``batch_size`` too small, or no sample with anything to
-            predict. Single samples of that kind are dropped with one warning that counts them.
+        ValueError: ``max_length`` too small, or no sample with anything to predict. Single samples
+            of that kind are dropped with one warning that counts them.
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, got {max_length}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     eos = tokenizer.eos_token_id
     pad = tokenizer.pad_token_id
     if pad is None:
@@ -172,9 +213,23 @@ def batches(
         warnings.warn(f"dropped {dropped} of {len(samples)} samples: {why}", stacklevel=2)
     if not rows:
         raise ValueError("no samples")
-    return [
-        _pad(rows[start : start + batch_size], pad) for start in range(0, len(rows), batch_size)
-    ]
+    return Encoded(rows, pad)
+
+
+def batches(
+    samples: Sequence[Sample],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    batch_size: int,
+    mask_prompt: bool = False,
+    by_length: bool = False,
+) -> list[dict[str, torch.Tensor]]:
+    """Samples into padded batches at once: :func:`encode`, then :meth:`Encoded.batches`."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    encoded = encode(samples, tokenizer, max_length=max_length, mask_prompt=mask_prompt)
+    return encoded.batches(batch_size, by_length=by_length)
 
 
 # -- reading ---------------------------------------------------------------------------------------

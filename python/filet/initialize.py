@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from filet.adapters import Layer, adapter_states, commit, originals, twin_name
 from filet.config import FiletConfig
+from filet.memory import named_shortage
 from filet.report import FiletReport, ModuleReport
 from filet.statistics import (
     Statistics,
@@ -28,7 +29,7 @@ from filet.transfer import values
 from filet.walk import ForwardFn, some
 from filet_kernels import Moments, SecondMoment, fisher_energies, lora_factors, select
 
-__all__ = ["apply_statistics", "initialize_lora_filet_weights"]
+__all__ = ["apply_statistics", "check_applicable", "initialize_lora_filet_weights"]
 
 _AHEAD = 7  # modules whose energies a GPU computes while the host chooses: a block's
 
@@ -66,12 +67,13 @@ def initialize_lora_filet_weights(
     """
     config = config or FiletConfig()
     # What is refused is refused before the pass.
-    targets = _prepare(peft_model, config, adapter_name)
+    targets = check_applicable(peft_model, config, adapter_name)
     with originals(targets, config.base) as original:
         statistics = collect_statistics(
             peft_model, dataloader, config, adapter_name, forward_fn, show_progress_bar
         )
-        return _apply(peft_model, statistics, config, adapter_name, original)
+        with named_shortage("selection", _selection):
+            return _apply(peft_model, statistics, config, adapter_name, original)
 
 
 def apply_statistics(
@@ -89,15 +91,22 @@ def apply_statistics(
         ValueError: statistics of another model (the first difference is named), a rank above the
             number of candidate directions, an adapter whose base weights are FILet's residual
             already, or in residual mode a base weight that other adapters or modules use as well.
+        OutOfMemoryError: naming what was asked for; the model is what it was.
     """
     config = config or FiletConfig()
-    targets = _prepare(peft_model, config, adapter_name)
+    targets = check_applicable(peft_model, config, adapter_name)
     check_statistics(statistics, targets)
-    with originals(targets, config.base) as original:
+    with originals(targets, config.base) as original, named_shortage("selection", _selection):
         return _apply(peft_model, statistics, config, adapter_name, original)
 
 
-def _prepare(peft_model: PeftModel, config: FiletConfig, adapter_name: str) -> dict[str, Target]:
+def _selection() -> str:
+    return "the selection of directions and the writing of weights"
+
+
+def check_applicable(
+    peft_model: PeftModel, config: FiletConfig, adapter_name: str
+) -> dict[str, Target]:
     """The adapter's targets, after every check that needs no data."""
     peft_model = check_peft_model(peft_model, adapter_name)
     targets, unsupported = find_targets(peft_model, adapter_name)

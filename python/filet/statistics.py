@@ -19,8 +19,10 @@ from torch import Tensor
 
 from filet.config import FiletConfig
 from filet.files import replaced
+from filet.passes import Batches, collect_in_passes
+from filet.plan import passes_that_fit
 from filet.targets import Target, check_peft_model, check_targets, find_targets, fingerprints
-from filet.walk import ForwardFn, collect_moments, empty_moments, preserved
+from filet.walk import ForwardFn, empty_moments, preserved
 from filet_kernels import Moments, SecondMoment
 
 __all__ = ["Statistics", "collect_statistics"]
@@ -170,7 +172,7 @@ def collect_statistics(
     forward_fn: ForwardFn | None = None,
     show_progress_bar: bool = True,
 ) -> Statistics:
-    """Take the second moments of an adapter's target modules on data, in one pass.
+    """Take the second moments of an adapter's target modules on data.
 
     Args:
         peft_model: from ``get_peft_model``, with a LoRA adapter. Its base weights are what the
@@ -178,17 +180,17 @@ def collect_statistics(
             was (flags, gradients, hooks, random state), also after an exception.
         dataloader: batches, as dicts of the model's arguments with labels unless ``forward_fn``
             says otherwise. Positions with ``attention_mask`` 0 do not count; positions without a
-            label do. Moved to the model's device.
-        config: :class:`FiletConfig`; uses ``samples``, ``fisher``, ``seed``, ``loss_reduction``
-            and ``share_inputs``.
+            label do. Moved to the model's device. Read once, a generator will do.
+        config: :class:`FiletConfig`; uses ``samples``, ``fisher``, ``seed``, ``loss_reduction``,
+            ``share_inputs`` and ``passes``.
         adapter_name: whose target modules.
         forward_fn: ``forward_fn(model, batch)`` → an output with ``.loss``, the loss, or
             ``(loss, terms)``; ``model(**batch)`` by default.
         show_progress_bar: samples, tokens a second, time left.
 
     Returns:
-        :class:`Statistics`, on the devices of the modules; float32 sums (float64 for float64
-        weights) of at most min(m, n)² a side.
+        :class:`Statistics`, on the devices of the modules, or in host memory where it took several
+        passes; float32 sums (float64 for float64 weights) of at most min(m, n)² a side.
 
     A causal language model of transformers whose loss is the plain cross-entropy of its head never
     has logits of a whole batch: :mod:`filet.head`; the logger "filet" says, at level INFO, why
@@ -200,6 +202,10 @@ def collect_statistics(
     Raises:
         TypeError, ValueError: an argument that does not fit, or a loss of unknown reduction.
         FloatingPointError: NaN or infinity, naming the module and the batch.
+        OutOfMemoryError: naming what was asked for, the batch and what to change; also before the
+            pass, with ``passes="auto"``, where the moments of one block and what one sample was
+            measured to need are more than the GPU has free. A warning says where the whole batch
+            is likely to be.
     """
     config = config or FiletConfig()
     peft_model = check_peft_model(peft_model, adapter_name)
@@ -211,19 +217,28 @@ def collect_statistics(
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     with preserved(peft_model):
-        hooks, counts = collect_moments(
-            peft_model, targets, dataloader, config, forward_fn, show_progress_bar
+        batches = Batches(dataloader)
+        passes = config.passes
+        if passes == "auto":
+            first = batches.first() if devices else None
+            passes = (
+                1
+                if first is None
+                else passes_that_fit(peft_model, targets, first, config, forward_fn)
+            )
+        moments, shared_input, counts = collect_in_passes(
+            peft_model, targets, batches, config, forward_fn, show_progress_bar, passes
         )
     for device in devices:
         torch.cuda.synchronize(device)
     for name, target in targets.items():
-        if name not in hooks.moments:  # an expert that no token was routed to
-            hooks.moments[name] = empty_moments(target.weight)
-            hooks.moments[name].loss_terms.fill_(counts["loss_terms"])
+        if name not in moments:  # an expert that no token was routed to
+            moments[name] = empty_moments(target.weight, device="cpu" if passes > 1 else None)
+            moments[name].loss_terms.fill_(counts["loss_terms"])
     return Statistics(
-        {name: hooks.moments[name] for name in targets},
+        {name: moments[name] for name in targets},
         weights,
-        hooks.shared_input,
+        shared_input,
         samples=counts["samples"],
         tokens=counts["tokens"],
         loss_terms=counts["loss_terms"],

@@ -13,7 +13,7 @@ import math
 import random
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from tqdm import tqdm
 from filet.config import FiletConfig
 from filet.head import ChunkedLoss, HeadLoss
 from filet.loss import ModelLoss, SummedLoss
+from filet.memory import named_shortage
 from filet.targets import Target
 from filet_kernels import Moments, SecondMoment, syrk_
 from filet_kernels.rounded import rounded_and_scaled
@@ -78,11 +79,20 @@ class MomentHooks:
     The input side is counted while ``phase`` is "forward", which is once also under gradient
     checkpointing, whose recomputation runs in the backward. The output side is counted when the
     gradient arrives, which is once as well: of the two forward runs only one is differentiated.
+
+    ``counted`` names the targets whose moments are taken, all by default. The others are watched
+    only by the probe: the loss scale is that of the whole model.
     """
 
-    def __init__(self, targets: dict[str, Target], config: FiletConfig) -> None:
+    def __init__(
+        self,
+        targets: dict[str, Target],
+        config: FiletConfig,
+        counted: Collection[str] | None = None,
+    ) -> None:
         self.targets = targets
         self.config = config
+        self.counted = targets.keys() if counted is None else counted
         self.moments: dict[str, Moments] = {}
         self.shared_input: dict[str, str] = {}  # module -> the module whose input moment it uses
         self.phase = "idle"  # "forward" | "backward" | "probe"
@@ -197,7 +207,7 @@ class MomentHooks:
                 "positional input; expected a tensor"
             )
         x = args[0]
-        if self.phase == "forward":
+        if self.phase == "forward" and target.name in self.counted:
             self._count_input(target, x)
         if x.requires_grad or not torch.is_grad_enabled():
             return None
@@ -300,7 +310,7 @@ class MomentHooks:
             if weights is not None:
                 peak = torch.where(weights, peak, 0)
             self.peaks.append(peak.max() if peak.numel() else peak.sum())
-        elif self.phase == "backward":
+        elif self.phase == "backward" and target.name in self.counted:
             output = self.moments[target.name].output
             v = gradient.detach()
             if output.space == "h":
@@ -374,12 +384,19 @@ def _is_handed_on(output: Tensor) -> bool:
     return getattr(type(output.grad_fn), "_forward_cls", None) is _Linear
 
 
-def empty_moments(weight: Tensor, shared_input: SecondMoment | None = None) -> Moments:
-    """Accumulators for a layer with this weight: float32 sums, float64 for a float64 weight."""
+def empty_moments(
+    weight: Tensor,
+    shared_input: SecondMoment | None = None,
+    device: torch.device | str | None = None,
+) -> Moments:
+    """Accumulators for a layer with this weight: float32 sums, float64 for a float64 weight.
+
+    On the weight's device by default.
+    """
     return Moments.zeros(
         (weight.shape[0], weight.shape[1]),
         dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
-        device=weight.device,
+        device=weight.device if device is None else device,
         input=shared_input,
     )
 
@@ -420,10 +437,15 @@ def collect_moments(
     config: FiletConfig,
     forward_fn: ForwardFn | None,
     show_progress_bar: bool,
+    counted: Collection[str] | None = None,
+    gradient_scale: float | None = None,
+    title: str = "FILet statistics",
 ) -> tuple[MomentHooks, dict[str, int]]:
     """Run the samples forward and backward; returns the hooks' moments and the counts.
 
     The model must be inside :func:`preserved`. Counts: "samples", "tokens", "loss_terms".
+    ``counted``: the targets whose moments are taken, all by default. ``gradient_scale``: what an
+    earlier pass over the same batches found (its hooks keep it); None finds it.
     """
     base_model = peft_model.base_model.model
     summed_loss = SummedLoss(config, base_model)
@@ -434,14 +456,19 @@ def collect_moments(
         getattr(getattr(base_model, "config", None), "is_encoder_decoder", False)
     )
     counts = {"samples": 0, "tokens": 0, "loss_terms": 0}
-    scale: float | None = None
+    scale = gradient_scale
+    index, batch = -1, None  # for the message of a shortage
     progress = tqdm(
         total=_expected_samples(dataloader, config.samples),
         unit="sample",
-        desc="FILet statistics",
+        desc=title,
         disable=not show_progress_bar,
     )
-    with progress, MomentHooks(targets, config) as hooks:
+    with (
+        progress,
+        MomentHooks(targets, config, counted) as hooks,
+        named_shortage("pass", lambda: _place(hooks, index, batch)),
+    ):
         for index, batch in enumerate(dataloader):
             size = _batch_size(batch)
             if config.samples is not None:
@@ -488,9 +515,27 @@ def collect_moments(
             f"{some(sorted(hooks.unmasked))}: the rows of their inputs do not follow the batch's "
             "attention_mask, so padding counts there like any token; expected batches without "
             "padding (of one sample, say)",
-            stacklevel=3,
+            stacklevel=4,
         )
     return hooks, counts
+
+
+_PHASES = {
+    "forward": "the forward of batch {}",
+    "backward": "the backward of batch {}",
+    "probe": "the search for the loss scale of batch {}",
+}
+
+
+def _place(hooks: MomentHooks, index: int, batch: Any) -> str:
+    """Where the pass is, for a message."""
+    if hooks.phase not in _PHASES:
+        return f"the pass after batch {index}" if index >= 0 else "the pass before its first batch"
+    ids = next((t for t in _tensors(batch) if t.dim() > 1 and not t.is_floating_point()), None)
+    length = "" if ids is None else f" × {ids.shape[1]} tokens"
+    place = _PHASES[hooks.phase].format(index)
+    samples = _batch_size(batch)
+    return f"{place} (counted from 0, {samples} sample{'s' * (samples != 1)}{length})"
 
 
 def _backward(
