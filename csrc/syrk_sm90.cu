@@ -55,42 +55,53 @@ __device__ __forceinline__ void load_panel(uint32_t target, const CUtensorMap* m
 constexpr int OUT_COLUMNS = 32, OUT_BYTES = 64 * OUT_COLUMNS * 4;
 constexpr int CHUNK = OUT_COLUMNS / 2;  // registers of a chunk
 
-// C += alpha v for this warpgroup's 64 rows and the 32 columns of a chunk, from (row0, column) on,
-// without reading C here: below the diagonal in turns by the copy engine and from registers, which
-// is faster than either alone; where the diagonal crosses, one by one.
+// alpha v, this warpgroup's 64 rows and the 32 columns of a chunk, as the copy engine wants them.
+__device__ __forceinline__ void stage_chunk(float alpha, const float* v, uint32_t buffer) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < CHUNK; i += 2) {
+        const int r = row + i / 2 % 2 * 8;  // r % 8 == lane / 4: the 128-byte swizzle
+        const int unit = (i / 4 * 2 + lane % 4 / 2) ^ (lane / 4);
+        store_shared(buffer + r * 128 + unit * 16 + lane % 2 * 8, alpha * v[i], alpha * v[i + 1]);
+    }
+}
+
+// C += alpha v from registers, for the 64 rows and 32 columns from (row0, column) on, of which none
+// lies above the diagonal if `below`.
+__device__ __forceinline__ void add_registers(const Problem& problem, const float* v, int row0,
+                                              int column, bool below) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < CHUNK; i += 2) {
+        const int r = row0 + row + i / 2 % 2 * 8, c = column + i / 4 * 8 + lane % 4 * 2;
+        float* target = problem.c + r * problem.stride_c + c;
+        if (r >= problem.n) continue;
+        if (below || r > c) {
+            add_global(target, problem.alpha * v[i], problem.alpha * v[i + 1]);
+        } else if (r == c) {
+            atomicAdd(target, problem.alpha * v[i]);
+        }
+    }
+}
+
+// C += alpha v for a chunk, without reading C here: below the diagonal in turns by the copy engine and
+// from registers, which is faster than either alone; where the diagonal crosses, one by one.
 __device__ __forceinline__ void add_chunk(const CUtensorMap* map_c, const Problem& problem,
                                           const float* v, uint32_t out, int& sent, int row0,
                                           int column, int group, int chunk) {
     if (column > row0 + 63 || row0 >= problem.n) return;
-    const int thread = threadIdx.x % WARPGROUP, lane = threadIdx.x % 32;
-    const int row = thread / 32 * 16 + lane / 4;
+    const int thread = threadIdx.x % WARPGROUP;
     const bool below = column + OUT_COLUMNS - 1 <= row0;
     if (below && chunk % 2 == 0) {
         const uint32_t buffer = out + sent++ % 2 * OUT_BYTES;
         if (thread == 0) tma_wait_read<1>();  // this buffer was sent the time before last
         named_sync(1 + group, WARPGROUP);
-#pragma unroll
-        for (int i = 0; i < CHUNK; i += 2) {
-            const int r = row + i / 2 % 2 * 8;  // r % 8 == lane / 4: the 128-byte swizzle
-            const int unit = (i / 4 * 2 + lane % 4 / 2) ^ (lane / 4);
-            store_shared(buffer + r * 128 + unit * 16 + lane % 2 * 8, problem.alpha * v[i],
-                         problem.alpha * v[i + 1]);
-        }
+        stage_chunk(problem.alpha, v, buffer);
         fence_async_proxy();
         named_sync(1 + group, WARPGROUP);
         if (thread == 0) tma_add(map_c, column, row0, buffer);
     } else {
-#pragma unroll
-        for (int i = 0; i < CHUNK; i += 2) {
-            const int r = row0 + row + i / 2 % 2 * 8, c = column + i / 4 * 8 + lane % 4 * 2;
-            float* target = problem.c + r * problem.stride_c + c;
-            if (r >= problem.n) continue;
-            if (below || r > c) {
-                add_global(target, problem.alpha * v[i], problem.alpha * v[i + 1]);
-            } else if (r == c) {
-                atomicAdd(target, problem.alpha * v[i]);
-            }
-        }
+        add_registers(problem, v, row0, column, below);
     }
 }
 
@@ -623,6 +634,381 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 }  // namespace split
 
+// --- grid -----------------------------------------------------------------------------------------
+
+namespace grid {
+
+// A cluster computes HIGH × WIDE tiles of 128 × COLUMNS, a block each, from the left in each strip of
+// HIGH block rows, the last across the diagonal. Blocks side by side share A, blocks one above the
+// other share B: each loads its part of a panel into all that share it.
+template <int COLUMNS_, int HIGH_, int WIDE_>
+struct Shape {
+    static constexpr int COLUMNS = COLUMNS_, HIGH = HIGH_, WIDE = WIDE_, BLOCKS = HIGH * WIDE;
+    static_assert(HIGH <= 2 && WIDE <= 2);
+    static constexpr int B_BOX = COLUMNS % BOX ? BOX / 2 : BOX;  // columns of a box of B
+    static constexpr int B_BOX_BYTES = TILE_K * B_BOX * 2, B_K_STEP = 16 * B_BOX * 2 >> 4;
+    static constexpr int STAGE_BYTES = PANEL_BYTES + TILE_K * COLUMNS * 2;
+    static constexpr int STAGES = (232448 - 1024 - 128) / STAGE_BYTES;  // alignment, barriers
+    static constexpr int SMEM_BYTES = STAGES * STAGE_BYTES + 1024;      // and its alignment
+    static constexpr int CHUNKS = COLUMNS / OUT_COLUMNS;
+    // The sums are handed to the copy engine in the ring's place, all at once.
+    static_assert(CONSUMERS * ((CHUNKS + 1) / 2) * OUT_BYTES <= STAGES * STAGE_BYTES);
+
+    static __host__ __device__ int clusters_of_strip(int strip, int n) {
+        const int columns = (strip + 1) * HIGH * TILE;
+        return ((columns < n ? columns : n) + WIDE * COLUMNS - 1) / (WIDE * COLUMNS);
+    }
+    static int clusters(int64_t n) {
+        int64_t count = 0;
+        for (int strip = 0; strip * HIGH * TILE < n; ++strip)
+            count += clusters_of_strip(strip, static_cast<int>(n));
+        return static_cast<int>(count);
+    }
+};
+
+template <typename T, typename S>
+__global__ void __launch_bounds__(THREADS, 1)
+    syrk_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
+                const __grid_constant__ CUtensorMap map_c, const Problem problem) {
+    extern __shared__ uint8_t shared[];
+    __shared__ uint64_t barriers[2 * S::STAGES];
+    const uint32_t smem = (smem_address(shared) + 1023) & ~1023u;
+    const uint32_t full = smem_address(barriers), empty = full + 8 * S::STAGES;
+    const int rank = S::BLOCKS > 1 ? cluster_rank() : 0;
+    const int high = rank / S::WIDE, wide = rank % S::WIDE;
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < S::STAGES; ++stage) {
+            mbarrier_init(full + 8 * stage, 1);
+            mbarrier_init(empty + 8 * stage, CONSUMERS * (S::HIGH + S::WIDE - 1));
+        }
+        mbarrier_init_done();
+        prefetch_map(&map_a);
+        prefetch_map(&map_b);
+        prefetch_map(&map_c);
+    }
+    cluster_sync_relaxed();
+
+    int strip = 0, column0 = blockIdx.x / S::BLOCKS;
+    while (column0 >= S::clusters_of_strip(strip, problem.n))
+        column0 -= S::clusters_of_strip(strip++, problem.n);
+    const int row0 = (strip * S::HIGH + high) * TILE;
+    column0 = (column0 * S::WIDE + wide) * S::COLUMNS;
+    // A block without an element of C loads for the others only.
+    const bool idle = column0 > row0 + TILE - 1 || row0 >= problem.n;
+    const int group = static_cast<int>(threadIdx.x / WARPGROUP) - 1;  // -1: the producer
+    Ring<S::STAGES> ring;
+    if (group < 0) {
+        registers_down<40>();
+        if (threadIdx.x == 0) {
+            const auto beside = static_cast<uint16_t>(((1 << S::WIDE) - 1) << high * S::WIDE);
+            const auto above = static_cast<uint16_t>((S::HIGH > 1 ? 1 | 1 << S::WIDE : 1) << wide);
+            for (int step = 0; step < problem.steps; ++step) {
+                mbarrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
+                const uint32_t barrier = full + 8 * ring.stage;
+                const uint32_t stage = smem + ring.stage * S::STAGE_BYTES;
+                mbarrier_expect(barrier, S::STAGE_BYTES);
+#pragma unroll
+                for (int i = 0; i < 2; i += S::WIDE) {
+                    const int box = i + wide;
+                    const uint32_t target = stage + box * BOX_BYTES;
+                    if constexpr (S::WIDE > 1)
+                        tma_load_multicast(target, &map_a, row0 + box * BOX, step * TILE_K, barrier,
+                                           beside);
+                    else
+                        tma_load(target, &map_a, row0 + box * BOX, step * TILE_K, barrier);
+                }
+                for (int box = high; box < S::COLUMNS / S::B_BOX; box += S::HIGH) {
+                    const uint32_t target = stage + PANEL_BYTES + box * S::B_BOX_BYTES;
+                    const int column = column0 + box * S::B_BOX;
+                    if constexpr (S::HIGH > 1)
+                        tma_load_multicast(target, &map_b, column, step * TILE_K, barrier, above);
+                    else
+                        tma_load(target, &map_b, column, step * TILE_K, barrier);
+                }
+                ring.next();
+                // C's tile into L2 meanwhile: all blocks come to add to C at the same time.
+                const int part = problem.steps - 1 - step, column = column0 + part / 2 * OUT_COLUMNS;
+                if (part < 2 * S::CHUNKS && !idle)
+                    tma_prefetch(&map_c, column, row0 + part % 2 * 64);
+            }
+        }
+        __syncwarp();
+    } else {
+        registers_up<232>();
+        const int thread = threadIdx.x % WARPGROUP;
+        // All blocks that write into this one's stages are told of every stage that is free again:
+        // the barrier of stage 0 that this thread arrives at, or 0.
+        uint32_t release = 0;
+        if (thread < S::BLOCKS && (thread / S::WIDE == high || thread % S::WIDE == wide))
+            release = peer_address(empty, thread);
+        if (idle) {
+            for (int step = 0; step < problem.steps; ++step) {
+                mbarrier_wait(full + 8 * ring.stage, ring.phase);
+                if (release) mbarrier_arrive(release + 8 * ring.stage);
+                ring.next();
+            }
+        } else {
+            float d[S::COLUMNS / 2];  // 64 rows of the tile
+            int previous = 0;
+            for (int step = 0; step < problem.steps; ++step) {
+                mbarrier_wait(full + 8 * ring.stage, ring.phase);
+                const uint32_t stage = smem + ring.stage * S::STAGE_BYTES;
+                const uint64_t a = wgmma_descriptor(stage + group * BOX_BYTES, BOX_BYTES);
+                const uint64_t b = wgmma_descriptor<S::B_BOX>(stage + PANEL_BYTES, S::B_BOX_BYTES);
+                wgmma_begin();
+#pragma unroll
+                for (int k = 0; k < TILE_K / 16; ++k)
+                    wgmma_m64k16<T>(d, a + k * K_STEP, b + k * S::B_K_STEP, step > 0 || k > 0);
+                wgmma_commit();
+                wgmma_wait<1>();
+                if (step > 0 && release) mbarrier_arrive(release + 8 * previous);
+                previous = ring.stage;
+                ring.next();
+            }
+            wgmma_wait<0>();
+            wgmma_pin(d);
+            named_sync(1, CONSUMERS * WARPGROUP);  // both warpgroups are done with the stages
+
+            // Even chunks below the diagonal by the copy engine, the rest from registers meanwhile.
+            const int row = row0 + group * 64;
+            const uint32_t out = smem + group * ((S::CHUNKS + 1) / 2) * OUT_BYTES;
+#pragma unroll
+            for (int chunk = 0; chunk < S::CHUNKS; chunk += 2)
+                if (column0 + (chunk + 1) * OUT_COLUMNS - 1 <= row)
+                    stage_chunk(problem.alpha, d + chunk * CHUNK, out + chunk / 2 * OUT_BYTES);
+            fence_async_proxy();
+            named_sync(2 + group, WARPGROUP);
+            if (thread == 0 && row < problem.n)
+                for (int chunk = 0; chunk < S::CHUNKS; chunk += 2)
+                    if (column0 + (chunk + 1) * OUT_COLUMNS - 1 <= row)
+                        tma_add(&map_c, column0 + chunk * OUT_COLUMNS, row,
+                                out + chunk / 2 * OUT_BYTES);
+#pragma unroll
+            for (int chunk = 0; chunk < S::CHUNKS; ++chunk) {
+                const int column = column0 + chunk * OUT_COLUMNS;
+                const bool below = column + OUT_COLUMNS - 1 <= row;
+                if ((below && chunk % 2 == 0) || column > row + 63) continue;
+                add_registers(problem, d + chunk * CHUNK, row, column, below);
+            }
+            if (thread == 0) tma_wait_read<0>();
+        }
+        __syncwarp();
+    }
+    cluster_sync_relaxed();  // no block ends while another still writes its shared memory
+}
+
+}  // namespace grid
+
+// --- share ----------------------------------------------------------------------------------------
+
+namespace share {
+
+// As split, but each block sends the others their shares of its sums: what a block then adds up lies
+// in its own shared memory. Each half of a tile, a warpgroup's, goes its own way. With TILES = 2 a
+// cluster computes two tiles, of one block column where that can be, which then share B: of the two
+// blocks with the same tokens each loads a half of it into both.
+constexpr int STAGES = 5, STAGE_BYTES = 2 * PANEL_BYTES;
+constexpr int UNITS = 64 * TILE / 4;  // of four floats, of half a tile
+constexpr int HALF_BYTES = UNITS * 16;
+constexpr int RECEIVED_OFFSET = STAGES * STAGE_BYTES;
+constexpr int RECEIVED_BYTES = HALF_BYTES / 8 * 7;  // from 7 others at most, their shares of a half
+constexpr int SMEM_BYTES = RECEIVED_OFFSET + CONSUMERS * RECEIVED_BYTES + 1024;  // and alignment
+static_assert(SMEM_BYTES <= 232448 && CONSUMERS * HALF_BYTES <= STAGES * STAGE_BYTES);
+constexpr int BATCH = UNITS / 2 / WARPGROUP;  // units of a thread, at most
+
+// The first unit of a block's share.
+__device__ __forceinline__ int first_unit(int rank, int size) { return UNITS * rank / size; }
+
+// Where the others' shares for a block lie in it, by sender, the largest first share's bytes apart.
+__device__ __forceinline__ uint32_t slot(uint32_t received, int sender, int receiver, int size) {
+    return received + (sender - (sender > receiver)) * ((UNITS + size - 1) / size * 16);
+}
+
+template <int TILES>
+struct Tile {
+    int row, column;  // in blocks
+    bool shared;
+
+    __device__ Tile(int unit, int half, int blocks) {
+        if constexpr (TILES == 1) {
+            row = triangular_row(unit);
+            column = unit - row * (row + 1) / 2;
+            shared = false;
+            return;
+        }
+        // The last k tiles of a column make k / 2 pairs, which leaves the one on the diagonal of odd
+        // k; those go by two as well.
+        shared = unit < blocks * blocks / 4;
+        int k = 1;
+        if (shared) {
+            while (k * k / 4 <= unit) ++k;
+            column = blocks - k;
+            row = column + k % 2 + 2 * (unit - (k - 1) * (k - 1) / 4) + half;
+        } else {
+            k = 4 * (unit - blocks * blocks / 4) + 2 * half + 1;
+            row = column = k <= blocks ? blocks - k : blocks;  // outside of C: nothing to do
+        }
+    }
+
+    static int units(int64_t n) {
+        const int blocks = static_cast<int>((n + TILE - 1) / TILE);
+        return TILES == 1 ? blocks * (blocks + 1) / 2 : blocks * blocks / 4 + (blocks + 3) / 4;
+    }
+};
+
+template <typename T, int TILES>
+__global__ void __launch_bounds__(THREADS, 1)
+    syrk_kernel(const __grid_constant__ CUtensorMap map_x, const Problem problem) {
+    extern __shared__ uint8_t shared[];
+    __shared__ uint64_t barriers[2 * STAGES + CONSUMERS];
+    const uint32_t smem = (smem_address(shared) + 1023) & ~1023u;
+    const uint32_t full = smem_address(barriers), empty = full + 8 * STAGES;
+    const uint32_t all_received = empty + 8 * STAGES;
+    // Of the `size` blocks with the same tile this is number `rank`.
+    const int rank = cluster_rank() / TILES, half = cluster_rank() % TILES;
+    const int size = cluster_size() / TILES;
+    const Tile<TILES> tile(blockIdx.x / (size * TILES), half, (problem.n + TILE - 1) / TILE);
+    const int first = first_unit(rank, size), last = first_unit(rank + 1, size);
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            mbarrier_init(full + 8 * stage, 1);
+            mbarrier_init(empty + 8 * stage, tile.shared ? 2 * CONSUMERS : CONSUMERS);
+        }
+        for (int group = 0; group < CONSUMERS; ++group) mbarrier_init(all_received + 8 * group, 1);
+        mbarrier_init_done();
+        for (int group = 0; group < CONSUMERS; ++group)
+            mbarrier_expect(all_received + 8 * group, (size - 1) * (last - first) * 16);
+        prefetch_map(&map_x);
+    }
+    __syncthreads();
+    cluster_arrive_relaxed();  // the others may send as soon as all have come here
+    if (TILES > 1) cluster_wait();
+
+    const int row0 = tile.row * TILE, column0 = tile.column * TILE;
+    const bool diagonal = row0 == column0;  // B is A
+    const int begin = static_cast<int>(static_cast<long long>(problem.steps) * rank / size);
+    const int end = static_cast<int>(static_cast<long long>(problem.steps) * (rank + 1) / size);
+    const int group = static_cast<int>(threadIdx.x / WARPGROUP) - 1;  // -1: the producer
+    Ring<STAGES> ring;
+    if (group < 0) {
+        registers_down<40>();
+        if (threadIdx.x == 0) {
+            for (int step = begin; step < end; ++step) {
+                mbarrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
+                const uint32_t barrier = full + 8 * ring.stage;
+                const uint32_t stage = smem + ring.stage * STAGE_BYTES;
+                mbarrier_expect(barrier, diagonal ? PANEL_BYTES : STAGE_BYTES);
+                if (tile.shared)
+                    tma_load_multicast(stage + half * BOX_BYTES, &map_x, column0 + half * BOX,
+                                       step * TILE_K, barrier, 3 << rank * TILES);
+                else
+                    load_panel(stage, &map_x, column0, step, barrier);
+                if (!diagonal) load_panel(stage + PANEL_BYTES, &map_x, row0, step, barrier);
+                ring.next();
+            }
+        }
+        __syncwarp();
+        if (TILES == 1) cluster_wait();
+        cluster_arrive_relaxed();
+    } else {
+        registers_up<232>();
+        const int thread = threadIdx.x % WARPGROUP, lane = threadIdx.x % 32;
+        // The barriers of stage 0 that are told of stages that are free again: this thread's, or 0.
+        uint32_t release = thread == 0 ? empty : 0;
+        if (tile.shared) release = thread < 2 ? peer_address(empty, rank * TILES + thread) : 0;
+        float d[64] = {};  // 64 rows of the tile
+        int previous = -1;
+        for (int step = begin; step < end; ++step) {
+            mbarrier_wait(full + 8 * ring.stage, ring.phase);
+            const uint32_t stage = smem + ring.stage * STAGE_BYTES;
+            const uint64_t a = wgmma_descriptor(
+                (diagonal ? stage : stage + PANEL_BYTES) + group * BOX_BYTES, BOX_BYTES);
+            const uint64_t b = wgmma_descriptor(stage, BOX_BYTES);
+            wgmma_begin();
+#pragma unroll
+            for (int k = 0; k < TILE_K / 16; ++k)
+                wgmma_m64k16<T>(d, a + k * K_STEP, b + k * K_STEP, 1);
+            wgmma_commit();
+            wgmma_wait<1>();
+            if (previous >= 0 && release) mbarrier_arrive(release + 8 * previous);
+            previous = ring.stage;
+            ring.next();
+        }
+        wgmma_wait<0>();
+        wgmma_pin(d);
+
+        // What this thread will add to: asked for before it is needed. Units lie in shared memory by
+        // rows of 32, swizzled so that the rows of d fall on other banks.
+        int r[BATCH], c[BATCH];  // c > r: nothing there
+        float4* target[BATCH];
+        float4 old[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const int unit = first + thread + i * WARPGROUP, row = unit / 32;
+            r[i] = row0 + group * 64 + row;
+            c[i] = unit < last && r[i] < problem.n ? column0 + (unit % 32 ^ row % 8 * 2) * 4 : r[i] + 1;
+            target[i] = reinterpret_cast<float4*>(problem.c + r[i] * problem.stride_c + c[i]);
+            if (c[i] + 3 <= r[i]) old[i] = *target[i];
+        }
+
+        named_sync(1, CONSUMERS * WARPGROUP);  // both warpgroups are done with the stages
+        const uint32_t sums = smem + group * HALF_BYTES;
+        const uint32_t received = smem + RECEIVED_OFFSET + group * RECEIVED_BYTES;
+#pragma unroll
+        for (int i = 0; i < 64; i += 2) {
+            const int row = thread / 32 * 16 + lane / 4 + i / 2 % 2 * 8;
+            const int unit = (i / 4 * 2 + lane % 4 / 2) ^ lane / 4 * 2;
+            store_shared(sums + row * (TILE * 4) + unit * 16 + lane % 2 * 8, d[i], d[i + 1]);
+        }
+        fence_async_proxy();
+        named_sync(2 + group, WARPGROUP);
+        if (TILES == 1) cluster_wait();
+        if (thread < size && thread != rank) {
+            const int from = first_unit(thread, size), to = first_unit(thread + 1, size);
+            const int peer = thread * TILES + half;
+            bulk_push(peer_address(slot(received, rank, thread, size), peer), sums + from * 16,
+                      (to - from) * 16, peer_address(all_received + 8 * group, peer));
+        }
+        __syncwarp();
+        mbarrier_wait(all_received + 8 * group, 0);
+        __syncwarp();
+        cluster_arrive_relaxed();  // what the others sent has left them
+
+        // The blocks' sums, in their order, and then to C.
+        float sum[BATCH][4] = {};
+        for (int sender = 0; sender < size; ++sender) {
+            const uint32_t source =
+                sender == rank ? sums + first * 16 : slot(received, sender, rank, size);
+            float v[BATCH][4] = {};
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i)
+                if (c[i] <= r[i]) load_shared(source + (thread + i * WARPGROUP) * 16, v[i]);
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sum[i][e] += v[i][e];
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const float* v = sum[i];
+            if (c[i] + 3 <= r[i]) {
+                *target[i] = make_float4(
+                    old[i].x + problem.alpha * v[0], old[i].y + problem.alpha * v[1],
+                    old[i].z + problem.alpha * v[2], old[i].w + problem.alpha * v[3]);
+            } else {
+                float* elements = reinterpret_cast<float*>(target[i]);
+#pragma unroll
+                for (int e = 0; e < 3; ++e)
+                    if (c[i] + e <= r[i]) elements[e] += problem.alpha * v[e];
+            }
+        }
+    }
+    __syncwarp();
+    cluster_wait();  // no block ends while what it sent is on its way
+}
+
+}  // namespace share
+
 // --- host -----------------------------------------------------------------------------------------
 
 int64_t split_tiles(int64_t n) {
@@ -630,21 +1016,20 @@ int64_t split_tiles(int64_t n) {
     return blocks * (blocks + 1) / 2;
 }
 
-template <typename T>
-cudaError_t split_config(int clusters, int blocks, cudaStream_t stream, cudaLaunchConfig_t& config,
-                         cudaLaunchAttribute& cluster) {
+template <typename Kernel>
+cudaError_t cluster_config(Kernel kernel, int clusters, int blocks, int smem, cudaStream_t stream,
+                           cudaLaunchConfig_t& config, cudaLaunchAttribute& cluster) {
     config = {};
     config.gridDim = clusters * blocks;
     config.blockDim = THREADS;
-    config.dynamicSmemBytes = split::SMEM_BYTES;
+    config.dynamicSmemBytes = smem;
     config.stream = stream;
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = blocks;
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
     config.attrs = &cluster;
     config.numAttrs = 1;
-    return cudaFuncSetAttribute(split::syrk_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                split::SMEM_BYTES);
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
 }
 
 template <typename T, int COLUMNS>
@@ -663,6 +1048,48 @@ int launch_single(const FiletSyrk& args, CUtensorMapDataType type, const CUtenso
     return cudaGetLastError();
 }
 
+template <typename T, int TILES>
+int launch_share(const FiletSyrk& args, const CUtensorMap& map_x, const Problem& problem) {
+    const auto kernel = share::syrk_kernel<T, TILES>;
+    cudaLaunchConfig_t config;
+    cudaLaunchAttribute cluster;
+    const int status = cluster_config(kernel, share::Tile<TILES>::units(args.n),
+                                      (args.plan - 10 * TILES) * TILES, share::SMEM_BYTES,
+                                      static_cast<cudaStream_t>(args.stream), config, cluster);
+    if (status) return status;
+    return cudaLaunchKernelEx(&config, kernel, map_x, problem);
+}
+
+template <typename T, typename S>
+int launch_grid(const FiletSyrk& args, CUtensorMapDataType type, const CUtensorMap& map_a,
+                const CUtensorMap& map_c, const Problem& problem) {
+    const auto kernel = grid::syrk_kernel<T, S>;
+    CUtensorMap map_b;
+    int status = encode_matrix(&map_b, type, 2, args.x, args.tokens, args.n, args.stride_x, S::B_BOX,
+                               TILE_K);
+    if (status) return status;
+    cudaLaunchConfig_t config;
+    cudaLaunchAttribute cluster;
+    status = cluster_config(kernel, S::clusters(args.n), S::BLOCKS, S::SMEM_BYTES,
+                            static_cast<cudaStream_t>(args.stream), config, cluster);
+    if (status) return status;
+    return cudaLaunchKernelEx(&config, kernel, map_a, map_b, map_c, problem);
+}
+
+// Whether all blocks of a grid run at once.
+template <typename S>
+bool grid_fits(int64_t n) {
+    const auto kernel = grid::syrk_kernel<__nv_bfloat16, S>;
+    cudaLaunchConfig_t config;
+    cudaLaunchAttribute cluster;
+    int active = 0;
+    return n <= 4096 &&
+           cluster_config(kernel, 1, S::BLOCKS, S::SMEM_BYTES, nullptr, config, cluster) ==
+               cudaSuccess &&
+           cudaOccupancyMaxActiveClusters(&active, kernel, &config) == cudaSuccess &&
+           active >= S::clusters(n);
+}
+
 template <typename T>
 int launch(const FiletSyrk& args, CUtensorMapDataType type) {
     CUtensorMap map_x, map_c;
@@ -679,17 +1106,29 @@ int launch(const FiletSyrk& args, CUtensorMapDataType type) {
     if (args.plan > 1 && args.plan <= split::MAX_BLOCKS) {
         cudaLaunchConfig_t config;
         cudaLaunchAttribute cluster;
-        status = split_config<T>(static_cast<int>(split_tiles(args.n)), args.plan, stream, config,
-                                 cluster);
+        status = cluster_config(split::syrk_kernel<T>, static_cast<int>(split_tiles(args.n)),
+                                args.plan, split::SMEM_BYTES, stream, config, cluster);
         if (status) return status;
         return cudaLaunchKernelEx(&config, split::syrk_kernel<T>, map_x, problem);
     }
+    if (args.plan > 11 && args.plan <= 18) return launch_share<T, 1>(args, map_x, problem);
+    if (args.plan > 21 && args.plan <= 24) return launch_share<T, 2>(args, map_x, problem);
     status = encode_matrix(&map_c, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, args.c, args.n, args.n,
                            args.stride_c, OUT_COLUMNS, 64);
     if (status) return status;
     if (args.plan == 128) return launch_single<T, 128>(args, type, map_x, map_c, problem);
     if (args.plan == 160) return launch_single<T, 160>(args, type, map_x, map_c, problem);
     if (args.plan == 192) return launch_single<T, 192>(args, type, map_x, map_c, problem);
+#define FILET_GRID(PLAN, ...) \
+    if (args.plan == PLAN) \
+    return launch_grid<T, grid::Shape<__VA_ARGS__>>(args, type, map_x, map_c, problem)
+    FILET_GRID(1160, 160, 1, 1);
+    FILET_GRID(2160, 160, 2, 1);
+    FILET_GRID(2192, 192, 2, 1);
+    FILET_GRID(4128, 128, 2, 2);
+    FILET_GRID(4160, 160, 2, 2);
+    FILET_GRID(4192, 192, 2, 2);
+#undef FILET_GRID
     status = cudaFuncSetAttribute(pairs::syrk_kernel<T>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, pairs::SMEM_BYTES);
     if (status) return status;
@@ -709,7 +1148,8 @@ extern "C" int32_t filet_syrk_sm90_plan(int64_t n) {
         cudaLaunchConfig_t config;
         cudaLaunchAttribute cluster;
         int active = 0;
-        if (split_config<__nv_bfloat16>(1, blocks, nullptr, config, cluster) != cudaSuccess ||
+        if (cluster_config(split::syrk_kernel<__nv_bfloat16>, 1, blocks, split::SMEM_BYTES, nullptr,
+                           config, cluster) != cudaSuccess ||
             cudaOccupancyMaxActiveClusters(&active, split::syrk_kernel<__nv_bfloat16>, &config) !=
                 cudaSuccess)
             return 0;

@@ -50,10 +50,19 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// The same without ordering any ordinary access: barriers initialised, nobody ends early.
-__device__ __forceinline__ void cluster_sync_relaxed() {
+// The same without ordering any ordinary access: barriers initialised, nobody ends early. Between
+// its two halves a thread may do anything but arrive again.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_sync_relaxed() {
+    cluster_arrive_relaxed();
+    cluster_wait();
 }
 
 // The threads of some warps of the block, under a barrier number of their own.
@@ -104,6 +113,13 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
     return word;
 }
 
+__device__ __forceinline__ void load_shared(uint32_t address, float (&v)[4]) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                 : "r"(address)
+                 : "memory");
+}
+
 // Four floats of a block of the cluster (see peer_address).
 __device__ __forceinline__ void load_cluster(uint32_t address, float (&v)[4]) {
     asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -150,6 +166,17 @@ __device__ __forceinline__ void bulk_load_multicast(uint32_t target, const void*
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
         " [%0], [%1], %2, [%3], %4;" ::"r"(target),
         "l"(source), "r"(bytes), "r"(barrier), "h"(blocks)
+        : "memory");
+}
+
+// `bytes` of this block's shared memory into that of another block of the cluster, completing on a
+// barrier there (see peer_address for both); all aligned to 16 bytes.
+__device__ __forceinline__ void bulk_push(uint32_t target, uint32_t source, uint32_t bytes,
+                                          uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
+        " [%0], [%1], %2, [%3];" ::"r"(target),
+        "r"(source), "r"(bytes), "r"(barrier)
         : "memory");
 }
 
