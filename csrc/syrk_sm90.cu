@@ -97,7 +97,7 @@ __device__ __forceinline__ void add_chunk(const CUtensorMap* map_c, const Proble
         if (thread == 0) tma_wait_read<1>();  // this buffer was sent the time before last
         named_sync(1 + group, WARPGROUP);
         stage_chunk(problem.alpha, v, buffer);
-        fence_async_proxy();
+        fence_async_shared();
         named_sync(1 + group, WARPGROUP);
         if (thread == 0) tma_add(map_c, column, row0, buffer);
     } else {
@@ -776,7 +776,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             for (int chunk = 0; chunk < S::CHUNKS; chunk += 2)
                 if (column0 + (chunk + 1) * OUT_COLUMNS - 1 <= row)
                     stage_chunk(problem.alpha, d + chunk * CHUNK, out + chunk / 2 * OUT_BYTES);
-            fence_async_proxy();
+            fence_async_shared();
             named_sync(2 + group, WARPGROUP);
             if (thread == 0 && row < problem.n)
                 for (int chunk = 0; chunk < S::CHUNKS; chunk += 2)
@@ -816,13 +816,17 @@ constexpr int SMEM_BYTES = RECEIVED_OFFSET + CONSUMERS * RECEIVED_BYTES + 1024; 
 static_assert(SMEM_BYTES <= 232448 && CONSUMERS * HALF_BYTES <= STAGES * STAGE_BYTES);
 constexpr int BATCH = UNITS / 2 / WARPGROUP;  // units of a thread, at most
 
-// The first unit of a block's share.
-__device__ __forceinline__ int first_unit(int rank, int size) { return UNITS * rank / size; }
+// What each of the blocks of a tile takes, the last what is left: tokens, in steps, and then units of
+// each half. From the host, as divisions take long.
+struct Share {
+    int steps, units;
 
-// Where the others' shares for a block lie in it, by sender, the largest first share's bytes apart.
-__device__ __forceinline__ uint32_t slot(uint32_t received, int sender, int receiver, int size) {
-    return received + (sender - (sender > receiver)) * ((UNITS + size - 1) / size * 16);
-}
+    __device__ int first_unit(int rank) const { return min(rank * units, UNITS); }
+    // Where the others' units for a block lie in it, by sender.
+    __device__ uint32_t slot(uint32_t received, int sender, int receiver) const {
+        return received + (sender - (sender > receiver)) * units * 16;
+    }
+};
 
 template <int TILES>
 struct Tile {
@@ -858,7 +862,8 @@ struct Tile {
 
 template <typename T, int TILES>
 __global__ void __launch_bounds__(THREADS, 1)
-    syrk_kernel(const __grid_constant__ CUtensorMap map_x, const Problem problem) {
+    syrk_kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_c,
+                const Problem problem, const Share share) {
     extern __shared__ uint8_t shared[];
     __shared__ uint64_t barriers[2 * STAGES + CONSUMERS];
     const uint32_t smem = (smem_address(shared) + 1023) & ~1023u;
@@ -867,8 +872,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     // Of the `size` blocks with the same tile this is number `rank`.
     const int rank = cluster_rank() / TILES, half = cluster_rank() % TILES;
     const int size = cluster_size() / TILES;
-    const Tile<TILES> tile(blockIdx.x / (size * TILES), half, (problem.n + TILE - 1) / TILE);
-    const int first = first_unit(rank, size), last = first_unit(rank + 1, size);
+    const Tile<TILES> tile(cluster_index(), half, (problem.n + TILE - 1) / TILE);
+    const int first = share.first_unit(rank), last = share.first_unit(rank + 1);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             mbarrier_init(full + 8 * stage, 1);
@@ -879,6 +884,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         for (int group = 0; group < CONSUMERS; ++group)
             mbarrier_expect(all_received + 8 * group, (size - 1) * (last - first) * 16);
         prefetch_map(&map_x);
+        prefetch_map(&map_c);
     }
     __syncthreads();
     cluster_arrive_relaxed();  // the others may send as soon as all have come here
@@ -886,8 +892,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 
     const int row0 = tile.row * TILE, column0 = tile.column * TILE;
     const bool diagonal = row0 == column0;  // B is A
-    const int begin = static_cast<int>(static_cast<long long>(problem.steps) * rank / size);
-    const int end = static_cast<int>(static_cast<long long>(problem.steps) * (rank + 1) / size);
+    const int begin = min(rank * share.steps, problem.steps);
+    const int end = min(begin + share.steps, problem.steps);
     const int group = static_cast<int>(threadIdx.x / WARPGROUP) - 1;  // -1: the producer
     Ring<STAGES> ring;
     if (group < 0) {
@@ -905,6 +911,10 @@ __global__ void __launch_bounds__(THREADS, 1)
                     load_panel(stage, &map_x, column0, step, barrier);
                 if (!diagonal) load_panel(stage + PANEL_BYTES, &map_x, row0, step, barrier);
                 ring.next();
+                // C's tile into L2 once the first stages have come, 64 × 32 at a time.
+                const int part = (step - begin - STAGES) * size + rank;
+                if (part >= 0 && part < 2 * TILE / OUT_COLUMNS)
+                    tma_prefetch(&map_c, column0 + part / 2 * OUT_COLUMNS, row0 + part % 2 * 64);
             }
         }
         __syncwarp();
@@ -916,6 +926,18 @@ __global__ void __launch_bounds__(THREADS, 1)
         // The barriers of stage 0 that are told of stages that are free again: this thread's, or 0.
         uint32_t release = thread == 0 ? empty : 0;
         if (tile.shared) release = thread < 2 ? peer_address(empty, rank * TILES + thread) : 0;
+        // What this thread will add to, found out while there is time. Units lie in shared memory by
+        // rows of 32, swizzled so that the rows of d fall on other banks.
+        long long at[BATCH];  // in C
+        int before[BATCH];    // columns from the unit's first to the diagonal; < 0: nothing there
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const int unit = first + thread + i * WARPGROUP, row = unit / 32;
+            const int r = row0 + group * 64 + row, c = column0 + (unit % 32 ^ row % 8 * 2) * 4;
+            at[i] = r * problem.stride_c + c;
+            before[i] = unit < last && r < problem.n ? r - c : -1;
+            asm volatile("" : "+l"(at[i]), "+r"(before[i]));  // not put off
+        }
         float d[64] = {};  // 64 rows of the tile
         int previous = -1;
         for (int step = begin; step < end; ++step) {
@@ -934,23 +956,12 @@ __global__ void __launch_bounds__(THREADS, 1)
             previous = ring.stage;
             ring.next();
         }
-        wgmma_wait<0>();
-        wgmma_pin(d);
-
-        // What this thread will add to: asked for before it is needed. Units lie in shared memory by
-        // rows of 32, swizzled so that the rows of d fall on other banks.
-        int r[BATCH], c[BATCH];  // c > r: nothing there
-        float4* target[BATCH];
         float4 old[BATCH];
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            const int unit = first + thread + i * WARPGROUP, row = unit / 32;
-            r[i] = row0 + group * 64 + row;
-            c[i] = unit < last && r[i] < problem.n ? column0 + (unit % 32 ^ row % 8 * 2) * 4 : r[i] + 1;
-            target[i] = reinterpret_cast<float4*>(problem.c + r[i] * problem.stride_c + c[i]);
-            if (c[i] + 3 <= r[i]) old[i] = *target[i];
-        }
-
+        for (int i = 0; i < BATCH; ++i)
+            if (before[i] >= 3) old[i] = *reinterpret_cast<const float4*>(problem.c + at[i]);
+        wgmma_wait<0>();
+        wgmma_pin(d);
         named_sync(1, CONSUMERS * WARPGROUP);  // both warpgroups are done with the stages
         const uint32_t sums = smem + group * HALF_BYTES;
         const uint32_t received = smem + RECEIVED_OFFSET + group * RECEIVED_BYTES;
@@ -960,13 +971,13 @@ __global__ void __launch_bounds__(THREADS, 1)
             const int unit = (i / 4 * 2 + lane % 4 / 2) ^ lane / 4 * 2;
             store_shared(sums + row * (TILE * 4) + unit * 16 + lane % 2 * 8, d[i], d[i + 1]);
         }
-        fence_async_proxy();
+        fence_async_shared();
         named_sync(2 + group, WARPGROUP);
         if (TILES == 1) cluster_wait();
         if (thread < size && thread != rank) {
-            const int from = first_unit(thread, size), to = first_unit(thread + 1, size);
+            const int from = share.first_unit(thread), to = share.first_unit(thread + 1);
             const int peer = thread * TILES + half;
-            bulk_push(peer_address(slot(received, rank, thread, size), peer), sums + from * 16,
+            bulk_push(peer_address(share.slot(received, rank, thread), peer), sums + from * 16,
                       (to - from) * 16, peer_address(all_received + 8 * group, peer));
         }
         __syncwarp();
@@ -978,11 +989,11 @@ __global__ void __launch_bounds__(THREADS, 1)
         float sum[BATCH][4] = {};
         for (int sender = 0; sender < size; ++sender) {
             const uint32_t source =
-                sender == rank ? sums + first * 16 : slot(received, sender, rank, size);
+                sender == rank ? sums + first * 16 : share.slot(received, sender, rank);
             float v[BATCH][4] = {};
 #pragma unroll
             for (int i = 0; i < BATCH; ++i)
-                if (c[i] <= r[i]) load_shared(source + (thread + i * WARPGROUP) * 16, v[i]);
+                if (before[i] >= 0) load_shared(source + (thread + i * WARPGROUP) * 16, v[i]);
 #pragma unroll
             for (int i = 0; i < BATCH; ++i)
 #pragma unroll
@@ -991,15 +1002,15 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
             const float* v = sum[i];
-            if (c[i] + 3 <= r[i]) {
-                *target[i] = make_float4(
+            float* elements = problem.c + at[i];
+            if (before[i] >= 3) {
+                *reinterpret_cast<float4*>(elements) = make_float4(
                     old[i].x + problem.alpha * v[0], old[i].y + problem.alpha * v[1],
                     old[i].z + problem.alpha * v[2], old[i].w + problem.alpha * v[3]);
             } else {
-                float* elements = reinterpret_cast<float*>(target[i]);
 #pragma unroll
                 for (int e = 0; e < 3; ++e)
-                    if (c[i] + e <= r[i]) elements[e] += problem.alpha * v[e];
+                    if (e <= before[i]) elements[e] += problem.alpha * v[e];
             }
         }
     }
@@ -1049,15 +1060,18 @@ int launch_single(const FiletSyrk& args, CUtensorMapDataType type, const CUtenso
 }
 
 template <typename T, int TILES>
-int launch_share(const FiletSyrk& args, const CUtensorMap& map_x, const Problem& problem) {
+int launch_share(const FiletSyrk& args, const CUtensorMap& map_x, const CUtensorMap& map_c,
+                 const Problem& problem) {
     const auto kernel = share::syrk_kernel<T, TILES>;
     cudaLaunchConfig_t config;
     cudaLaunchAttribute cluster;
-    const int status = cluster_config(kernel, share::Tile<TILES>::units(args.n),
-                                      (args.plan - 10 * TILES) * TILES, share::SMEM_BYTES,
-                                      static_cast<cudaStream_t>(args.stream), config, cluster);
+    const int size = args.plan - 10 * TILES;
+    const int status = cluster_config(kernel, share::Tile<TILES>::units(args.n), size * TILES,
+                                      share::SMEM_BYTES, static_cast<cudaStream_t>(args.stream),
+                                      config, cluster);
     if (status) return status;
-    return cudaLaunchKernelEx(&config, kernel, map_x, problem);
+    const share::Share share = {(problem.steps + size - 1) / size, (share::UNITS + size - 1) / size};
+    return cudaLaunchKernelEx(&config, kernel, map_x, map_c, problem, share);
 }
 
 template <typename T, typename S>
@@ -1111,11 +1125,11 @@ int launch(const FiletSyrk& args, CUtensorMapDataType type) {
         if (status) return status;
         return cudaLaunchKernelEx(&config, split::syrk_kernel<T>, map_x, problem);
     }
-    if (args.plan > 11 && args.plan <= 18) return launch_share<T, 1>(args, map_x, problem);
-    if (args.plan > 21 && args.plan <= 24) return launch_share<T, 2>(args, map_x, problem);
     status = encode_matrix(&map_c, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, args.c, args.n, args.n,
                            args.stride_c, OUT_COLUMNS, 64);
     if (status) return status;
+    if (args.plan > 11 && args.plan <= 18) return launch_share<T, 1>(args, map_x, map_c, problem);
+    if (args.plan > 21 && args.plan <= 24) return launch_share<T, 2>(args, map_x, map_c, problem);
     if (args.plan == 128) return launch_single<T, 128>(args, type, map_x, map_c, problem);
     if (args.plan == 160) return launch_single<T, 160>(args, type, map_x, map_c, problem);
     if (args.plan == 192) return launch_single<T, 192>(args, type, map_x, map_c, problem);

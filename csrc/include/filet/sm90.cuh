@@ -38,6 +38,13 @@ __device__ __forceinline__ uint32_t cluster_rank() {
     return rank;
 }
 
+// The number of the cluster in a one-dimensional grid.
+__device__ __forceinline__ uint32_t cluster_index() {
+    uint32_t index;
+    asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+    return index;
+}
+
 __device__ __forceinline__ uint32_t cluster_size() {
     uint32_t size;
     asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
@@ -214,7 +221,13 @@ __device__ __forceinline__ void add_global(float* target, float x, float y) {
                  : "memory");
 }
 
-// Ordinary accesses before it and copies of the bulk engine (or wgmma) after it, and vice versa.
+// Ordinary accesses of shared memory before it and copies of the bulk engine (or wgmma) after it.
+__device__ __forceinline__ void fence_async_shared() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// The same of any memory, and vice versa. It compiles to a fence of the whole GPU, which waits for
+// all that the thread has under way.
 __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async;" ::: "memory");
 }
