@@ -7,9 +7,10 @@
 //   B and multicast those to each other. The tiles that do not divide evenly among the pairs are cut
 //   along the tokens (stream-K), so that all pairs end together. Where several pairs contribute to a
 //   tile they add in a fixed order, each waiting for the one before.
-// - single, where tiles of 128 × 128, 160 or 192 just about make one for each multiprocessor.
-// - split, for fewer tiles: tiles of 128 × 128. The blocks of a cluster share a tile's tokens, exchange
-//   their sums through distributed shared memory and add them in the order of the blocks.
+// - grid, where so many tiles of 128 × 128, 160 or 192 as there are multiprocessors just about make C:
+//   one a block. The blocks of a cluster share what they load, since the L2 cache cannot feed all.
+// - share, for fewer tiles: tiles of 128 × 128. The blocks of a cluster share a tile's tokens, send each
+//   other their sums and add them in the order of the blocks.
 //
 // Every element of C has one owner at a time and a fixed order of additions: deterministic.
 #include <cuda_bf16.h>
@@ -393,247 +394,6 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
 
 }  // namespace pairs
 
-// --- single ---------------------------------------------------------------------------------------
-
-namespace single {
-
-// Tiles of 128 × COLUMNS, from the left in each block row, the last across the diagonal.
-template <int COLUMNS>
-struct Shape {
-    static constexpr int B_BOX = COLUMNS % BOX ? BOX / 2 : BOX;  // columns of a box of B
-    static constexpr int B_BOX_BYTES = TILE_K * B_BOX * 2, B_K_STEP = 16 * B_BOX * 2 >> 4;
-    static constexpr int STAGE_BYTES = PANEL_BYTES + TILE_K * COLUMNS * 2;
-    static constexpr int STAGES = COLUMNS == 128 ? 6 : COLUMNS == 160 ? 5 : 4;
-    static constexpr int OUT_OFFSET = STAGES * STAGE_BYTES;
-    static constexpr int SMEM_BYTES = OUT_OFFSET + CONSUMERS * 2 * OUT_BYTES + 1024;  // and alignment
-    static_assert(SMEM_BYTES <= 232448);
-
-    static __host__ __device__ int tiles_of_row(int row) {
-        return ((row + 1) * TILE + COLUMNS - 1) / COLUMNS;
-    }
-    static int tiles(int64_t n) {
-        int64_t count = 0;
-        for (int64_t row = 0; row * TILE < n; ++row) count += tiles_of_row(row);
-        return static_cast<int>(count);
-    }
-};
-
-template <typename T, int COLUMNS>
-__global__ void __launch_bounds__(THREADS, 1)
-    syrk_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
-                const __grid_constant__ CUtensorMap map_c, const Problem problem) {
-    using S = Shape<COLUMNS>;
-    extern __shared__ uint8_t shared[];
-    __shared__ uint64_t barriers[2 * S::STAGES];
-    const uint32_t smem = (smem_address(shared) + 1023) & ~1023u;
-    const uint32_t full = smem_address(barriers), empty = full + 8 * S::STAGES;
-    if (threadIdx.x == 0) {
-        for (int stage = 0; stage < S::STAGES; ++stage) {
-            mbarrier_init(full + 8 * stage, 1);
-            mbarrier_init(empty + 8 * stage, CONSUMERS);
-        }
-        mbarrier_init_done();
-        prefetch_map(&map_a);
-        prefetch_map(&map_b);
-        prefetch_map(&map_c);
-    }
-    __syncthreads();
-
-    int block_row = 0, column0 = blockIdx.x;
-    while (column0 >= S::tiles_of_row(block_row)) column0 -= S::tiles_of_row(block_row++);
-    const int row0 = block_row * TILE;
-    column0 *= COLUMNS;
-    const int group = static_cast<int>(threadIdx.x / WARPGROUP) - 1;  // -1: the producer
-    Ring<S::STAGES> ring;
-    if (group < 0) {
-        registers_down<40>();
-        if (threadIdx.x > 0) return;
-        for (int step = 0; step < problem.steps; ++step) {
-            mbarrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
-            const uint32_t barrier = full + 8 * ring.stage;
-            const uint32_t stage = smem + ring.stage * S::STAGE_BYTES;
-            mbarrier_expect(barrier, S::STAGE_BYTES);
-            load_panel(stage, &map_a, row0, step, barrier);
-#pragma unroll
-            for (int box = 0; box < COLUMNS / S::B_BOX; ++box)
-                tma_load(stage + PANEL_BYTES + box * S::B_BOX_BYTES, &map_b,
-                         column0 + box * S::B_BOX, step * TILE_K, barrier);
-            ring.next();
-            const int chunk = problem.steps - 1 - step;  // C's tile into L2 meanwhile
-            if (chunk < COLUMNS / OUT_COLUMNS) {
-                tma_prefetch(&map_c, column0 + chunk * OUT_COLUMNS, row0);
-                tma_prefetch(&map_c, column0 + chunk * OUT_COLUMNS, row0 + 64);
-            }
-        }
-        return;
-    }
-    registers_up<232>();
-    const int thread = threadIdx.x % WARPGROUP;
-    float d[COLUMNS / 2];  // 64 rows of the tile
-    int previous = 0;
-    for (int step = 0; step < problem.steps; ++step) {
-        mbarrier_wait(full + 8 * ring.stage, ring.phase);
-        const uint32_t stage = smem + ring.stage * S::STAGE_BYTES;
-        const uint64_t a = wgmma_descriptor(stage + group * BOX_BYTES, BOX_BYTES);
-        const uint64_t b = wgmma_descriptor<S::B_BOX>(stage + PANEL_BYTES, S::B_BOX_BYTES);
-        wgmma_begin();
-#pragma unroll
-        for (int k = 0; k < TILE_K / 16; ++k)
-            wgmma_m64k16<T>(d, a + k * K_STEP, b + k * S::B_K_STEP, step > 0 || k > 0);
-        wgmma_commit();
-        wgmma_wait<1>();
-        if (step > 0 && thread == 0) mbarrier_arrive(empty + 8 * previous);
-        previous = ring.stage;
-        ring.next();
-    }
-    wgmma_wait<0>();
-    wgmma_pin(d);
-    int sent = 0;
-#pragma unroll
-    for (int chunk = 0; chunk < COLUMNS / OUT_COLUMNS; ++chunk)
-        add_chunk(&map_c, problem, d + chunk * CHUNK, smem + S::OUT_OFFSET + group * 2 * OUT_BYTES,
-                  sent, row0 + group * 64, column0 + chunk * OUT_COLUMNS, group, chunk);
-    if (thread == 0) tma_wait_done();
-}
-
-}  // namespace single
-
-// --- split ----------------------------------------------------------------------------------------
-
-namespace split {
-
-constexpr int MAX_BLOCKS = 8;  // of a cluster
-constexpr int STAGES = 6, STAGE_BYTES = 2 * PANEL_BYTES;
-constexpr int SMEM_BYTES = STAGES * STAGE_BYTES + 1024;  // and its alignment
-// Row stride of the sums in shared memory: 8 words more, so that rows fall on other banks.
-constexpr int STRIDE = TILE + 8;
-static_assert(TILE * STRIDE * 4 <= STAGES * STAGE_BYTES);
-constexpr int UNITS = TILE * TILE / 4;  // of four floats
-constexpr int BATCH = 6;  // reads of another block's memory take long: many at once
-
-__device__ __forceinline__ uint32_t sum_address(uint32_t sums, int row, int column) {
-    return sums + (row * STRIDE + column) * 4;
-}
-
-template <typename T>
-__global__ void __launch_bounds__(THREADS, 1)
-    syrk_kernel(const __grid_constant__ CUtensorMap map_x, const Problem problem) {
-    extern __shared__ uint8_t shared[];
-    __shared__ uint64_t barriers[2 * STAGES];
-    const uint32_t smem = (smem_address(shared) + 1023) & ~1023u;
-    const uint32_t full = smem_address(barriers), empty = full + 8 * STAGES;
-    const int rank = cluster_rank(), size = cluster_size(), index = blockIdx.x / size;
-    if (threadIdx.x == 0) {
-        for (int stage = 0; stage < STAGES; ++stage) {
-            mbarrier_init(full + 8 * stage, 1);
-            mbarrier_init(empty + 8 * stage, CONSUMERS);
-        }
-        mbarrier_init_done();
-        prefetch_map(&map_x);
-    }
-    __syncthreads();
-
-    const int block_row = triangular_row(index);
-    const int row0 = block_row * TILE, column0 = (index - block_row * (block_row + 1) / 2) * TILE;
-    const bool diagonal = row0 == column0;  // B is A
-    const int begin = static_cast<int>(static_cast<long long>(problem.steps) * rank / size);
-    const int end = static_cast<int>(static_cast<long long>(problem.steps) * (rank + 1) / size);
-    const int group = static_cast<int>(threadIdx.x / WARPGROUP) - 1;  // -1: the producer
-    Ring<STAGES> ring;
-    if (group < 0) {
-        registers_down<40>();
-        if (threadIdx.x == 0) {
-            for (int step = begin; step < end; ++step) {
-                mbarrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
-                const uint32_t barrier = full + 8 * ring.stage;
-                const uint32_t stage = smem + ring.stage * STAGE_BYTES;
-                mbarrier_expect(barrier, diagonal ? PANEL_BYTES : STAGE_BYTES);
-                load_panel(stage, &map_x, row0, step, barrier);
-                if (!diagonal) load_panel(stage + PANEL_BYTES, &map_x, column0, step, barrier);
-                ring.next();
-            }
-        }
-        __syncwarp();
-        cluster_sync();
-    } else {
-        registers_up<232>();
-        const int thread = threadIdx.x % WARPGROUP, lane = threadIdx.x % 32;
-        float d[64] = {};  // 64 rows of the tile
-        int previous = -1;
-        for (int step = begin; step < end; ++step) {
-            mbarrier_wait(full + 8 * ring.stage, ring.phase);
-            const uint32_t stage = smem + ring.stage * STAGE_BYTES;
-            const uint64_t a = wgmma_descriptor(stage + group * BOX_BYTES, BOX_BYTES);
-            const uint64_t b =
-                wgmma_descriptor(diagonal ? stage : stage + PANEL_BYTES, BOX_BYTES);
-            wgmma_begin();
-#pragma unroll
-            for (int k = 0; k < TILE_K / 16; ++k)
-                wgmma_m64k16<T>(d, a + k * K_STEP, b + k * K_STEP, 1);
-            wgmma_commit();
-            wgmma_wait<1>();
-            if (previous >= 0 && thread == 0) mbarrier_arrive(empty + 8 * previous);
-            previous = ring.stage;
-            ring.next();
-        }
-        wgmma_wait<0>();
-        wgmma_pin(d);
-        named_sync(1, CONSUMERS * WARPGROUP);  // both warpgroups are done with the stages
-        const int row = group * 64 + thread / 32 * 16 + lane / 4;
-#pragma unroll
-        for (int i = 0; i < 64; i += 2)
-            store_shared(sum_address(smem, row + i / 2 % 2 * 8, i / 4 * 8 + lane % 4 * 2), d[i],
-                         d[i + 1]);
-        cluster_sync();
-
-        // The blocks' sums: each adds its share of the tile to C, in the order of the blocks.
-        const int last = UNITS * (rank + 1) / size;
-        for (int start = UNITS * rank / size + threadIdx.x - WARPGROUP; start < last;
-             start += BATCH * CONSUMERS * WARPGROUP) {
-            int r[BATCH], c[BATCH];
-            float4* target[BATCH];
-            float4 old[BATCH];
-            float sum[BATCH][4] = {};
-#pragma unroll
-            for (int i = 0; i < BATCH; ++i) {
-                const int unit = start + i * (CONSUMERS * WARPGROUP);
-                r[i] = row0 + unit / (TILE / 4);
-                c[i] = unit < last && r[i] < problem.n ? column0 + unit % (TILE / 4) * 4 : r[i] + 1;
-                target[i] = reinterpret_cast<float4*>(problem.c + r[i] * problem.stride_c + c[i]);
-                if (c[i] + 3 <= r[i]) old[i] = *target[i];
-            }
-            for (int peer = 0; peer < size; ++peer) {
-                const uint32_t sums = peer_address(smem, peer);
-                float v[BATCH][4] = {};
-#pragma unroll
-                for (int i = 0; i < BATCH; ++i)
-                    if (c[i] <= r[i]) load_cluster(sum_address(sums, r[i] - row0, c[i] - column0), v[i]);
-#pragma unroll
-                for (int i = 0; i < BATCH; ++i)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) sum[i][e] += v[i][e];
-            }
-#pragma unroll
-            for (int i = 0; i < BATCH; ++i) {
-                const float* v = sum[i];
-                if (c[i] + 3 <= r[i]) {
-                    *target[i] = make_float4(
-                        old[i].x + problem.alpha * v[0], old[i].y + problem.alpha * v[1],
-                        old[i].z + problem.alpha * v[2], old[i].w + problem.alpha * v[3]);
-                } else {
-                    float* elements = reinterpret_cast<float*>(target[i]);
-#pragma unroll
-                    for (int e = 0; e < 3; ++e)
-                        if (c[i] + e <= r[i]) elements[e] += problem.alpha * v[e];
-                }
-            }
-        }
-    }
-    cluster_sync_relaxed();  // no block ends while another still reads its shared memory
-}
-
-}  // namespace split
-
 // --- grid -----------------------------------------------------------------------------------------
 
 namespace grid {
@@ -803,15 +563,16 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 namespace share {
 
-// As split, but each block sends the others their shares of its sums: what a block then adds up lies
-// in its own shared memory. Each half of a tile, a warpgroup's, goes its own way. With TILES = 2 a
-// cluster computes two tiles, of one block column where that can be, which then share B: of the two
+// The blocks with the same tile send each other their shares of their sums: what a block then adds up
+// lies in its own shared memory. Each half of a tile, a warpgroup's, goes its own way. With TILES = 2
+// a cluster computes two tiles, of one block column where that can be, which then share B: of the two
 // blocks with the same tokens each loads a half of it into both.
+constexpr int MAX_SIZE = 8;  // blocks of a cluster
 constexpr int STAGES = 5, STAGE_BYTES = 2 * PANEL_BYTES;
 constexpr int UNITS = 64 * TILE / 4;  // of four floats, of half a tile
 constexpr int HALF_BYTES = UNITS * 16;
 constexpr int RECEIVED_OFFSET = STAGES * STAGE_BYTES;
-constexpr int RECEIVED_BYTES = HALF_BYTES / 8 * 7;  // from 7 others at most, their shares of a half
+constexpr int RECEIVED_BYTES = HALF_BYTES / MAX_SIZE * (MAX_SIZE - 1);  // shares of a half
 constexpr int SMEM_BYTES = RECEIVED_OFFSET + CONSUMERS * RECEIVED_BYTES + 1024;  // and alignment
 static_assert(SMEM_BYTES <= 232448 && CONSUMERS * HALF_BYTES <= STAGES * STAGE_BYTES);
 constexpr int BATCH = UNITS / 2 / WARPGROUP;  // units of a thread, at most
@@ -1022,11 +783,6 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 // --- host -----------------------------------------------------------------------------------------
 
-int64_t split_tiles(int64_t n) {
-    const int64_t blocks = (n + TILE - 1) / TILE;
-    return blocks * (blocks + 1) / 2;
-}
-
 template <typename Kernel>
 cudaError_t cluster_config(Kernel kernel, int clusters, int blocks, int smem, cudaStream_t stream,
                            cudaLaunchConfig_t& config, cudaLaunchAttribute& cluster) {
@@ -1041,22 +797,6 @@ cudaError_t cluster_config(Kernel kernel, int clusters, int blocks, int smem, cu
     config.attrs = &cluster;
     config.numAttrs = 1;
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-}
-
-template <typename T, int COLUMNS>
-int launch_single(const FiletSyrk& args, CUtensorMapDataType type, const CUtensorMap& map_a,
-                  const CUtensorMap& map_c, const Problem& problem) {
-    using S = single::Shape<COLUMNS>;
-    const auto kernel = single::syrk_kernel<T, COLUMNS>;
-    CUtensorMap map_b;
-    int status = encode_matrix(&map_b, type, 2, args.x, args.tokens, args.n, args.stride_x, S::B_BOX,
-                               TILE_K);
-    if (status) return status;
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SMEM_BYTES);
-    if (status) return status;
-    kernel<<<S::tiles(problem.n), THREADS, S::SMEM_BYTES, static_cast<cudaStream_t>(args.stream)>>>(
-        map_a, map_b, map_c, problem);
-    return cudaGetLastError();
 }
 
 template <typename T, int TILES>
@@ -1090,18 +830,27 @@ int launch_grid(const FiletSyrk& args, CUtensorMapDataType type, const CUtensorM
     return cudaLaunchKernelEx(&config, kernel, map_a, map_b, map_c, problem);
 }
 
-// Whether all blocks of a grid run at once.
-template <typename S>
-bool grid_fits(int64_t n) {
-    const auto kernel = grid::syrk_kernel<__nv_bfloat16, S>;
+// Whether so many clusters of these blocks run at once.
+template <typename Kernel>
+bool fits(Kernel kernel, int clusters, int blocks, int smem) {
     cudaLaunchConfig_t config;
     cudaLaunchAttribute cluster;
     int active = 0;
-    return n <= 4096 &&
-           cluster_config(kernel, 1, S::BLOCKS, S::SMEM_BYTES, nullptr, config, cluster) ==
-               cudaSuccess &&
+    return cluster_config(kernel, 1, blocks, smem, nullptr, config, cluster) == cudaSuccess &&
            cudaOccupancyMaxActiveClusters(&active, kernel, &config) == cudaSuccess &&
-           active >= S::clusters(n);
+           active >= clusters;
+}
+
+template <int TILES>
+bool share_fits(int64_t n, int size) {
+    return fits(share::syrk_kernel<__nv_bfloat16, TILES>, share::Tile<TILES>::units(n),
+                size * TILES, share::SMEM_BYTES);
+}
+
+template <int COLUMNS, int HIGH, int WIDE>
+bool grid_fits(int64_t n) {
+    using S = grid::Shape<COLUMNS, HIGH, WIDE>;
+    return fits(grid::syrk_kernel<__nv_bfloat16, S>, S::clusters(n), S::BLOCKS, S::SMEM_BYTES);
 }
 
 template <typename T>
@@ -1117,32 +866,20 @@ int launch(const FiletSyrk& args, CUtensorMapDataType type) {
                              args.alpha,
                              args.flags};
     const auto stream = static_cast<cudaStream_t>(args.stream);
-    if (args.plan > 1 && args.plan <= split::MAX_BLOCKS) {
-        cudaLaunchConfig_t config;
-        cudaLaunchAttribute cluster;
-        status = cluster_config(split::syrk_kernel<T>, static_cast<int>(split_tiles(args.n)),
-                                args.plan, split::SMEM_BYTES, stream, config, cluster);
-        if (status) return status;
-        return cudaLaunchKernelEx(&config, split::syrk_kernel<T>, map_x, problem);
-    }
     status = encode_matrix(&map_c, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, args.c, args.n, args.n,
                            args.stride_c, OUT_COLUMNS, 64);
     if (status) return status;
     if (args.plan > 11 && args.plan <= 18) return launch_share<T, 1>(args, map_x, map_c, problem);
     if (args.plan > 21 && args.plan <= 24) return launch_share<T, 2>(args, map_x, map_c, problem);
-    if (args.plan == 128) return launch_single<T, 128>(args, type, map_x, map_c, problem);
-    if (args.plan == 160) return launch_single<T, 160>(args, type, map_x, map_c, problem);
-    if (args.plan == 192) return launch_single<T, 192>(args, type, map_x, map_c, problem);
-#define FILET_GRID(PLAN, ...) \
-    if (args.plan == PLAN) \
-    return launch_grid<T, grid::Shape<__VA_ARGS__>>(args, type, map_x, map_c, problem)
-    FILET_GRID(1160, 160, 1, 1);
-    FILET_GRID(2160, 160, 2, 1);
-    FILET_GRID(2192, 192, 2, 1);
-    FILET_GRID(4128, 128, 2, 2);
-    FILET_GRID(4160, 160, 2, 2);
-    FILET_GRID(4192, 192, 2, 2);
-#undef FILET_GRID
+    if (args.plan == 4128)
+        return launch_grid<T, grid::Shape<128, 2, 2>>(args, type, map_x, map_c, problem);
+    if (args.plan == 4160)
+        return launch_grid<T, grid::Shape<160, 2, 2>>(args, type, map_x, map_c, problem);
+    if (args.plan == 2160)
+        return launch_grid<T, grid::Shape<160, 2, 1>>(args, type, map_x, map_c, problem);
+    if (args.plan == 2192)
+        return launch_grid<T, grid::Shape<192, 2, 1>>(args, type, map_x, map_c, problem);
+    if (args.plan) return cudaErrorInvalidValue;
     status = cudaFuncSetAttribute(pairs::syrk_kernel<T>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, pairs::SMEM_BYTES);
     if (status) return status;
@@ -1158,22 +895,15 @@ extern "C" int64_t filet_syrk_sm90_flags(void) {
 }
 
 extern "C" int32_t filet_syrk_sm90_plan(int64_t n) {
-    for (int blocks = split::MAX_BLOCKS; blocks > 1; --blocks) {
-        cudaLaunchConfig_t config;
-        cudaLaunchAttribute cluster;
-        int active = 0;
-        if (cluster_config(split::syrk_kernel<__nv_bfloat16>, 1, blocks, split::SMEM_BYTES, nullptr,
-                           config, cluster) != cudaSuccess ||
-            cudaOccupancyMaxActiveClusters(&active, split::syrk_kernel<__nv_bfloat16>, &config) !=
-                cudaSuccess)
-            return 0;
-        if (active >= split_tiles(n)) return blocks;
+    if (n > 4096) return 0;
+    for (int size = share::MAX_SIZE; size > 1; --size) {
+        if (2 * size <= share::MAX_SIZE && share_fits<2>(n, size)) return 20 + size;
+        if (share_fits<1>(n, size)) return 10 + size;
     }
-    const int blocks = multiprocessors();
-    if (n > 128 * blocks) return 0;
-    if (single::Shape<128>::tiles(n) <= blocks) return 128;
-    if (single::Shape<160>::tiles(n) <= blocks) return 160;
-    if (single::Shape<192>::tiles(n) <= blocks) return 192;
+    if (grid_fits<128, 2, 2>(n)) return 4128;
+    if (grid_fits<160, 2, 2>(n)) return 4160;
+    if (grid_fits<160, 2, 1>(n)) return 2160;
+    if (grid_fits<192, 2, 1>(n)) return 2192;
     return 0;
 }
 

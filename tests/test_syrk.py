@@ -413,8 +413,7 @@ def test_every_plan(T, n):
         pytest.skip(why_no_extension())
     X = make(T, n, torch.bfloat16, "cuda")
     turns = _turns(X.device)
-    shares, grids = (12, 13, 15, 18, 22, 23, 24), (1160, 2160, 2192, 4128, 4160, 4192)
-    for plan in (0, 2, 3, 8, 128, 192, *shares, *grids):
+    for plan in (0, 12, 13, 15, 18, 22, 23, 24, 2160, 2192, 4128, 4160):
         C = poisoned(n, "cuda", value=1.0)
         cuda_extension().syrk_sm90(
             c=C.data_ptr(), stride_c=n, x=X.data_ptr(), stride_x=n, n=n, tokens=T, alpha=0.5,

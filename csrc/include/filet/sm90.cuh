@@ -51,14 +51,8 @@ __device__ __forceinline__ uint32_t cluster_size() {
     return size;
 }
 
-// All threads of all blocks of the cluster; orders their shared-memory accesses.
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// The same without ordering any ordinary access: barriers initialised, nobody ends early. Between
-// its two halves a thread may do anything but arrive again.
+// All threads of all blocks of the cluster, without ordering any ordinary access: barriers
+// initialised, nobody ends early. Between the halves a thread may do anything but arrive again.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
@@ -122,14 +116,6 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
 
 __device__ __forceinline__ void load_shared(uint32_t address, float (&v)[4]) {
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-// Four floats of a block of the cluster (see peer_address).
-__device__ __forceinline__ void load_cluster(uint32_t address, float (&v)[4]) {
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
                  : "r"(address)
                  : "memory");

@@ -17,11 +17,10 @@ typedef struct {
     int64_t n, tokens;
     float alpha;
     FiletDtype dtype;     // of X: FILET_BF16 or FILET_FP16
-    int32_t plan;         // 2-8: so many blocks of a cluster share a tile's tokens; 12-18: the same,
-                          // less 10, sending each other their sums; 22-24: the same, less 20, for two
-                          // tiles; 128, 160, 192: each block computes one tile of so many columns;
-                          // 1160, 2160, 2192, 4128, 4160, 4192: so do clusters of so many thousand
-                          // blocks, that share what they load; 0: stream-K pairs
+    int32_t plan;         // 12-18: so many blocks less 10 share a tile's tokens; 22-24: less 20,
+                          // with two tiles to a cluster; 4128, 4160, 2160, 2192: each block
+                          // computes one tile of so many columns, so many thousand blocks to a
+                          // cluster, that share what they load; 0: stream-K pairs
     int32_t* flags;       // filet_syrk_sm90_flags() zeros, zero again when the kernel ends; null:
                           // pairs add to a tile that they share in any order
     void* stream;         // cudaStream_t
