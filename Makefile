@@ -6,6 +6,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 FILET_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +19,7 @@ FILET_SMOLLM2 ?= build/models/smollm2-135m
 MODEL := $(FILET_SMOLLM2)/config.json
 DEMO := build/demo
 
-.PHONY: help demo test bench bench-syrk bench-quadform accuracy lint clean
+.PHONY: help demo test bench bench-methods bench-model bench-syrk bench-quadform accuracy lint clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -34,8 +35,14 @@ demo: $(INSTALLED) $(MODEL)  ## initialise a real model with FILet, fine-tune it
 test: $(INSTALLED) $(MODEL)  ## run the test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: $(INSTALLED)  ## time the operations on this machine
+bench: $(INSTALLED) bench-methods  ## time the operations and the initialisations on this machine
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+bench-methods: $(INSTALLED)  ## compare initialisation times with those of other methods
+	$(BIN)/python benchmarks/bench_methods.py --output build/bench $(BENCH_ARGS)
+
+bench-model: $(INSTALLED)  ## compare a whole model's initialisation with a bare forward and backward
+	$(BIN)/python benchmarks/bench_model.py --output build/bench $(BENCH_ARGS)
 
 bench-syrk: $(INSTALLED)  ## compare the second moments with the library's product, on a GPU
 	$(BIN)/python benchmarks/bench_syrk.py --output build/bench

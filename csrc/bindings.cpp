@@ -105,6 +105,13 @@ void column_sums(uintptr_t v, uintptr_t w, int64_t rows, int64_t columns, uintpt
     check(filet_column_sums(&args), "column_sums");
 }
 
+void transpose(uintptr_t x, int64_t stride, int64_t rows, int64_t columns, int bytes, uintptr_t out,
+               uintptr_t stream) {
+    check(filet_transpose(reinterpret_cast<const void*>(x), stride, rows, columns, bytes,
+                          reinterpret_cast<void*>(out), reinterpret_cast<void*>(stream)),
+          "transpose");
+}
+
 void mirror(uintptr_t c, int64_t n, int64_t stride, uintptr_t stream) {
     check(filet_mirror(reinterpret_cast<float*>(c), n, stride, reinterpret_cast<void*>(stream)),
           "mirror");
@@ -126,6 +133,8 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("column_sums_parts", &filet_column_sums_parts, arg("rows"));
     module.def("column_sums", &column_sums, py::kw_only(), arg("v"), arg("w"), arg("rows"),
                arg("columns"), arg("parts"), arg("squares"), arg("products"), arg("stream"));
+    module.def("transpose", &transpose, py::kw_only(), arg("x"), arg("stride"), arg("rows"),
+               arg("columns"), arg("bytes"), arg("out"), arg("stream"));
     module.def("mirror", &mirror, py::kw_only(), arg("c"), arg("n"), arg("stride"), arg("stream"));
     py::class_<FiletQuadform>(module, "Quadform")
         .def(py::init(&quadform_args), py::kw_only(), arg("s"), arg("stride_s_row"),

@@ -1,5 +1,5 @@
-// Single passes over matrices that torch would take several for: numbers split into fp16 parts, sums
-// over columns, a lower triangle copied to the upper one.
+// Single passes over matrices that torch would take several for, or a slower one: numbers split into
+// fp16 parts, sums over columns, a transposed copy, a lower triangle copied to the upper one.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@ using namespace filet;
 constexpr int THREADS = 256, UNITS = 16;      // units of a block's columns
 constexpr int COLUMNS = UNITS * UNIT, ROWS = 64;  // of a block
 constexpr int REPEATS = ROWS * UNITS / THREADS, ROW_STEP = THREADS / UNITS;
-constexpr int SUM_ROWS = 256, MIRROR = 32;
+constexpr int SUM_ROWS = 256, MIRROR = 32, TRANSPOSED = 64;
 
 dim3 blocks(int64_t rows, int64_t columns, int block_rows) {
     return dim3(static_cast<unsigned>(up(columns, COLUMNS) / COLUMNS),
@@ -154,6 +154,24 @@ __global__ void __launch_bounds__(THREADS) mirror_kernel(float* c, int64_t n, in
 }
 
 template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    transpose_kernel(const T* x, int64_t stride, int64_t rows, int64_t columns, T* out) {
+    __shared__ T tile[TRANSPOSED][TRANSPOSED + 4 / sizeof(T)];
+    const int64_t row0 = static_cast<int64_t>(blockIdx.y) * TRANSPOSED;
+    const int64_t column0 = static_cast<int64_t>(blockIdx.x) * TRANSPOSED;
+    const int inner = threadIdx.x % TRANSPOSED, first = threadIdx.x / TRANSPOSED;
+#pragma unroll 8
+    for (int y = first; y < TRANSPOSED; y += THREADS / TRANSPOSED)
+        if (row0 + y < rows && column0 + inner < columns)
+            tile[y][inner] = x[(row0 + y) * stride + column0 + inner];
+    __syncthreads();
+#pragma unroll 8
+    for (int y = first; y < TRANSPOSED; y += THREADS / TRANSPOSED)
+        if (column0 + y < columns && row0 + inner < rows)
+            out[(column0 + y) * rows + row0 + inner] = tile[inner][y];
+}
+
+template <typename T>
 int split(const FiletSplit& args) {
     const Matrix x = matrix(args.x, sizeof(T), args.stride_row, args.stride_column, args.rows,
                             args.columns);
@@ -188,6 +206,23 @@ extern "C" int filet_column_sums(const FiletColumnSums* args) {
             args->v, static_cast<const __half*>(args->w), args->rows, args->columns, args->parts);
     sums_kernel<<<static_cast<unsigned>(up(args->columns, THREADS) / THREADS), THREADS, 0, stream>>>(
         args->parts, parts, args->columns, args->squares, args->w ? args->products : nullptr);
+    return cudaGetLastError();
+}
+
+extern "C" int filet_transpose(const void* x, int64_t stride, int64_t rows, int64_t columns,
+                               int32_t bytes, void* out, void* stream) {
+    if (rows <= 0 || columns <= 0) return cudaSuccess;
+    const dim3 grid(static_cast<unsigned>(up(columns, TRANSPOSED) / TRANSPOSED),
+                    static_cast<unsigned>(up(rows, TRANSPOSED) / TRANSPOSED));
+    const auto on = static_cast<cudaStream_t>(stream);
+    if (bytes == 2)
+        transpose_kernel<<<grid, THREADS, 0, on>>>(static_cast<const uint16_t*>(x), stride, rows,
+                                                   columns, static_cast<uint16_t*>(out));
+    else if (bytes == 4)
+        transpose_kernel<<<grid, THREADS, 0, on>>>(static_cast<const uint32_t*>(x), stride, rows,
+                                                   columns, static_cast<uint32_t*>(out));
+    else
+        return cudaErrorInvalidValue;
     return cudaGetLastError();
 }
 

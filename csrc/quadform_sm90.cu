@@ -301,9 +301,15 @@ int launch(const QuadformTiles& tiles) {
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SMEM_BYTES);
     if (status) return status;
     const int workers = multiprocessors() / 2, pairs = tiles.columns / 2;
-    // Reading V's columns for eight block rows at a time saves memory traffic, where there are enough
-    // tasks for every worker that their lengths need not be dealt out exactly.
-    const int group = tiles.rows * pairs >= 16 * workers ? 8 : 1;
+    // Block rows that are walked together share V's columns in L2, but their lengths are dealt out less
+    // evenly. Fast, effective TFLOP/s on an H100, of groups of 1, 4, 8, 33: n = p = 4096: 1211, 1174,
+    // 1153, 813; 4096 × 14336: 1189, 1323, 1294, 1199; 8192: 1289, 1259, 1264, 1226; 14336: 845, 1013,
+    // 1078, 1311 (groups of 8 read 10.7 GB of V from memory there, which has 0.4). Accurate, where
+    // products take longer, 1 is as good as any.
+    const int group = ACCURATE                 ? 1
+                      : tiles.rows > 96        ? workers / 2
+                      : 4 * pairs > workers    ? 4
+                                               : 1;
     const Problem problem = {tiles.s,    tiles.v, tiles.partial, tiles.stride_partial,
                              tiles.rows, pairs,   group};
     cudaLaunchAttribute early;

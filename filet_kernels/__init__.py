@@ -1,5 +1,6 @@
 """Kernels and mathematics of FILet, one layer at a time. Needs torch alone."""
 
+from filet_kernels.cross_entropy import cross_entropy_
 from filet_kernels.energy import fisher_energies
 from filet_kernels.lora import lora_factors, residual_weight, select
 from filet_kernels.moments import Moments, SecondMoment
@@ -9,6 +10,7 @@ from filet_kernels.syrk import syrk_, syrk_ragged_
 __all__ = [
     "Moments",
     "SecondMoment",
+    "cross_entropy_",
     "fisher_energies",
     "lora_factors",
     "quadform_diag",

@@ -67,7 +67,8 @@ def lora_factors(
     Args:
         W: (m, n), any floating dtype, any strides.
         energies: (n,) as :func:`filet_kernels.fisher_energies` returns them.
-        indices: (r,) int64, the chosen directions I.
+        indices: (r,) int64, the chosen directions I; with the energies, on any device. On the CPU
+            they are checked without waiting for W's device.
         scaling: c, one factor a direction. "fisher": c_i = E_i, the paper's main method; "singular"
             (FILet-SVD): c_i = ‖W v̂_i‖, so that B A = W V̂_I V̂_Iᵀ; "constant_min" and
             "constant_max" (equation 10): the smallest or largest E over I for all of them.
@@ -89,6 +90,7 @@ def lora_factors(
     chosen = energies[indices].double()
     if chosen.isnan().any():
         raise ValueError("indices names a zero column of W, which has no direction")
+    chosen, indices = (x.to(W.device, non_blocking=True) for x in (chosen, indices))
     W = W.detach().double()
     V = torch.nn.functional.normalize(W.T @ W[:, indices], dim=0, eps=0)
     WV = W @ V

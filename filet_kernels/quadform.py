@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from filet_kernels.extension import cuda_extension, why_no_extension
+from filet_kernels.extension import cuda_extension, stream_of, why_no_extension
 from filet_kernels.product import product, slices, split
 from filet_kernels.syrk import _capability, _has_triton, _interpreted, _on
 
@@ -119,7 +119,7 @@ def _cuda(S: Tensor, V: Tensor, precision: str, portable: bool | None = None) ->
         call.run(
             out=out.data_ptr(),
             workspace=workspace.data_ptr(),
-            stream=torch.cuda.current_stream().cuda_stream,
+            stream=stream_of(V.device),
         )
     return out
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from filet_kernels.extension import cuda_extension, why_no_extension
+from filet_kernels.extension import cuda_extension, stream_of, why_no_extension
 
 __all__ = ["BACKENDS", "backend_of", "syrk_", "syrk_ragged_", "syrk_reference"]
 
@@ -152,7 +152,7 @@ def _cuda(C: Tensor, X: Tensor, alpha: float, weights: Tensor | None, determinis
             half=X.dtype == torch.float16,
             plan=_plan(X.device, n),
             flags=_turns(X.device).data_ptr() if deterministic else 0,
-            stream=torch.cuda.current_stream().cuda_stream,
+            stream=stream_of(X.device),
         )
 
 
@@ -167,7 +167,7 @@ def _turns(device: torch.device) -> Tensor:
     """
     if device.type != "cuda":
         return torch.zeros(64, dtype=torch.int32)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    key = (device, stream_of(device))
     capturing = torch.cuda.is_current_stream_capturing()
     if not capturing and key in _turns_of_stream:
         return _turns_of_stream[key]

@@ -7,7 +7,7 @@ import torch
 
 import oracle
 from filet_kernels import Moments, SecondMoment, energy, fisher_energies
-from filet_kernels.product import column_sums, mirror_, product, split
+from filet_kernels.product import column_sums, mirror_, product, split, transposed
 
 CUDA = torch.cuda.is_available()
 TRITON = importlib.util.find_spec("triton") is not None
@@ -152,3 +152,12 @@ def test_mirror(n, device):
     expected, beside = torch.tril(C) + torch.tril(C, -1).T, wide[:, n:].clone()
     assert mirror_(C) is C
     assert torch.equal(C, expected) and torch.equal(wide[:, n:], beside)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (70, 130), (64, 64), (0, 5), (257, 3)], ids=str)
+def test_transposed(shape, dtype, device):
+    wide = torch.randn(shape[0], 2 * shape[1] + 3, device=device).to(dtype)
+    for X in (wide[:, 1 : 1 + shape[1]], wide[:, : 2 * shape[1] : 2]):  # strided rows, and columns
+        copy = transposed(X)
+        assert copy.is_contiguous() and torch.equal(copy, X.T)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from filet import FiletConfig, Statistics, apply_statistics, collect_statistics
-from filet.targets import fingerprint
+from filet.targets import fingerprints
 from filet_kernels import fisher_energies
 from models import (
     LENGTHS,
@@ -208,16 +208,22 @@ def test_other_dtype_is_another_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_fingerprint(dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("n", [21, 24])
+def test_fingerprint(n: int, dtype: torch.dtype, device: torch.device) -> None:
+    def fingerprint(weight: torch.Tensor) -> str:
+        return fingerprints({"other": torch.ones(3, 5, device=device), "this": weight})["this"]
+
     generator = torch.Generator().manual_seed(0)
-    W = torch.randn(37, 21, generator=generator).to(dtype)
+    W = torch.randn(37, n, generator=generator).to(dtype)
     mine = fingerprint(W)
+    shifted = torch.cat([W.new_ones(1), W.flatten()])[1:].view(37, n)  # not aligned to 8 bytes
+    assert fingerprint(shifted.to(device)) == mine
     assert fingerprint(W.to(device)) == mine
     assert fingerprint(W.T.contiguous().T) == mine  # strides do not matter, as in Conv1D
     assert fingerprint(W.T) != mine
     for change in (W.flip(0), W.flip(1), W.roll(1, 0), W.roll(1, 1), -W, torch.zeros_like(W)):
         assert fingerprint(change) != mine
-    for row, column in ((0, 0), (36, 20), (17, 3)):
+    for row, column in ((0, 0), (36, n - 1), (17, 3)):
         other = W.clone()
         other[row, column] = torch.nextafter(other[row, column].float(), torch.tensor(1e9)).to(
             dtype

@@ -16,8 +16,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,8 @@ from transformers import TrainerCallback
 
 from filet.config import Base, FiletConfig
 from filet.files import replaced
-from filet.targets import Target, check_peft_model, check_targets, find_targets, fingerprint
+from filet.targets import Target, check_peft_model, check_targets, find_targets, fingerprints
+from filet.transfer import background_copies, values
 from filet_kernels import residual_weight
 
 __all__ = [
@@ -123,30 +123,15 @@ class _TwinLoraModel(LoraModel):
 # Writing an initialisation into the model.
 
 
-@contextlib.contextmanager
-def originals(targets: dict[str, Target]) -> Iterator[Callable[[str], Tensor]]:
-    """Copies base weights to the CPU in the background; gives what :func:`commit` asks for.
+def originals(
+    targets: dict[str, Target], base: str
+) -> contextlib.AbstractContextManager[Callable[[str], Tensor]]:
+    """Copies of the base weights, in the background: what :func:`commit` asks for.
 
-    Into fresh memory that takes longer than anything else of writing: 1 s for four blocks of an 8B
-    model (H200), which now hides behind the pass over the data.
+    Into fresh memory that takes longer than anything else of writing, and hides behind the pass.
     """
-
-    def copied(parameter: Tensor) -> Tensor:
-        parameter = parameter.detach()
-        if parameter.device.type != "cuda":
-            return parameter.to("cpu", copy=True)
-        with torch.cuda.device(parameter.device), torch.cuda.stream(torch.cuda.Stream()):
-            return parameter.to("cpu", copy=True)
-
-    for device in {target.parameter.device for target in targets.values()}:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # what writes the weights comes before the copies
-    pool = ThreadPoolExecutor(4)
-    try:
-        copies = {name: pool.submit(copied, target.parameter) for name, target in targets.items()}
-        yield lambda name: copies.pop(name).result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    residual = base == "residual"
+    return background_copies({n: t.parameter for n, t in targets.items()} if residual else {})
 
 
 def commit(
@@ -192,7 +177,9 @@ def commit(
         state.handles.append(targets[name].layer.register_load_state_dict_pre_hook(hook))
     adapter_states(peft_model)[adapter_name] = state
     peft_model.peft_config[adapter_name].__class__ = _FiletLoraConfig
-    return {name: float(errors[name]) if name in errors else 0.0 for name in layers}
+    return dict.fromkeys(layers, 0.0) | dict(
+        zip(errors, values(list(errors.values())), strict=True)
+    )
 
 
 def _write_residual(weight: Tensor, layer: Layer, scale: float) -> Tensor:
@@ -485,25 +472,26 @@ def load(
     try:
         targets, _ = find_targets(peft_model, adapter_name)
         layers = {}
-        for name, expected in description["weights"].items():
+        for name in description["weights"]:
             if name not in targets:
                 raise ValueError(
                     f"the base model has no linear module {name!r}, which {folder} has"
                 )
+        found = fingerprints({name: targets[name].weight for name in description["weights"]})
+        for name, expected in description["weights"].items():
             target = targets[name]
-            found = fingerprint(target.weight)
-            if found != expected:
+            if found[name] != expected:
                 raise ValueError(
-                    f"{folder} belongs to another base model: the weight of {name} is {found}, "
-                    f"expected {expected} (dtype:shape:hash)"
+                    f"{folder} belongs to another base model: the weight of {name} is "
+                    f"{found[name]}, expected {expected} (dtype:shape:hash)"
                 )
             A, B = (tensors[f"base_model.model.{name}.{key}.weight"] for key in _FACTORS)
             layers[name] = Layer(
                 A[target.rank :].to(target.A.weight),
                 -B[:, target.rank :].to(target.B.weight),
-                found,
+                expected,
             )
-        with originals(targets if base == "residual" else {}) as original:
+        with originals(targets, base) as original:
             commit(peft_model, adapter_name, targets, layers, base, original)
         loaded = set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name)
         if loaded.unexpected_keys:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,10 +24,13 @@ from filet.statistics import (
     peak_memory,
 )
 from filet.targets import Target, check_peft_model, check_targets, find_targets
+from filet.transfer import values
 from filet.walk import ForwardFn, some
 from filet_kernels import Moments, SecondMoment, fisher_energies, lora_factors, select
 
 __all__ = ["apply_statistics", "initialize_lora_filet_weights"]
+
+_AHEAD = 7  # modules whose energies a GPU computes while the host chooses: a block's
 
 
 def initialize_lora_filet_weights(
@@ -63,7 +67,7 @@ def initialize_lora_filet_weights(
     config = config or FiletConfig()
     # What is refused is refused before the pass.
     targets = _prepare(peft_model, config, adapter_name)
-    with originals(targets if config.base == "residual" else {}) as original:
+    with originals(targets, config.base) as original:
         statistics = collect_statistics(
             peft_model, dataloader, config, adapter_name, forward_fn, show_progress_bar
         )
@@ -89,7 +93,7 @@ def apply_statistics(
     config = config or FiletConfig()
     targets = _prepare(peft_model, config, adapter_name)
     check_statistics(statistics, targets)
-    with originals(targets if config.base == "residual" else {}) as original:
+    with originals(targets, config.base) as original:
         return _apply(peft_model, statistics, config, adapter_name, original)
 
 
@@ -107,8 +111,13 @@ def _prepare(peft_model: PeftModel, config: FiletConfig, adapter_name: str) -> d
             )
     if config.base == "residual":
         _check_sole_user(peft_model, targets, adapter_name)
-    for name, target in targets.items():
-        candidates = int((target.weight != 0).any(0).sum())
+    counts = values(
+        [
+            torch.count_nonzero(torch.linalg.vector_norm(target.weight, torch.inf, dim=0))
+            for target in targets.values()
+        ]
+    )
+    for (name, target), candidates in zip(targets.items(), counts, strict=True):
         if target.rank > candidates:
             raise ValueError(
                 f"{name}: rank {target.rank} exceeds its {candidates} candidate directions "
@@ -151,31 +160,32 @@ def _apply(
     layers: dict[str, Layer] = {}
     reports: dict[str, ModuleReport] = {}
     start = time.perf_counter()
-    for name, target in targets.items():
-        moments = statistics.moments[name]
-        empty = _nothing_seen(moments)
-        if empty is not None:
-            left_default[name] = empty
-            continue
-        weight = target.weight
-        energies = fisher_energies(
-            weight, _moved(moments, weight.device), normalization=config.normalization
-        )
+    sides = [(statistics.moments[n].input, statistics.moments[n].output) for n in targets]
+    counts = values([side.count for both in sides for side in both])
+    tokens = dict(zip(targets, zip(counts[::2], counts[1::2], strict=True), strict=True))
+    for name, (inputs, outputs) in tokens.items():
+        if not inputs:
+            left_default[name] = "it saw no token"
+        elif not outputs:
+            left_default[name] = "no gradient reached it"
+    seen = {name: target for name, target in targets.items() if name not in left_default}
+    for name, energies in _energies(seen, statistics, config):
+        target, moments = targets[name], statistics.moments[name]
         indices = select(energies, target.rank, config.select, seed=config.seed)
         A, B = lora_factors(
-            weight, energies, indices, scaling=config.scaling, dtype=target.A.weight.dtype
+            target.weight, energies, indices, scaling=config.scaling, dtype=target.A.weight.dtype
         )
         layers[name] = Layer(A, B, statistics.fingerprints[name])
         reports[name] = ModuleReport(
             name=name,
             shape=moments.shape,
             rank=target.rank,
-            energies=energies.cpu(),
-            indices=indices.cpu(),
+            energies=energies,
+            indices=indices,
             input_space=moments.input.space,
             output_space=moments.output.space,
-            input_tokens=int(moments.input.count),
-            output_tokens=int(moments.output.count),
+            input_tokens=tokens[name][0],
+            output_tokens=tokens[name][1],
             shared_input=statistics.shared_input.get(name),
             residual_error=0.0,
         )
@@ -209,12 +219,35 @@ def _apply(
     )
 
 
-def _nothing_seen(moments: Moments) -> str | None:
-    if not int(moments.input.count):
-        return "it saw no token"
-    if not int(moments.output.count):
-        return "no gradient reached it"
-    return None
+def _energies(
+    targets: dict[str, Target], statistics: Statistics, config: FiletConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Each module's energies, on the CPU; a GPU computes the next modules' in the meantime."""
+    under_way: deque[tuple[str, Tensor, torch.cuda.Event | None]] = deque()
+
+    def arrived() -> tuple[str, Tensor]:
+        name, energies, event = under_way.popleft()
+        if event is not None:
+            event.synchronize()
+        return name, energies
+
+    for name, target in targets.items():
+        moments, weight = statistics.moments[name], target.weight
+        energies = fisher_energies(
+            weight, _moved(moments, weight.device), normalization=config.normalization
+        )
+        event = None
+        if energies.is_cuda:
+            host = torch.empty(energies.shape, dtype=energies.dtype, pin_memory=True)
+            with torch.cuda.device(weight.device):
+                energies = host.copy_(energies, non_blocking=True)
+                event = torch.cuda.Event(blocking=True)
+                event.record()
+        under_way.append((name, energies, event))
+        if len(under_way) > _AHEAD:
+            yield arrived()
+    while under_way:
+        yield arrived()
 
 
 def _moved(moments: Moments, device: torch.device) -> Moments:
@@ -260,11 +293,8 @@ def _warn(left_default: dict[str, str], layers: dict[str, Layer]) -> None:
             f"{len(left_default)} modules keep PEFT's default LoRA initialisation: {some(shown)}",
             stacklevel=4,
         )
-    dead = [
-        name
-        for name, layer in layers.items()
-        if bool(((layer.A0 == 0).all(1) & (layer.B0 == 0).all(0)).any())
-    ]
+    flags = values([((x.A0 == 0).all(1) & (x.B0 == 0).all(0)).any() for x in layers.values()])
+    dead = [name for name, flag in zip(layers, flags, strict=True) if flag]
     if dead:
         warnings.warn(
             f"{some(dead)}: some chosen directions have no energy at all (or less than the "

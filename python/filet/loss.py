@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,16 +19,36 @@ from torch import Tensor, nn
 
 from filet.config import FiletConfig
 
-__all__ = ["SummedLoss"]
+__all__ = ["IGNORED", "ModelLoss", "SummedLoss", "drawn", "labels_of"]
 
-_IGNORED = -100
+IGNORED = -100
 # The model's loss and ours are the same cross-entropy of the same logits. They differ by rounding
 # alone, 2⁻⁸ where the model sums in bfloat16.
 _TOLERANCE = 1e-2
+# Probabilities in float64 that exist at a time while labels are drawn.
+_DRAWN = 2**24
+
+
+@dataclass(frozen=True)
+class ModelLoss:
+    """A loss with its graph, the factor that makes it the summed loss, and the terms of the sum."""
+
+    loss: Tensor
+    factor: float
+    terms: int
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.loss.requires_grad
+
+    def backward(self, scale: float, retain_graph: bool = False) -> None:
+        """Backward from ``scale`` times the summed loss."""
+        loss = self.loss.to(torch.promote_types(self.loss.dtype, torch.float32))
+        (loss * (self.factor * scale)).backward(retain_graph=retain_graph)
 
 
 class SummedLoss:
-    """Turns what ``forward_fn`` returned into (loss, factor, terms): factor · loss is the sum.
+    """Turns what ``forward_fn`` returned into the summed loss.
 
     Whether the model reduces to a mean or a sum, and whether its logits predict the next label, is
     found by comparing its loss with both, on the first batch that tells.
@@ -54,7 +75,7 @@ class SummedLoss:
         With padding on the left, the first token's label is one of them. Labels stay as they are
         for a model of which it is not known whether it shifts them.
         """
-        labels = _labels(batch)
+        labels = labels_of(batch)
         mask = batch.get("attention_mask") if labels is not None else None
         if labels is None or not isinstance(mask, Tensor):
             return batch
@@ -65,9 +86,9 @@ class SummedLoss:
         predicts = mask != 0
         if self.shift:
             predicts = F.pad(predicts[:, :-1], (1, 0), value=True)
-        return {**batch, "labels": labels.masked_fill(~predicts, _IGNORED)}
+        return {**batch, "labels": labels.masked_fill(~predicts, IGNORED)}
 
-    def __call__(self, result: Any, batch: Any) -> tuple[Tensor, float, int]:
+    def __call__(self, result: Any, batch: Any) -> ModelLoss:
         """
         Args:
             result: what ``forward_fn`` returned: an output with ``.loss``, a scalar loss, or
@@ -75,18 +96,18 @@ class SummedLoss:
             batch: the batch; its ``labels`` say which positions count.
 
         Returns:
-            loss () with gradient, the factor that makes it the summed loss, and its terms.
+            the loss, with gradient.
         """
         loss = result if isinstance(result, Tensor) else getattr(result, "loss", None)
         loss = loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
-        logits, labels = getattr(result, "logits", None), _labels(batch)
+        logits, labels = getattr(result, "logits", None), labels_of(batch)
         if loss is not None and not self.settled:
             self._settle(float(loss.detach()), logits, labels)
         if self.config.fisher == "sampled":
             return self._sampled(logits, labels, batch)
         if type(result) is tuple and len(result) == 2 and not _has_rows(result[1]):
             loss, terms = result[0], int(result[1])
-            return loss, float(terms), terms
+            return ModelLoss(loss, float(terms), terms)
         if loss is None:
             raise ValueError(
                 f"the model returned a {type(result).__name__} without a scalar loss; expected "
@@ -100,10 +121,10 @@ class SummedLoss:
             )
         terms = self._terms(labels)
         if terms == 0 and logits is not None:
-            return (logits * 0).sum(), 1.0, 0  # the mean over no term is NaN, the sum is 0
+            return ModelLoss((logits * 0).sum(), 1.0, 0)  # the mean over no term is NaN
         if self.reduction is None and terms > 1:
-            return loss, math.nan, terms  # a loss of NaN or infinity: the hooks say where it began
-        return loss, float(terms) if self.reduction == "mean" else 1.0, terms
+            return ModelLoss(loss, math.nan, terms)  # NaN or infinity: the hooks say where
+        return ModelLoss(loss, float(terms) if self.reduction == "mean" else 1.0, terms)
 
     def _settle(self, loss: float, logits: Tensor | None, labels: Tensor | None) -> None:
         if logits is None or labels is None or labels.is_floating_point():
@@ -146,11 +167,9 @@ class SummedLoss:
     def _terms(self, labels: Tensor) -> int:
         if labels.is_floating_point():
             return labels.numel()
-        return int((_shifted(labels) if self.shift else labels).ne(_IGNORED).sum())
+        return int((_shifted(labels) if self.shift else labels).ne(IGNORED).sum())
 
-    def _sampled(
-        self, logits: Tensor | None, labels: Tensor | None, batch: Any
-    ) -> tuple[Tensor, float, int]:
+    def _sampled(self, logits: Tensor | None, labels: Tensor | None, batch: Any) -> ModelLoss:
         """Cross-entropy against labels drawn from the model, at the positions that have one.
 
         The draw of a sample depends on the seed and on the sample's own input, not on the batch or
@@ -170,18 +189,16 @@ class SummedLoss:
         loss = logits.new_zeros((), dtype=torch.float32)
         terms = 0
         for index, (rows, wanted) in enumerate(zip(*pair, strict=True)):
-            rows = rows.reshape(-1, rows.shape[-1])[wanted.reshape(-1).ne(_IGNORED)].float()
-            with torch.no_grad():
-                generator = torch.Generator().manual_seed(self._sample_seed(batch, index))
-                uniform = torch.rand(rows.shape[0], 1, generator=generator, dtype=torch.float64)
-                cumulative = rows.double().softmax(-1).cumsum(-1)
-                drawn = torch.searchsorted(
-                    cumulative, uniform.to(rows.device) * cumulative[:, -1:], right=True
-                ).squeeze(1)
-                drawn.clamp_max_(rows.shape[-1] - 1)
-            loss = loss + F.cross_entropy(rows, drawn, reduction="sum")
+            rows = rows.reshape(-1, rows.shape[-1])[wanted.reshape(-1).ne(IGNORED)].float()
+            picked = drawn(rows, self.uniform(batch, index, rows.shape[0]).to(rows.device))
+            loss = loss + F.cross_entropy(rows, picked, reduction="sum")
             terms += rows.shape[0]
-        return loss, 1.0, terms
+        return ModelLoss(loss, 1.0, terms)
+
+    def uniform(self, batch: Any, index: int, rows: int) -> Tensor:
+        """Numbers in [0, 1) by which a sample's labels are drawn, (rows, 1) float64 on the CPU."""
+        generator = torch.Generator().manual_seed(self._sample_seed(batch, index))
+        return torch.rand(rows, 1, generator=generator, dtype=torch.float64)
 
     def _sample_seed(self, batch: Any, index: int) -> int:
         digest = hashlib.blake2b(str(self.config.seed).encode(), digest_size=8)
@@ -201,13 +218,25 @@ class SummedLoss:
         return int.from_bytes(digest.digest(), "little") >> 1
 
 
+@torch.no_grad()
+def drawn(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Labels (T,) drawn from softmax(logits) by ``uniform`` (T, 1), some rows at a time."""
+    step = max(1, _DRAWN // logits.shape[-1])
+    picked = [torch.zeros(0, dtype=torch.int64, device=logits.device)]
+    for rows, share in zip(logits.split(step), uniform.split(step), strict=True):
+        cumulative = rows.double().softmax(-1).cumsum(-1)
+        total = cumulative[:, -1:]
+        picked.append(torch.searchsorted(cumulative, share * total, right=True).squeeze(1))
+    return torch.cat(picked).clamp_max_(logits.shape[-1] - 1)
+
+
 def _has_rows(value: Any) -> bool:
     return not isinstance(value, (int, float)) and not (
         isinstance(value, Tensor) and value.numel() == 1
     )
 
 
-def _labels(batch: Any) -> Tensor | None:
+def labels_of(batch: Any) -> Tensor | None:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     return labels if isinstance(labels, Tensor) else None
 
@@ -230,7 +259,7 @@ def _cross_entropy_sum(logits: Tensor, labels: Tensor) -> tuple[float, int]:
     """Sum and number of the terms, a sample at a time so that no second full copy exists."""
     total, terms = 0.0, 0
     for rows, wanted in zip(logits, labels, strict=True):
-        counted = wanted.reshape(-1).ne(_IGNORED)
+        counted = wanted.reshape(-1).ne(IGNORED)
         rows = rows.reshape(-1, rows.shape[-1])[counted].float()
         total += float(F.cross_entropy(rows, wanted.reshape(-1)[counted], reduction="sum"))
         terms += rows.shape[0]

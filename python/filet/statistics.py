@@ -19,7 +19,7 @@ from torch import Tensor
 
 from filet.config import FiletConfig
 from filet.files import replaced
-from filet.targets import Target, check_peft_model, check_targets, find_targets, fingerprint
+from filet.targets import Target, check_peft_model, check_targets, find_targets, fingerprints
 from filet.walk import ForwardFn, collect_moments, empty_moments, preserved
 from filet_kernels import Moments, SecondMoment
 
@@ -201,7 +201,7 @@ def collect_statistics(
     peft_model = check_peft_model(peft_model, adapter_name)
     targets, unsupported = find_targets(peft_model, adapter_name)
     check_targets(targets, unsupported, adapter_name)
-    fingerprints = {name: fingerprint(target.weight) for name, target in targets.items()}
+    weights = fingerprints({name: target.weight for name, target in targets.items()})
     devices = {t.weight.device for t in targets.values() if t.weight.device.type == "cuda"}
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
@@ -218,7 +218,7 @@ def collect_statistics(
             hooks.moments[name].loss_terms.fill_(counts["loss_terms"])
     return Statistics(
         {name: hooks.moments[name] for name in targets},
-        fingerprints,
+        weights,
         hooks.shared_input,
         samples=counts["samples"],
         tokens=counts["tokens"],
@@ -234,7 +234,7 @@ def check_statistics(statistics: Statistics, targets: dict[str, Target]) -> None
     missing = next((name for name in targets if name not in statistics.fingerprints), None)
     if missing is not None:
         raise ValueError(f"{_of(statistics)} have no module {missing!r}, a target of this adapter")
-    mine = {name: fingerprint(target.weight) for name, target in targets.items()}
+    mine = fingerprints({name: target.weight for name, target in targets.items()})
     _compare(statistics, mine, "this model", partial=True)
 
 

@@ -9,9 +9,12 @@ from peft import PeftModel, PeftType
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Target", "check_peft_model", "check_targets", "find_targets", "fingerprint"]
+from filet.transfer import values
+
+__all__ = ["Target", "check_peft_model", "check_targets", "find_targets", "fingerprints"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -134,20 +137,35 @@ def check_targets(
         )
 
 
-def fingerprint(weight: Tensor) -> str:
-    """Hash of a weight's exact bits, shape and dtype, the same on every device and machine.
+def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:
+    """Hashes of the exact bits, shapes and dtypes of weights (m, n), the same on every machine.
 
-    A position-weighted sum of the elements' bits, modulo 2⁶⁴: integer sums do not depend on their
-    order, so it is computed where the weight lies, without copying it to the host.
+    A position-weighted sum of the rows' 4-byte words (the last one filled up with zeros), modulo
+    2⁶⁴: integer sums do not depend on their order, so it is computed where a weight lies, without
+    copying it to the host. All of a device are waited for together.
     """
-    bits = weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
-    columns = torch.arange(bits.shape[1], device=bits.device, dtype=torch.int64) * 2 + 1
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    step = max(1, 2**22 // max(1, bits.shape[1]))  # 32 MiB of int64 at a time
-    for start in range(0, bits.shape[0], step):
-        rows = bits[start : start + step].to(torch.int64)
-        index = torch.arange(start, start + rows.shape[0], device=bits.device, dtype=torch.int64)
+    totals = values([_hash(weight) for weight in weights.values()])
+    return {
+        name: f"{str(weight.dtype).removeprefix('torch.')}:{'x'.join(map(str, weight.shape))}:"
+        f"{total & (2**64 - 1):016x}"
+        for (name, weight), total in zip(weights.items(), totals, strict=True)
+    }
+
+
+def _hash(weight: Tensor) -> Tensor:
+    m, n = weight.shape
+    a_word = max(1, 4 // weight.element_size())
+    step = max(1, 2**25 // max(1, n * weight.element_size()))  # 32 MiB at a time
+    total = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for start in range(0, m, step):
+        rows = weight[start : start + step].contiguous()
+        if n % a_word or rows.storage_offset() % a_word:
+            rows = F.pad(rows, (0, -n % a_word))  # a copy
+        words = rows.view(torch.int32)
+        columns, index = (
+            torch.arange(begin, begin + size, device=weight.device, dtype=torch.int64) * 2 + 1
+            for begin, size in ((0, words.shape[1]), (start, words.shape[0]))
+        )
         # Odd multipliers are invertible modulo 2⁶⁴, so no single change goes unseen.
-        total += ((rows * columns).sum(1) * (index * 2 + 1) * -7046029254386353131).sum()
-    shape = "x".join(map(str, weight.shape))
-    return f"{str(weight.dtype).removeprefix('torch.')}:{shape}:{int(total) & (2**64 - 1):016x}"
+        total += ((words * columns).sum(1) * index * -7046029254386353131).sum()
+    return total

@@ -14,6 +14,7 @@ import random
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from filet.config import FiletConfig
-from filet.loss import SummedLoss
+from filet.head import ChunkedLoss, HeadLoss
+from filet.loss import ModelLoss, SummedLoss
 from filet.targets import Target
-from filet_kernels import Moments, SecondMoment
+from filet_kernels import Moments, SecondMoment, syrk_
+from filet_kernels.rounded import rounded_and_scaled
 
 __all__ = ["ForwardFn", "collect_moments", "empty_moments", "preserved", "some"]
 
@@ -44,6 +47,29 @@ _HANDS_ON = {"cuda"}
 # They enter their moments as float16, each column scaled by a power of two that puts the largest
 # number of the first batch at 2². That leaves 2¹⁴ of room, and 11 bits to what is 2⁻¹⁶ of that.
 _UNROUNDED_EXPONENT = 2
+
+
+@dataclass(frozen=True)
+class _Awaited:
+    """The check of a batch, on its way to the host."""
+
+    index: int
+    checks: list[tuple[str, SecondMoment]]
+    places: list[list[int]]  # in checks, of each kind of moment
+    fine: list[
+        tuple[Tensor, torch.cuda.Event | None]
+    ]  # flags of each kind, and when they are there
+
+
+def _to_host(flags: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    if not flags.is_cuda:
+        return flags, None
+    host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+    with torch.cuda.device(flags.device):
+        host.copy_(flags, non_blocking=True)
+        event = torch.cuda.Event(blocking=True)
+        event.record()
+    return host, event
 
 
 class MomentHooks:
@@ -67,8 +93,12 @@ class MomentHooks:
         self._masks: dict[str, Tensor | None] = {}
         self._seen: dict[int, tuple[weakref.ref[Tensor], SecondMoment]] = {}
         self._calls: dict[str, int] = {}
+        self._mask_counts: dict[str, int] = {}
+        # Rows of each moment. On the host: 9 additions a block and batch would be 9 launches.
+        self._counted: dict[int, tuple[SecondMoment, int]] = {}
         self._scales: dict[int, tuple[SecondMoment, Tensor]] = {}  # of the columns of y and h
         self._handles: list[Any] = []
+        self._awaited: _Awaited | None = None
         self._replaced: list[nn.Module] = []  # modules with a forward of ours
 
     def __enter__(self) -> MomentHooks:
@@ -94,44 +124,67 @@ class MomentHooks:
         self._seen.clear()
 
     def finish(self) -> None:
-        """Take the scales of y and h back out of their moments."""
+        """Take the scales of y and h back out of their moments, and write the counts into them."""
+        self.judge()
         for moment, scale in self._scales.values():
             moment.sum.div_(scale).div_(scale.unsqueeze(1))
         self._scales.clear()
+        for moment, count in self._counted.values():
+            moment.count += count
+        self._counted.clear()
 
     def start_batch(self, masks: dict[str, Tensor | None]) -> None:
         """``masks`` (B, T) of the tokens to count: "encoder" and "decoder"; None counts all."""
         self._masks = masks
+        self._mask_counts = {k: int(m.sum()) for k, m in masks.items() if m is not None}
         self._seen.clear()
         self._calls.clear()
 
     def finish_batch(self, index: int) -> None:
-        """Raise for what this batch showed to be wrong. One device synchronisation a device."""
+        """Look for what is wrong with this batch, and raise for it, on a GPU one batch later.
+
+        By then the answer has arrived, so that the GPU need not run dry for it.
+        """
         for follower, leader in self.shared_input.items():
             if self._calls.get(follower, 0) != self._calls.get(leader, 0):
                 raise _sharing_broke(follower, leader, index)
         self._seen.clear()
+        self.judge()
         names = list(self.moments)
         # The first module of the forward, then the first of the backward, is where it began.
         checks = [(name, self.moments[name].input) for name in names]
         checks += [(name, self.moments[name].output) for name in reversed(names)]
-        by_device: dict[torch.device, list[int]] = {}
+        alike: dict[tuple[torch.device, int], dict[int, int]] = {}
         for position, (_, moment) in enumerate(checks):
-            by_device.setdefault(moment.sum.device, []).append(position)
-        bad: list[int] = []
-        for positions in by_device.values():
+            of_kind = alike.setdefault((moment.sum.device, moment.sum.shape[0]), {})
+            of_kind.setdefault(id(moment), position)
+        fine = []
+        for of_kind in alike.values():
             # A NaN or infinity in any counted row stays on the diagonal, the sum of squares.
-            totals = torch.stack([checks[p][1].sum.diagonal().sum() for p in positions])
-            bad += [
-                p for p, fine in zip(positions, totals.isfinite().tolist(), strict=True) if not fine
-            ]
+            diagonals = torch.stack([checks[p][1].sum.diagonal() for p in of_kind.values()])
+            fine.append(_to_host(diagonals.isfinite().all(1)))
+        places = [list(of_kind.values()) for of_kind in alike.values()]
+        self._awaited = _Awaited(index, checks, places, fine)
+        if all(event is None for _, event in fine):
+            self.judge()
+
+    def judge(self) -> None:
+        """Raise for the last batch whose check has not been looked at."""
+        awaited, self._awaited = self._awaited, None
+        if awaited is None:
+            return
+        bad: list[int] = []
+        for positions, (flags, event) in zip(awaited.places, awaited.fine, strict=True):
+            if event is not None:
+                event.synchronize()
+            bad += [p for p, fine in zip(positions, flags.tolist(), strict=True) if not fine]
         if bad:
-            name, moment = checks[min(bad)]
+            name, moment = awaited.checks[min(bad)]
             where = {"x": "its input", "y": "its output"}.get(
                 moment.space, "the gradient it received"
             )
             raise FloatingPointError(
-                f"{name}: {where} has a NaN or infinity in batch {index} (counted from 0); "
+                f"{name}: {where} has a NaN or infinity in batch {awaited.index} (counted from 0); "
                 "expected finite values (check that batch, and the model's dtype)"
             )
 
@@ -176,37 +229,46 @@ class MomentHooks:
         )
 
     def take_y(self, target: Target, x: Tensor) -> Tensor | None:
-        """x Wᵀ in float32, after it entered its moment; None where that is not wanted now."""
+        """The layer's output, after x Wᵀ entered its moment; None where that is not wanted now."""
         moment = self.moments[target.name].input
         if self.phase != "forward" or moment.space != "y":
             return None
         y = _unrounded(x, target.weight.T, torch.float32)
-        self._add_scaled(target, moment, y)
-        return y
+        return self._add_unrounded(target, moment, y, x.dtype, bias=target.bias)
 
     def take_h(self, target: Target, gradient: Tensor) -> Tensor | None:
-        """g W in float32, after it entered its moment; None where that is not wanted now."""
+        """The input's gradient g W, after it entered its moment; None as for :meth:`take_y`."""
         moment = self.moments[target.name].output
         if self.phase != "backward" or moment.space != "h":
             return None
         h = _unrounded(gradient, target.weight, torch.float32)
-        self._add_scaled(target, moment, h, alpha=self.gradient_scale**-2)
-        return h
+        alpha = self.gradient_scale**-2
+        return self._add_unrounded(target, moment, h, gradient.dtype, alpha=alpha)
 
-    def _add_scaled(
-        self, target: Target, moment: SecondMoment, v: Tensor, *, alpha: float = 1.0
-    ) -> None:
-        if not v.numel():
-            return
-        if id(moment) not in self._scales:
-            largest = v.abs().flatten(0, -2).amax(0)
+    def _add_unrounded(
+        self,
+        target: Target,
+        moment: SecondMoment,
+        v: Tensor,
+        dtype: torch.dtype,
+        *,
+        bias: Tensor | None = None,
+        alpha: float = 1.0,
+    ) -> Tensor:
+        """Adds the rows v to a moment, scaled; returns v + bias in ``dtype``."""
+        if id(moment) not in self._scales and v.numel():
+            rows, weights = self._rows(target, v.abs())
+            if weights is not None:
+                rows = torch.where(weights.unsqueeze(-1), rows, 0)
+            largest = rows.flatten(0, -2).amax(0)
             largest = torch.where(largest > 0, largest, largest.amax())
             exponent = torch.frexp(largest).exponent
             scale = torch.ldexp(torch.ones_like(largest), _UNROUNDED_EXPONENT - exponent)
             self._scales[id(moment)] = (moment, scale)
-        scale = self._scales[id(moment)][1]
-        scaled = torch.mul(v, scale, out=torch.empty_like(v, dtype=torch.float16))
+        scale = self._scales[id(moment)][1] if v.numel() else v.new_ones(v.shape[-1])
+        rounded, scaled = rounded_and_scaled(v, scale, bias=bias, dtype=dtype)
         self._add(target, moment, scaled, alpha=alpha)
+        return rounded
 
     def _count_input(self, target: Target, x: Tensor) -> None:
         name = target.name
@@ -249,11 +311,15 @@ class MomentHooks:
 
     def _add(self, target: Target, moment: SecondMoment, v: Tensor, *, alpha: float = 1.0) -> None:
         rows, weights = self._rows(target, v)
+        count = rows.shape[:-1].numel()
+        if weights is not None:
+            count = self._mask_counts[self._side(target.name)]
+        self._counted[id(moment)] = (moment, self._counted.get(id(moment), (moment, 0))[1] + count)
         device = moment.sum.device
         if rows.device != device:
             rows, weights = rows.to(device), None if weights is None else weights.to(device)
         with torch.no_grad():
-            moment.update(rows, weights=weights, alpha=alpha)
+            syrk_(moment.sum, rows, alpha=alpha, weights=weights)
 
     def _rows(self, target: Target, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """v as rows (…, T, d) that :func:`syrk_` takes, and which of them count."""
@@ -296,17 +362,12 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, hooks: MomentHooks, target: Target) -> Tensor:
         ctx.hooks, ctx.target = hooks, target
         y = hooks.take_y(target, x)
-        if y is None:
-            return F.linear(x, target.base.weight, target.base.bias)
-        if target.bias is not None:
-            y += target.bias
-        return y.to(x.dtype)
+        return F.linear(x, target.base.weight, target.base.bias) if y is None else y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         h = ctx.hooks.take_h(ctx.target, gradient)
-        h = gradient @ ctx.target.weight if h is None else h.to(gradient.dtype)
-        return h, None, None
+        return gradient @ ctx.target.weight if h is None else h, None, None
 
 
 def _is_handed_on(output: Tensor) -> bool:
@@ -364,9 +425,10 @@ def collect_moments(
 
     The model must be inside :func:`preserved`. Counts: "samples", "tokens", "loss_terms".
     """
-    forward_fn = forward_fn or _default_forward
     base_model = peft_model.base_model.model
     summed_loss = SummedLoss(config, base_model)
+    head_loss = HeadLoss(config, peft_model, summed_loss, forward_fn)
+    forward_fn = forward_fn or _default_forward
     device = _input_device(base_model)
     is_encoder_decoder = bool(
         getattr(getattr(base_model, "config", None), "is_encoder_decoder", False)
@@ -388,20 +450,26 @@ def collect_moments(
             if size == 0:
                 continue
             masks, tokens = _token_masks(batch, size, is_encoder_decoder)
-            batch = _to_device(summed_loss.without_padded_terms(batch), device)
+            host = summed_loss.without_padded_terms(batch)
+            batch = _to_device(host, device)
             hooks.start_batch(masks)
             hooks.phase = "forward"
-            loss, factor, terms = summed_loss(forward_fn(peft_model, batch), batch)
-            if scale is None and terms:
-                scale = _loss_scale(hooks, loss, factor, index) if hooks.half else 1.0
+            loss: ChunkedLoss | ModelLoss | None = None
+            if head_loss.takes(host):
+                loss = head_loss(batch, host)
+                hooks.phase = "idle"  # if it goes through once more, its inputs are counted already
+            if loss is None:
+                loss = summed_loss(forward_fn(peft_model, batch), batch)
+            if scale is None and loss.terms:
+                scale = _loss_scale(hooks, loss, index) if hooks.half else 1.0
             hooks.phase = "backward"
             hooks.gradient_scale = scale or 1.0  # none yet: no term, and every gradient is zero
-            _backward(loss, factor * hooks.gradient_scale, index)
+            _backward(loss, hooks.gradient_scale, index)
             hooks.phase = "idle"
             hooks.finish_batch(index)
             counts["samples"] += size
             counts["tokens"] += tokens
-            counts["loss_terms"] += terms
+            counts["loss_terms"] += loss.terms
             progress.update(size)
             elapsed = progress.format_dict["elapsed"]
             if elapsed:
@@ -425,17 +493,18 @@ def collect_moments(
     return hooks, counts
 
 
-def _backward(loss: Tensor, factor: float, index: int, retain_graph: bool = False) -> None:
+def _backward(
+    loss: ChunkedLoss | ModelLoss, scale: float, index: int, retain_graph: bool = False
+) -> None:
     if not loss.requires_grad:
         raise RuntimeError(
             f"the loss of batch {index} has no gradient: no target module took part in it, or "
             "forward_fn ran under torch.no_grad(); expected a loss that depends on the targets"
         )
-    loss = loss.to(torch.promote_types(loss.dtype, torch.float32)) * factor
-    loss.backward(retain_graph=retain_graph)
+    loss.backward(scale, retain_graph)
 
 
-def _loss_scale(hooks: MomentHooks, loss: Tensor, factor: float, index: int) -> float:
+def _loss_scale(hooks: MomentHooks, loss: ChunkedLoss | ModelLoss, index: int) -> float:
     """The power of two that keeps float16 gradients away from underflow and overflow.
 
     Found by going backward through this batch's graph, which stays for the backward that counts.
@@ -444,7 +513,7 @@ def _loss_scale(hooks: MomentHooks, loss: Tensor, factor: float, index: int) -> 
     scale, ceiling = 1.0, math.inf
     for _ in range(12):
         hooks.peaks = []
-        _backward(loss, factor * scale, index, retain_graph=True)
+        _backward(loss, scale, index, retain_graph=True)
         peak = max((float(peak) for peak in hooks.peaks), default=0.0, key=_nan_last)
         if not math.isfinite(peak):
             ceiling = scale = scale / _FP16_ROOM
@@ -454,7 +523,8 @@ def _loss_scale(hooks: MomentHooks, loss: Tensor, factor: float, index: int) -> 
         if peak and wanted <= scale:
             return wanted
         scale = wanted
-    hooks.finish_batch(index)  # names the module where a NaN of the forward began
+    hooks.finish_batch(index)
+    hooks.judge()  # names the module where a NaN of the forward began
     raise FloatingPointError(
         f"no loss scale keeps the float16 gradients of batch {index} finite and non-zero; expected "
         "a model in bfloat16 or float32, or a batch without NaN"
@@ -597,6 +667,8 @@ def preserved(peft_model: PeftModel) -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+    memory: Any = torch.utils.deterministic  # its attribute is a property that mypy does not see
+    fill = memory.fill_uninitialized_memory
     hooks = []
     try:
         with contextlib.ExitStack() as stack:
@@ -612,6 +684,7 @@ def preserved(peft_model: PeftModel) -> Iterator[None]:
             if cuda and deterministic != (True, False):
                 torch.use_deterministic_algorithms(True, warn_only=True)
                 stack.enter_context(_deterministic_attention())
+            memory.fill_uninitialized_memory = False  # a pass over every new tensor
             for parameter in requires_grad:
                 parameter.requires_grad_(False)
             for module in training:
@@ -644,6 +717,7 @@ def preserved(peft_model: PeftModel) -> Iterator[None]:
         for parameter, flag in requires_grad.items():
             parameter.requires_grad_(flag)
         torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
+        memory.fill_uninitialized_memory = fill
         random.setstate(random_states[0])
         np.random.set_state(random_states[1])
         if cuda:

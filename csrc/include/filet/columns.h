@@ -37,6 +37,11 @@ typedef struct {
 int64_t filet_column_sums_parts(int64_t rows);
 int filet_column_sums(const FiletColumnSums* args);
 
+// Copies an (rows, columns) matrix of 2- or 4-byte elements and unit column stride, transposed, into a
+// contiguous `out`.
+int filet_transpose(const void* x, int64_t stride, int64_t rows, int64_t columns, int32_t bytes,
+                    void* out, void* stream);
+
 // Copies what lies below the diagonal of an (n, n) matrix of row stride `stride` above it.
 int filet_mirror(float* c, int64_t n, int64_t stride, void* stream);
 

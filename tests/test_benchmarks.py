@@ -1,0 +1,301 @@
+"""The model benchmarks on tiny shapes, the recipes they time, and how a profile is read."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+
+import bench_methods
+import bench_model
+import pytest
+import recipes
+import shapes
+import torch
+import transformers
+
+from oracle import factors, fisher_energies
+
+CUDA = torch.cuda.is_available()
+SMALL = ["--samples", "8", "--length", "24", "--batch-size", "4", "--rank", "8"]
+
+
+def matrix(m: int, n: int) -> tuple[torch.Tensor, ...]:
+    """W (m, n) in float32 with distinct singular values, and its triplets in float64."""
+    generator = torch.Generator().manual_seed(m * n)
+    W = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
+    sigma = torch.linspace(4.0, 1.0, len(sigma), dtype=torch.float64)
+    W = (U @ torch.diag(sigma) @ Vh).float()
+    return W, *torch.linalg.svd(W.double(), full_matrices=False)
+
+
+# The recipes. They compute in float32: singular vectors are good to a few times 2⁻²⁴ σ_max over the
+# gap between singular values, here 4 and at least 0.2. Measured: up to 1.2e-6.
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 20), (30, 12)])
+@pytest.mark.parametrize("scaling", [1.0, 2.0])
+def test_milora_takes_the_smallest_triplets(m, n, scaling):
+    W, U, sigma, Vh = matrix(m, n)
+    A, B, residual = recipes.milora(W, 4, scaling)
+    assert A.shape == (4, n) and B.shape == (m, 4)
+    truth = U[:, -4:] @ torch.diag(sigma[-4:]) @ Vh[-4:]
+    torch.testing.assert_close(scaling * (B @ A).double(), truth, atol=5e-6, rtol=0)
+    torch.testing.assert_close((residual + scaling * B @ A).double(), W.double(), atol=5e-7, rtol=0)
+    # Balanced: A and B carry the same share of each singular value.
+    torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0), atol=2e-6, rtol=0)
+
+
+def test_dash_takes_the_directions_of_the_largest_relative_change():
+    W, U, sigma, Vh = matrix(16, 24)
+    delta = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    rates = torch.diag(U.T @ delta.double() @ Vh.T).abs() / sigma
+    chosen = rates.argsort(descending=True)[:5]
+    left, right = recipes.dash_directions(W, delta, count=5)
+    ones = torch.ones(5, dtype=torch.float64)  # up to the sign
+    torch.testing.assert_close((U[:, chosen] * left).sum(0).abs(), ones, atol=2e-6, rtol=0)
+    torch.testing.assert_close((Vh[chosen] * right).sum(1).abs(), ones, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 20), (20, 12)])
+def test_filet_as_written_is_algorithm_1(m, n):
+    W = matrix(m, n)[0]
+    generator = torch.Generator().manual_seed(1)
+    x, g = torch.randn(50, n, generator=generator), torch.randn(50, m, generator=generator)
+    energies = fisher_energies(W, x, g)
+    A_true, B_true, W_true = factors(W, energies, 4, 1.5)
+    A, B, residual = recipes.filet_as_written(W, x.T @ x / 50, g.T @ g / 50, 4, 1.5)
+    # The fourth and fifth energy are 0.6% apart and more. Measured: up to 2e-7.
+    torch.testing.assert_close(A.double(), A_true, atol=1e-6, rtol=0)
+    torch.testing.assert_close(B.double(), B_true, atol=1e-6, rtol=0)
+    torch.testing.assert_close(residual.double(), W_true, atol=1e-6, rtol=0)
+    torch.testing.assert_close(residual + 1.5 * B @ A, W, atol=5e-7, rtol=0)
+
+
+def test_statistics_as_written_are_those_of_each_layers_own_vectors(one_thread):
+    model = shapes.build(shapes.SHAPES["tiny"], 2)
+    layers = shapes.linears(model, 1)
+    assert len(layers) == 7
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+
+    def capture(name):
+        def hook(module, args, output):
+            seen[name].append(args[0].detach().flatten(0, 1).double())
+            output.register_hook(lambda g: seen[name].append(g.flatten(0, 1).double()))
+
+        return hook
+
+    for name, module in layers.items():
+        module.register_forward_hook(capture(name))
+    hooks = recipes.AsWritten(layers)
+    batches = shapes.token_batches(shapes.SHAPES["tiny"], 4, 16, 2)
+    bench_model.bare(model, batches)
+    hooks.remove()
+    bench_model.bare(model, batches[:1])  # no longer counted
+    for name, (S_X, S_Y) in hooks.sums.items():
+        x, g = seen[name][:4:2], seen[name][1:4:2]
+        # bfloat16 products are exact in float32; sums of 64 terms err by about 1e-6 of the largest.
+        for total, rows in ((S_X, x), (S_Y, g)):
+            truth = sum(v.T @ v for v in rows)
+            error = (total.double() - truth).abs().max() / truth.abs().max()
+            assert error < 1e-5, (name, error)
+
+
+# The shapes.
+
+
+@pytest.mark.parametrize(
+    ("key", "parameters"),
+    [
+        ("llama-1b", 1_235_814_400),
+        ("llama-3b", 3_212_749_824),
+        ("llama-8b", 8_030_261_248),
+        ("qwen-8b", 8_190_735_360),
+        ("llama-70b", 70_553_706_496),
+    ],
+)
+def test_a_shape_has_the_parameters_that_its_model_card_says(key, parameters):
+    shape = shapes.SHAPES[key]
+    with torch.device("meta"):
+        model = getattr(transformers, f"{shape.family}ForCausalLM")(shape.config(1))
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    rest = sum(p.numel() for p in model.parameters()) - block
+    assert rest + shape.blocks * block == parameters
+    layers = shapes.linears(model, 1)
+    sizes = {name.rpartition(".")[2]: tuple(m.weight.shape) for name, m in layers.items()}
+    assert sizes == shape.linears()
+
+
+def test_a_twin_has_the_same_weights_and_none_of_the_hooks():
+    model = shapes.build(shapes.SHAPES["tiny"], 1)
+    assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in model.parameters())
+    twin = shapes.twin(model)
+    mine, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
+    assert mine.keys() == theirs.keys()
+    assert all(mine[name] is theirs[name] for name in mine)
+    assert not set(map(id, model.modules())) & set(map(id, twin.modules()))
+
+
+# The profile.
+
+
+def trace():
+    """A chrome trace as torch's profiler writes it for a GPU; thread 1 forward, 2 backward."""
+    events = []
+
+    def operator(name, thread, start, stop, dims=()):
+        args = {"Input Dims": list(dims)}
+        event = {"ph": "X", "cat": "cpu_op", "name": name, "tid": thread, "ts": start}
+        events.append(event | {"dur": stop - start, "args": args})
+
+    def launch(name, thread, at, start, stop, cat="kernel"):
+        correlation = len(events)
+        events.append(
+            {
+                "ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "tid": thread,
+                "ts": at, "dur": 1, "args": {"correlation": correlation},
+            }
+        )  # fmt: skip
+        events.append(
+            {
+                "ph": "X", "cat": cat, "name": name, "tid": 7, "ts": start, "dur": stop - start,
+                "args": {"correlation": correlation},
+            }
+        )  # fmt: skip
+
+    operator("aten::linear", 1, 0, 10)
+    operator("aten::mm", 1, 2, 8)
+    launch("nvjet_tst_128x256", 1, 4, 100, 200)
+    operator("_Linear", 1, 20, 60)
+    operator("aten::mm", 1, 22, 28)
+    launch("nvjet_tst_64x64", 1, 24, 200, 210)
+    operator("aten::mul", 1, 30, 36)
+    launch("vectorized_elementwise_kernel", 1, 32, 210, 230)
+    operator("filet_kernels::syrk_", 1, 40, 50)
+    launch("some_kernel", 1, 44, 230, 270)
+    operator("aten::scaled_dot_product_attention", 1, 70, 80)
+    launch("pytorch_flash::flash_fwd_kernel", 1, 75, 270, 280)
+    operator("aten::to", 1, 90, 95, dims=[[8, 64, 256]])
+    launch("unrolled_elementwise_kernel", 1, 92, 280, 300)
+    operator("aten::add", 1, 96, 99, dims=[[8, 64, 64]])
+    launch("vectorized_elementwise_kernel", 1, 97, 300, 301)
+    launch("Memcpy HtoD", 1, 99.5, 290, 310, cat="gpu_memcpy")
+    operator("autograd::engine::evaluate_function: MmBackward0", 2, 100, 120)
+    operator("aten::mm", 2, 105, 110)
+    launch("nvjet_tst_128x256", 2, 106, 400, 500)
+    operator("autograd::engine::evaluate_function: _LinearBackward", 2, 130, 150)
+    operator("_LinearBackward", 2, 131, 149)
+    operator("aten::mul", 2, 140, 145)
+    launch("vectorized_elementwise_kernel", 2, 142, 500, 520)
+    launch("mystery", 9, 160, 520, 530)
+    return {"traceEvents": [*events, {"ph": "M", "name": "process_name"}]}
+
+
+def test_kernels_are_put_to_what_launched_them():
+    found = bench_model.kernels(trace())
+    assert [kernel.start for kernel in found] == sorted(kernel.start for kernel in found)
+    own = {"_Linear": "y/h conversions", "_LinearBackward": "y/h conversions"}
+    kinds: dict[str, float] = {}
+    for kernel in found:
+        kind = bench_model.category(kernel, 256, own)
+        kinds[kind] = kinds.get(kind, 0) + kernel.duration
+    assert kinds == {
+        "products, forward": 110,
+        "products, backward": 100,
+        "y/h conversions": 40,
+        "filet_kernels::syrk_": 40,
+        "attention": 10,
+        "loss": 20,
+        "elementwise and reductions": 1,
+        "memory copies": 20,
+        "other": 10,
+    }
+    # 100-310 and 400-530: what overlaps counts once.
+    assert bench_model.busy(found) == 340
+    text = bench_model.summary(found, 256, 1, 0.5, True)
+    assert text.startswith("11 kernels a batch")
+    assert "busy 0.34 ms a batch; first to last 0.43 ms under the profiler: idle 20.9%" in text
+    assert "0.50 ms without it: idle 32.0%" in text
+
+
+# The scripts.
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's and the profiler's
+def test_bench_model(tmp_path, capsys, one_thread):
+    options = ["--shape", "tiny", *SMALL, "--rounds", "1", "--paper", "--profile"]
+    bench_model.main([*options, "--output", str(tmp_path)])
+    written = rows(tmp_path / "model_tiny.csv")
+    assert [row["what"] for row in written] == [
+        "(a) bare forward and backward",
+        "floor: (a) + syrk_ alone",
+        "(b) collect_statistics",
+        "(c) initialize",
+        "(c) scaled to 320 samples",
+        "the paper's statistics as written",
+    ]
+    base = float(written[0]["ms_a_batch"])
+    for row in written:
+        assert float(row["times_bare"]) == pytest.approx(float(row["ms_a_batch"]) / base)
+        assert row["gpu"] and row["versions"] and row["date"]
+    # Two blocks; moments of q/k/v (shared), o, gate/up and down, x or y and g or h: 32² for k and
+    # v's output side, 64² for the rest.
+    size = 2 * 4 * (2 * 32**2 + 9 * 64**2)
+    assert float(written[0]["statistics_GiB"]) * 2**30 == size
+    profile = (tmp_path / "profile_tiny.txt").read_text()
+    assert "filet_kernels::syrk_" in profile and "products, forward" in profile
+    assert (tmp_path / "profile_tiny.json.gz").stat().st_size > 0
+    printed = capsys.readouterr().out
+    assert "tiny, no statement on speed" in printed
+    assert CUDA or "no GPU" in printed
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_bench_methods(tmp_path, capsys, one_thread):
+    bench_methods.main(["--shapes", "tiny", *SMALL, "--output", str(tmp_path)])
+    written = {row["method"]: row for row in rows(tmp_path / "methods.csv")}
+    assert list(written) == [title for title, _, _ in bench_methods.METHODS.values()]
+    for title, row in written.items():
+        if title == "CorDA" and importlib.util.find_spec("attr") is None:
+            assert row["note"].startswith("ModuleNotFoundError: ") and not row["extra_seconds"]
+            continue
+        assert row["extra_seconds"], row["note"]
+        measured, blocks = int(row["blocks_measured"]), int(row["blocks"])
+        assert 1 <= measured <= blocks == 2
+        assert row["note"].startswith("scaled") == (
+            measured < blocks or 0 < int(row["samples_measured"]) < 8
+        )
+    assert float(written["FILet, ours"]["times_filet"]) == 1
+    assert (tmp_path / "methods.png").stat().st_size > 0
+    assert CUDA or "no GPU" in capsys.readouterr().out
+
+
+def test_a_method_that_fails_or_takes_too_long_says_so():
+    def fails(case):
+        raise ValueError("no such thing\nand more")
+
+    def hangs(case):
+        while True:
+            pass
+
+    case = bench_methods.Case(shapes.SHAPES["tiny"], 8, 16, 4, 8, 1, 1)
+    assert bench_methods.attempt(fails, case, 60) == "ValueError: no such thing"
+    stopped = bench_methods.attempt(hangs, case, 0.01)
+    assert stopped == "TimeLimit: stopped at the limit of 0.01 s"
+
+
+@pytest.mark.parametrize("script", [bench_model, bench_methods])
+def test_options_that_do_not_fit_are_refused(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--samples", "10", "--batch-size", "4"])
+    assert "--samples 10 must be a multiple of --batch-size 4" in capsys.readouterr().err
+    if not CUDA:
+        option = "--shape" if script is bench_model else "--shapes"
+        with pytest.raises(SystemExit):
+            script.main([option, "llama-1b"])
+        assert "need" in capsys.readouterr().err
