@@ -398,13 +398,13 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
 
 namespace grid {
 
-// A cluster computes HIGH × WIDE tiles of 128 × COLUMNS, a block each, from the left in each strip of
-// HIGH block rows, the last across the diagonal. Blocks side by side share A, blocks one above the
+// A cluster computes 2 × WIDE tiles of 128 × COLUMNS, a block each, from the left in each strip of
+// two block rows, the last across the diagonal. Blocks side by side share A, blocks one above the
 // other share B: each loads its part of a panel into all that share it.
-template <int COLUMNS_, int HIGH_, int WIDE_>
+template <int COLUMNS_, int WIDE_>
 struct Shape {
-    static constexpr int COLUMNS = COLUMNS_, HIGH = HIGH_, WIDE = WIDE_, BLOCKS = HIGH * WIDE;
-    static_assert(HIGH <= 2 && WIDE <= 2);
+    static constexpr int COLUMNS = COLUMNS_, HIGH = 2, WIDE = WIDE_, BLOCKS = HIGH * WIDE;
+    static_assert(WIDE <= 2);
     static constexpr int B_BOX = COLUMNS % BOX ? BOX / 2 : BOX;  // columns of a box of B
     static constexpr int B_BOX_BYTES = TILE_K * B_BOX * 2, B_K_STEP = 16 * B_BOX * 2 >> 4;
     static constexpr int STAGE_BYTES = PANEL_BYTES + TILE_K * COLUMNS * 2;
@@ -434,7 +434,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     __shared__ uint64_t barriers[2 * S::STAGES];
     const uint32_t smem = (smem_address(shared) + 1023) & ~1023u;
     const uint32_t full = smem_address(barriers), empty = full + 8 * S::STAGES;
-    const int rank = S::BLOCKS > 1 ? cluster_rank() : 0;
+    const int rank = cluster_rank();
     const int high = rank / S::WIDE, wide = rank % S::WIDE;
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < S::STAGES; ++stage) {
@@ -461,7 +461,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         registers_down<40>();
         if (threadIdx.x == 0) {
             const auto beside = static_cast<uint16_t>(((1 << S::WIDE) - 1) << high * S::WIDE);
-            const auto above = static_cast<uint16_t>((S::HIGH > 1 ? 1 | 1 << S::WIDE : 1) << wide);
+            const auto above = static_cast<uint16_t>((1 | 1 << S::WIDE) << wide);
             for (int step = 0; step < problem.steps; ++step) {
                 mbarrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
                 const uint32_t barrier = full + 8 * ring.stage;
@@ -477,14 +477,9 @@ __global__ void __launch_bounds__(THREADS, 1)
                     else
                         tma_load(target, &map_a, row0 + box * BOX, step * TILE_K, barrier);
                 }
-                for (int box = high; box < S::COLUMNS / S::B_BOX; box += S::HIGH) {
-                    const uint32_t target = stage + PANEL_BYTES + box * S::B_BOX_BYTES;
-                    const int column = column0 + box * S::B_BOX;
-                    if constexpr (S::HIGH > 1)
-                        tma_load_multicast(target, &map_b, column, step * TILE_K, barrier, above);
-                    else
-                        tma_load(target, &map_b, column, step * TILE_K, barrier);
-                }
+                for (int box = high; box < S::COLUMNS / S::B_BOX; box += S::HIGH)
+                    tma_load_multicast(stage + PANEL_BYTES + box * S::B_BOX_BYTES, &map_b,
+                                       column0 + box * S::B_BOX, step * TILE_K, barrier, above);
                 ring.next();
                 // C's tile into L2 meanwhile: all blocks come to add to C at the same time.
                 const int part = problem.steps - 1 - step, column = column0 + part / 2 * OUT_COLUMNS;
@@ -564,9 +559,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 namespace share {
 
 // The blocks with the same tile send each other their shares of their sums: what a block then adds up
-// lies in its own shared memory. Each half of a tile, a warpgroup's, goes its own way. With TILES = 2
-// a cluster computes two tiles, of one block column where that can be, which then share B: of the two
-// blocks with the same tokens each loads a half of it into both.
+// lies in its own shared memory. Each half of a tile, a warpgroup's, goes its own way.
 constexpr int MAX_SIZE = 8;  // blocks of a cluster
 constexpr int STAGES = 5, STAGE_BYTES = 2 * PANEL_BYTES;
 constexpr int UNITS = 64 * TILE / 4;  // of four floats, of half a tile
@@ -589,39 +582,7 @@ struct Share {
     }
 };
 
-template <int TILES>
-struct Tile {
-    int row, column;  // in blocks
-    bool shared;
-
-    __device__ Tile(int unit, int half, int blocks) {
-        if constexpr (TILES == 1) {
-            row = triangular_row(unit);
-            column = unit - row * (row + 1) / 2;
-            shared = false;
-            return;
-        }
-        // The last k tiles of a column make k / 2 pairs, which leaves the one on the diagonal of odd
-        // k; those go by two as well.
-        shared = unit < blocks * blocks / 4;
-        int k = 1;
-        if (shared) {
-            while (k * k / 4 <= unit) ++k;
-            column = blocks - k;
-            row = column + k % 2 + 2 * (unit - (k - 1) * (k - 1) / 4) + half;
-        } else {
-            k = 4 * (unit - blocks * blocks / 4) + 2 * half + 1;
-            row = column = k <= blocks ? blocks - k : blocks;  // outside of C: nothing to do
-        }
-    }
-
-    static int units(int64_t n) {
-        const int blocks = static_cast<int>((n + TILE - 1) / TILE);
-        return TILES == 1 ? blocks * (blocks + 1) / 2 : blocks * blocks / 4 + (blocks + 3) / 4;
-    }
-};
-
-template <typename T, int TILES>
+template <typename T>
 __global__ void __launch_bounds__(THREADS, 1)
     syrk_kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_c,
                 const Problem problem, const Share share) {
@@ -630,15 +591,15 @@ __global__ void __launch_bounds__(THREADS, 1)
     const uint32_t smem = (smem_address(shared) + 1023) & ~1023u;
     const uint32_t full = smem_address(barriers), empty = full + 8 * STAGES;
     const uint32_t all_received = empty + 8 * STAGES;
-    // Of the `size` blocks with the same tile this is number `rank`.
-    const int rank = cluster_rank() / TILES, half = cluster_rank() % TILES;
-    const int size = cluster_size() / TILES;
-    const Tile<TILES> tile(cluster_index(), half, (problem.n + TILE - 1) / TILE);
+    const int rank = cluster_rank(), size = cluster_size(), tile = cluster_index();
+    const int tile_row = triangular_row(tile);
+    const int row0 = tile_row * TILE, column0 = (tile - tile_row * (tile_row + 1) / 2) * TILE;
+    const bool diagonal = row0 == column0;  // B is A
     const int first = share.first_unit(rank), last = share.first_unit(rank + 1);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             mbarrier_init(full + 8 * stage, 1);
-            mbarrier_init(empty + 8 * stage, tile.shared ? 2 * CONSUMERS : CONSUMERS);
+            mbarrier_init(empty + 8 * stage, CONSUMERS);
         }
         for (int group = 0; group < CONSUMERS; ++group) mbarrier_init(all_received + 8 * group, 1);
         mbarrier_init_done();
@@ -649,10 +610,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
     __syncthreads();
     cluster_arrive_relaxed();  // the others may send as soon as all have come here
-    if (TILES > 1) cluster_wait();
 
-    const int row0 = tile.row * TILE, column0 = tile.column * TILE;
-    const bool diagonal = row0 == column0;  // B is A
     const int begin = min(rank * share.steps, problem.steps);
     const int end = min(begin + share.steps, problem.steps);
     const int group = static_cast<int>(threadIdx.x / WARPGROUP) - 1;  // -1: the producer
@@ -665,11 +623,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 const uint32_t barrier = full + 8 * ring.stage;
                 const uint32_t stage = smem + ring.stage * STAGE_BYTES;
                 mbarrier_expect(barrier, diagonal ? PANEL_BYTES : STAGE_BYTES);
-                if (tile.shared)
-                    tma_load_multicast(stage + half * BOX_BYTES, &map_x, column0 + half * BOX,
-                                       step * TILE_K, barrier, 3 << rank * TILES);
-                else
-                    load_panel(stage, &map_x, column0, step, barrier);
+                load_panel(stage, &map_x, column0, step, barrier);
                 if (!diagonal) load_panel(stage + PANEL_BYTES, &map_x, row0, step, barrier);
                 ring.next();
                 // C's tile into L2 once the first stages have come, 64 × 32 at a time.
@@ -679,14 +633,11 @@ __global__ void __launch_bounds__(THREADS, 1)
             }
         }
         __syncwarp();
-        if (TILES == 1) cluster_wait();
+        cluster_wait();
         cluster_arrive_relaxed();
     } else {
         registers_up<232>();
         const int thread = threadIdx.x % WARPGROUP, lane = threadIdx.x % 32;
-        // The barriers of stage 0 that are told of stages that are free again: this thread's, or 0.
-        uint32_t release = thread == 0 ? empty : 0;
-        if (tile.shared) release = thread < 2 ? peer_address(empty, rank * TILES + thread) : 0;
         // What this thread will add to, found out while there is time. Units lie in shared memory by
         // rows of 32, swizzled so that the rows of d fall on other banks.
         long long at[BATCH];  // in C
@@ -713,7 +664,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 wgmma_m64k16<T>(d, a + k * K_STEP, b + k * K_STEP, 1);
             wgmma_commit();
             wgmma_wait<1>();
-            if (previous >= 0 && release) mbarrier_arrive(release + 8 * previous);
+            if (previous >= 0 && thread == 0) mbarrier_arrive(empty + 8 * previous);
             previous = ring.stage;
             ring.next();
         }
@@ -734,12 +685,11 @@ __global__ void __launch_bounds__(THREADS, 1)
         }
         fence_async_shared();
         named_sync(2 + group, WARPGROUP);
-        if (TILES == 1) cluster_wait();
+        cluster_wait();
         if (thread < size && thread != rank) {
             const int from = share.first_unit(thread), to = share.first_unit(thread + 1);
-            const int peer = thread * TILES + half;
-            bulk_push(peer_address(share.slot(received, rank, thread), peer), sums + from * 16,
-                      (to - from) * 16, peer_address(all_received + 8 * group, peer));
+            bulk_push(peer_address(share.slot(received, rank, thread), thread), sums + from * 16,
+                      (to - from) * 16, peer_address(all_received + 8 * group, thread));
         }
         __syncwarp();
         mbarrier_wait(all_received + 8 * group, 0);
@@ -779,6 +729,11 @@ __global__ void __launch_bounds__(THREADS, 1)
     cluster_wait();  // no block ends while what it sent is on its way
 }
 
+int tiles(int64_t n) {
+    const int blocks = static_cast<int>((n + TILE - 1) / TILE);
+    return blocks * (blocks + 1) / 2;
+}
+
 }  // namespace share
 
 // --- host -----------------------------------------------------------------------------------------
@@ -799,16 +754,15 @@ cudaError_t cluster_config(Kernel kernel, int clusters, int blocks, int smem, cu
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
 }
 
-template <typename T, int TILES>
+template <typename T>
 int launch_share(const FiletSyrk& args, const CUtensorMap& map_x, const CUtensorMap& map_c,
                  const Problem& problem) {
-    const auto kernel = share::syrk_kernel<T, TILES>;
+    const auto kernel = share::syrk_kernel<T>;
     cudaLaunchConfig_t config;
     cudaLaunchAttribute cluster;
-    const int size = args.plan - 10 * TILES;
-    const int status = cluster_config(kernel, share::Tile<TILES>::units(args.n), size * TILES,
-                                      share::SMEM_BYTES, static_cast<cudaStream_t>(args.stream),
-                                      config, cluster);
+    const int size = args.plan - 10;
+    const int status = cluster_config(kernel, share::tiles(args.n), size, share::SMEM_BYTES,
+                                      static_cast<cudaStream_t>(args.stream), config, cluster);
     if (status) return status;
     const share::Share share = {(problem.steps + size - 1) / size, (share::UNITS + size - 1) / size};
     return cudaLaunchKernelEx(&config, kernel, map_x, map_c, problem, share);
@@ -841,15 +795,9 @@ bool fits(Kernel kernel, int clusters, int blocks, int smem) {
            active >= clusters;
 }
 
-template <int TILES>
-bool share_fits(int64_t n, int size) {
-    return fits(share::syrk_kernel<__nv_bfloat16, TILES>, share::Tile<TILES>::units(n),
-                size * TILES, share::SMEM_BYTES);
-}
-
-template <int COLUMNS, int HIGH, int WIDE>
+template <int COLUMNS, int WIDE>
 bool grid_fits(int64_t n) {
-    using S = grid::Shape<COLUMNS, HIGH, WIDE>;
+    using S = grid::Shape<COLUMNS, WIDE>;
     return fits(grid::syrk_kernel<__nv_bfloat16, S>, S::clusters(n), S::BLOCKS, S::SMEM_BYTES);
 }
 
@@ -869,22 +817,20 @@ int launch(const FiletSyrk& args, CUtensorMapDataType type) {
     status = encode_matrix(&map_c, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, args.c, args.n, args.n,
                            args.stride_c, OUT_COLUMNS, 64);
     if (status) return status;
-    if (args.plan > 11 && args.plan <= 18) return launch_share<T, 1>(args, map_x, map_c, problem);
-    if (args.plan > 21 && args.plan <= 24) return launch_share<T, 2>(args, map_x, map_c, problem);
+    if (args.plan > 11 && args.plan <= 10 + share::MAX_SIZE)
+        return launch_share<T>(args, map_x, map_c, problem);
     if (args.plan == 4128)
-        return launch_grid<T, grid::Shape<128, 2, 2>>(args, type, map_x, map_c, problem);
-    if (args.plan == 4160)
-        return launch_grid<T, grid::Shape<160, 2, 2>>(args, type, map_x, map_c, problem);
+        return launch_grid<T, grid::Shape<128, 2>>(args, type, map_x, map_c, problem);
     if (args.plan == 2160)
-        return launch_grid<T, grid::Shape<160, 2, 1>>(args, type, map_x, map_c, problem);
+        return launch_grid<T, grid::Shape<160, 1>>(args, type, map_x, map_c, problem);
     if (args.plan == 2192)
-        return launch_grid<T, grid::Shape<192, 2, 1>>(args, type, map_x, map_c, problem);
+        return launch_grid<T, grid::Shape<192, 1>>(args, type, map_x, map_c, problem);
     if (args.plan) return cudaErrorInvalidValue;
     status = cudaFuncSetAttribute(pairs::syrk_kernel<T>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, pairs::SMEM_BYTES);
     if (status) return status;
-    pairs::syrk_kernel<T><<<multiprocessors() / 2 * 2, THREADS, pairs::SMEM_BYTES, stream>>>(map_x, map_c,
-                                                                                   problem);
+    pairs::syrk_kernel<T><<<multiprocessors() / 2 * 2, THREADS, pairs::SMEM_BYTES, stream>>>(
+        map_x, map_c, problem);
     return cudaGetLastError();
 }
 
@@ -896,14 +842,12 @@ extern "C" int64_t filet_syrk_sm90_flags(void) {
 
 extern "C" int32_t filet_syrk_sm90_plan(int64_t n) {
     if (n > 4096) return 0;
-    for (int size = share::MAX_SIZE; size > 1; --size) {
-        if (2 * size <= share::MAX_SIZE && share_fits<2>(n, size)) return 20 + size;
-        if (share_fits<1>(n, size)) return 10 + size;
-    }
-    if (grid_fits<128, 2, 2>(n)) return 4128;
-    if (grid_fits<160, 2, 2>(n)) return 4160;
-    if (grid_fits<160, 2, 1>(n)) return 2160;
-    if (grid_fits<192, 2, 1>(n)) return 2192;
+    for (int size = share::MAX_SIZE; size > 1; --size)
+        if (fits(share::syrk_kernel<__nv_bfloat16>, share::tiles(n), size, share::SMEM_BYTES))
+            return 10 + size;
+    if (grid_fits<128, 2>(n)) return 4128;
+    if (grid_fits<160, 1>(n)) return 2160;
+    if (grid_fits<192, 1>(n)) return 2192;
     return 0;
 }
 
