@@ -10,7 +10,7 @@
 // - grid, where so many tiles of 128 × 128, 160 or 192 as there are multiprocessors just about make C:
 //   one a block. The blocks of a cluster share what they load, since the L2 cache cannot feed all.
 // - share, for fewer tiles: tiles of 128 × 128. The blocks of a cluster share a tile's tokens, send each
-//   other their sums and add them in the order of the blocks.
+//   other their sums and add them in a fixed order.
 //
 // Every element of C has one owner at a time and a fixed order of additions: deterministic.
 #include <cuda_bf16.h>
@@ -559,7 +559,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 namespace share {
 
 // The blocks with the same tile send each other their shares of their sums: what a block then adds up
-// lies in its own shared memory. Each half of a tile, a warpgroup's, goes its own way.
+// lies in its own shared memory. Each half of a tile, a warpgroup's, goes its own way, and of it the
+// rows of a warp in PARTS pieces: as soon as they have been written, since sending takes longest.
 constexpr int MAX_SIZE = 8;  // blocks of a cluster
 constexpr int STAGES = 5, STAGE_BYTES = 2 * PANEL_BYTES;
 constexpr int UNITS = 64 * TILE / 4;  // of four floats, of half a tile
@@ -567,7 +568,7 @@ constexpr int HALF_BYTES = UNITS * 16;
 constexpr int RECEIVED_OFFSET = STAGES * STAGE_BYTES;
 constexpr int RECEIVED_BYTES = HALF_BYTES / MAX_SIZE * (MAX_SIZE - 1);  // shares of a half
 constexpr int SMEM_BYTES = RECEIVED_OFFSET + CONSUMERS * RECEIVED_BYTES + 1024;  // and alignment
-static_assert(SMEM_BYTES <= 232448 && CONSUMERS * HALF_BYTES <= STAGES * STAGE_BYTES);
+static_assert(SMEM_BYTES <= 232448 && HALF_BYTES <= STAGE_BYTES);
 constexpr int BATCH = UNITS / 2 / WARPGROUP;  // units of a thread, at most
 
 // What each of the blocks of a tile takes, the last what is left: tokens, in steps, and then units of
@@ -582,7 +583,7 @@ struct Share {
     }
 };
 
-template <typename T>
+template <typename T, int PARTS>
 __global__ void __launch_bounds__(THREADS, 1)
     syrk_kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_c,
                 const Problem problem, const Share share) {
@@ -596,39 +597,46 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int row0 = tile_row * TILE, column0 = (tile - tile_row * (tile_row + 1) / 2) * TILE;
     const bool diagonal = row0 == column0;  // B is A
     const int first = share.first_unit(rank), last = share.first_unit(rank + 1);
+    const int begin = min(rank * share.steps, problem.steps);
+    const int end = min(begin + share.steps, problem.steps);
+    Ring<STAGES> ring;
+    const auto fetch = [&](int step) {
+        const uint32_t barrier = full + 8 * ring.stage, stage = smem + ring.stage * STAGE_BYTES;
+        mbarrier_expect(barrier, diagonal ? PANEL_BYTES : STAGE_BYTES);
+        load_panel(stage, &map_x, column0, step, barrier);
+        if (!diagonal) load_panel(stage + PANEL_BYTES, &map_x, row0, step, barrier);
+        ring.next();
+    };
     if (threadIdx.x == 0) {
-        for (int stage = 0; stage < STAGES; ++stage) {
-            mbarrier_init(full + 8 * stage, 1);
-            mbarrier_init(empty + 8 * stage, CONSUMERS);
-        }
+        for (int stage = 0; stage < STAGES; ++stage) mbarrier_init(full + 8 * stage, 1);
+        mbarrier_init_done();
+        // The first data take long to come: asked for before anything else. Loops are not unrolled
+        // here, as the first use of an instruction costs more than a round of its loop.
+#pragma unroll 1
+        for (int step = begin; step < min(begin + STAGES, end); ++step) fetch(step);
+    } else if (threadIdx.x == 32) {
+        prefetch_map(&map_x);
+        for (int stage = 0; stage < STAGES; ++stage) mbarrier_init(empty + 8 * stage, CONSUMERS);
         for (int group = 0; group < CONSUMERS; ++group) mbarrier_init(all_received + 8 * group, 1);
         mbarrier_init_done();
         for (int group = 0; group < CONSUMERS; ++group)
             mbarrier_expect(all_received + 8 * group, (size - 1) * (last - first) * 16);
-        prefetch_map(&map_x);
         prefetch_map(&map_c);
     }
     __syncthreads();
     cluster_arrive_relaxed();  // the others may send as soon as all have come here
 
-    const int begin = min(rank * share.steps, problem.steps);
-    const int end = min(begin + share.steps, problem.steps);
     const int group = static_cast<int>(threadIdx.x / WARPGROUP) - 1;  // -1: the producer
-    Ring<STAGES> ring;
     if (group < 0) {
         registers_down<40>();
         if (threadIdx.x == 0) {
-            for (int step = begin; step < end; ++step) {
+#pragma unroll 1
+            for (int step = begin + STAGES; step < end; ++step) {
                 mbarrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
-                const uint32_t barrier = full + 8 * ring.stage;
-                const uint32_t stage = smem + ring.stage * STAGE_BYTES;
-                mbarrier_expect(barrier, diagonal ? PANEL_BYTES : STAGE_BYTES);
-                load_panel(stage, &map_x, column0, step, barrier);
-                if (!diagonal) load_panel(stage + PANEL_BYTES, &map_x, row0, step, barrier);
-                ring.next();
+                fetch(step);
                 // C's tile into L2 once the first stages have come, 64 × 32 at a time.
                 const int part = (step - begin - STAGES) * size + rank;
-                if (part >= 0 && part < 2 * TILE / OUT_COLUMNS)
+                if (part < 2 * TILE / OUT_COLUMNS)
                     tma_prefetch(&map_c, column0 + part / 2 * OUT_COLUMNS, row0 + part % 2 * 64);
             }
         }
@@ -650,8 +658,17 @@ __global__ void __launch_bounds__(THREADS, 1)
             before[i] = unit < last && r < problem.n ? r - c : -1;
             asm volatile("" : "+l"(at[i]), "+r"(before[i]));  // not put off
         }
+        // What this thread sends: units of block `lane`, to there.
+        const bool sends = lane < size && lane != rank;
+        const int peer = sends ? lane : rank;
+        const int from = share.first_unit(peer), to = sends ? share.first_unit(peer + 1) : from;
+        const uint32_t received = smem + RECEIVED_OFFSET + group * RECEIVED_BYTES;
+        const uint32_t target = peer_address(share.slot(received, rank, peer), peer);
+        const uint32_t target_received = peer_address(all_received + 8 * group, peer);
+        cluster_wait();    // the others have come long before the first data
         float d[64] = {};  // 64 rows of the tile
         int previous = -1;
+#pragma unroll 1
         for (int step = begin; step < end; ++step) {
             mbarrier_wait(full + 8 * ring.stage, ring.phase);
             const uint32_t stage = smem + ring.stage * STAGE_BYTES;
@@ -668,39 +685,62 @@ __global__ void __launch_bounds__(THREADS, 1)
             previous = ring.stage;
             ring.next();
         }
-        float4 old[BATCH];
+        float4 old[BATCH] = {};
+        const auto load_old = [&] {
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i)
-            if (before[i] >= 3) old[i] = *reinterpret_cast<const float4*>(problem.c + at[i]);
+            for (int i = 0; i < BATCH; ++i) {
+                const float* elements = problem.c + at[i];
+                if (before[i] >= 3) {
+                    old[i] = *reinterpret_cast<const float4*>(elements);
+                } else {
+                    if (before[i] >= 0) old[i].x = elements[0];
+                    if (before[i] >= 1) old[i].y = elements[1];
+                    if (before[i] >= 2) old[i].z = elements[2];
+                }
+            }
+        };
+        if (PARTS == 1) load_old();
+        // The sums take the places of the stages that would be next, once both warpgroups have done
+        // with those: they need not wait for each other's last products.
+        if (group > 0) ring.next();
+        mbarrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
+        const uint32_t sums = smem + ring.stage * STAGE_BYTES;
         wgmma_wait<0>();
         wgmma_pin(d);
-        named_sync(1, CONSUMERS * WARPGROUP);  // both warpgroups are done with the stages
-        const uint32_t sums = smem + group * HALF_BYTES;
-        const uint32_t received = smem + RECEIVED_OFFSET + group * RECEIVED_BYTES;
 #pragma unroll
-        for (int i = 0; i < 64; i += 2) {
-            const int row = thread / 32 * 16 + lane / 4 + i / 2 % 2 * 8;
-            const int unit = (i / 4 * 2 + lane % 4 / 2) ^ lane / 4 * 2;
-            store_shared(sums + row * (TILE * 4) + unit * 16 + lane % 2 * 8, d[i], d[i + 1]);
+        for (int half = 0; half < 2; ++half) {  // of a warp's 16 rows
+            const int row = thread / 32 * 16 + half * 8;
+#pragma unroll
+            for (int i = 0; i < TILE / 8; ++i) {
+                const int unit = (i * 2 + lane % 4 / 2) ^ lane / 4 * 2;
+                store_shared(sums + (row + lane / 4) * (TILE * 4) + unit * 16 + lane % 2 * 8,
+                             d[4 * i + 2 * half], d[4 * i + 2 * half + 1]);
+            }
+            if (PARTS == 1 && half == 0) continue;
+            fence_async_shared();
+            __syncwarp();
+            const int piece = max(from, (PARTS == 1 ? row - 8 : row) * (TILE / 4));
+            const int piece_end = min(to, (row + 8) * (TILE / 4));
+            if (piece < piece_end)
+                bulk_push(target + (piece - from) * 16, sums + piece * 16, (piece_end - piece) * 16,
+                          target_received);
+            __syncwarp();
         }
-        fence_async_shared();
-        named_sync(2 + group, WARPGROUP);
-        cluster_wait();
-        if (thread < size && thread != rank) {
-            const int from = share.first_unit(thread), to = share.first_unit(thread + 1);
-            bulk_push(peer_address(share.slot(received, rank, thread), thread), sums + from * 16,
-                      (to - from) * 16, peer_address(all_received + 8 * group, thread));
-        }
-        __syncwarp();
+        // Not sooner: the fences above would wait for it.
+        if (PARTS == 2) load_old();
+        named_sync(1 + group, WARPGROUP);
+
+        // The block's own sums, the others' in the order of the blocks, and then to C.
+        float sum[BATCH][4] = {};
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i)
+            if (before[i] >= 0) load_shared(sums + (first + thread + i * WARPGROUP) * 16, sum[i]);
         mbarrier_wait(all_received + 8 * group, 0);
         __syncwarp();
         cluster_arrive_relaxed();  // what the others sent has left them
-
-        // The blocks' sums, in their order, and then to C.
-        float sum[BATCH][4] = {};
-        for (int sender = 0; sender < size; ++sender) {
-            const uint32_t source =
-                sender == rank ? sums + first * 16 : share.slot(received, sender, rank);
+#pragma unroll 1
+        for (int sender = 0; sender < size - 1; ++sender) {
+            const uint32_t source = received + sender * share.units * 16;
             float v[BATCH][4] = {};
 #pragma unroll
             for (int i = 0; i < BATCH; ++i)
@@ -713,15 +753,15 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
             const float* v = sum[i];
+            const float4 value = {old[i].x + problem.alpha * v[0], old[i].y + problem.alpha * v[1],
+                                  old[i].z + problem.alpha * v[2], old[i].w + problem.alpha * v[3]};
             float* elements = problem.c + at[i];
             if (before[i] >= 3) {
-                *reinterpret_cast<float4*>(elements) = make_float4(
-                    old[i].x + problem.alpha * v[0], old[i].y + problem.alpha * v[1],
-                    old[i].z + problem.alpha * v[2], old[i].w + problem.alpha * v[3]);
+                *reinterpret_cast<float4*>(elements) = value;
             } else {
-#pragma unroll
-                for (int e = 0; e < 3; ++e)
-                    if (e <= before[i]) elements[e] += problem.alpha * v[e];
+                if (before[i] >= 0) elements[0] = value.x;
+                if (before[i] >= 1) elements[1] = value.y;
+                if (before[i] >= 2) elements[2] = value.z;
             }
         }
     }
@@ -754,13 +794,13 @@ cudaError_t cluster_config(Kernel kernel, int clusters, int blocks, int smem, cu
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
 }
 
-template <typename T>
+template <typename T, int PARTS>
 int launch_share(const FiletSyrk& args, const CUtensorMap& map_x, const CUtensorMap& map_c,
                  const Problem& problem) {
-    const auto kernel = share::syrk_kernel<T>;
+    const auto kernel = share::syrk_kernel<T, PARTS>;
     cudaLaunchConfig_t config;
     cudaLaunchAttribute cluster;
-    const int size = args.plan - 10;
+    const int size = args.plan % 100 - 10;
     const int status = cluster_config(kernel, share::tiles(args.n), size, share::SMEM_BYTES,
                                       static_cast<cudaStream_t>(args.stream), config, cluster);
     if (status) return status;
@@ -818,7 +858,10 @@ int launch(const FiletSyrk& args, CUtensorMapDataType type) {
                            args.stride_c, OUT_COLUMNS, 64);
     if (status) return status;
     if (args.plan > 11 && args.plan <= 10 + share::MAX_SIZE)
-        return launch_share<T>(args, map_x, map_c, problem);
+        return launch_share<T, 2>(args, map_x, map_c, problem);
+    // To be timed against the above, then one of the two goes.
+    if (args.plan > 111 && args.plan <= 110 + share::MAX_SIZE)
+        return launch_share<T, 1>(args, map_x, map_c, problem);
     if (args.plan == 4128)
         return launch_grid<T, grid::Shape<128, 2>>(args, type, map_x, map_c, problem);
     if (args.plan == 2160)
@@ -843,7 +886,7 @@ extern "C" int64_t filet_syrk_sm90_flags(void) {
 extern "C" int32_t filet_syrk_sm90_plan(int64_t n) {
     if (n > 4096) return 0;
     for (int size = share::MAX_SIZE; size > 1; --size)
-        if (fits(share::syrk_kernel<__nv_bfloat16>, share::tiles(n), size, share::SMEM_BYTES))
+        if (fits(share::syrk_kernel<__nv_bfloat16, 2>, share::tiles(n), size, share::SMEM_BYTES))
             return 10 + size;
     if (grid_fits<128, 2>(n)) return 4128;
     if (grid_fits<160, 1>(n)) return 2160;
