@@ -7,9 +7,10 @@
 //   B and multicast those to each other. The tiles that do not divide evenly among the pairs are cut
 //   along the tokens (stream-K), so that all pairs end together. Where several pairs contribute to a
 //   tile they add in a fixed order, each waiting for the one before.
-// - single, where tiles of 128 × 128, 160 or 192 just about make one for each multiprocessor.
-// - split, for fewer tiles: tiles of 128 × 128. The blocks of a cluster share a tile's tokens, exchange
-//   their sums through distributed shared memory and add them in the order of the blocks.
+// - grid, where so many tiles of 128 × 128, 160 or 192 as there are multiprocessors just about make C:
+//   one a block. The blocks of a cluster share what they load, since the L2 cache cannot feed all.
+// - share, for fewer tiles: tiles of 128 × 128. The blocks of a cluster share a tile's tokens, send each
+//   other their sums and add them in a fixed order.
 //
 // Every element of C has one owner at a time and a fixed order of additions: deterministic.
 #include <cuda_bf16.h>
@@ -55,42 +56,53 @@ __device__ __forceinline__ void load_panel(uint32_t target, const CUtensorMap* m
 constexpr int OUT_COLUMNS = 32, OUT_BYTES = 64 * OUT_COLUMNS * 4;
 constexpr int CHUNK = OUT_COLUMNS / 2;  // registers of a chunk
 
-// C += alpha v for this warpgroup's 64 rows and the 32 columns of a chunk, from (row0, column) on,
-// without reading C here: below the diagonal in turns by the copy engine and from registers, which
-// is faster than either alone; where the diagonal crosses, one by one.
+// alpha v, this warpgroup's 64 rows and the 32 columns of a chunk, as the copy engine wants them.
+__device__ __forceinline__ void stage_chunk(float alpha, const float* v, uint32_t buffer) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < CHUNK; i += 2) {
+        const int r = row + i / 2 % 2 * 8;  // r % 8 == lane / 4: the 128-byte swizzle
+        const int unit = (i / 4 * 2 + lane % 4 / 2) ^ (lane / 4);
+        store_shared(buffer + r * 128 + unit * 16 + lane % 2 * 8, alpha * v[i], alpha * v[i + 1]);
+    }
+}
+
+// C += alpha v from registers, for the 64 rows and 32 columns from (row0, column) on, of which none
+// lies above the diagonal if `below`.
+__device__ __forceinline__ void add_registers(const Problem& problem, const float* v, int row0,
+                                              int column, bool below) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < CHUNK; i += 2) {
+        const int r = row0 + row + i / 2 % 2 * 8, c = column + i / 4 * 8 + lane % 4 * 2;
+        float* target = problem.c + r * problem.stride_c + c;
+        if (r >= problem.n) continue;
+        if (below || r > c) {
+            add_global(target, problem.alpha * v[i], problem.alpha * v[i + 1]);
+        } else if (r == c) {
+            atomicAdd(target, problem.alpha * v[i]);
+        }
+    }
+}
+
+// C += alpha v for a chunk, without reading C here: below the diagonal in turns by the copy engine and
+// from registers, which is faster than either alone; where the diagonal crosses, one by one.
 __device__ __forceinline__ void add_chunk(const CUtensorMap* map_c, const Problem& problem,
                                           const float* v, uint32_t out, int& sent, int row0,
                                           int column, int group, int chunk) {
     if (column > row0 + 63 || row0 >= problem.n) return;
-    const int thread = threadIdx.x % WARPGROUP, lane = threadIdx.x % 32;
-    const int row = thread / 32 * 16 + lane / 4;
+    const int thread = threadIdx.x % WARPGROUP;
     const bool below = column + OUT_COLUMNS - 1 <= row0;
     if (below && chunk % 2 == 0) {
         const uint32_t buffer = out + sent++ % 2 * OUT_BYTES;
         if (thread == 0) tma_wait_read<1>();  // this buffer was sent the time before last
         named_sync(1 + group, WARPGROUP);
-#pragma unroll
-        for (int i = 0; i < CHUNK; i += 2) {
-            const int r = row + i / 2 % 2 * 8;  // r % 8 == lane / 4: the 128-byte swizzle
-            const int unit = (i / 4 * 2 + lane % 4 / 2) ^ (lane / 4);
-            store_shared(buffer + r * 128 + unit * 16 + lane % 2 * 8, problem.alpha * v[i],
-                         problem.alpha * v[i + 1]);
-        }
-        fence_async_proxy();
+        stage_chunk(problem.alpha, v, buffer);
+        fence_async_shared();
         named_sync(1 + group, WARPGROUP);
         if (thread == 0) tma_add(map_c, column, row0, buffer);
     } else {
-#pragma unroll
-        for (int i = 0; i < CHUNK; i += 2) {
-            const int r = row0 + row + i / 2 % 2 * 8, c = column + i / 4 * 8 + lane % 4 * 2;
-            float* target = problem.c + r * problem.stride_c + c;
-            if (r >= problem.n) continue;
-            if (below || r > c) {
-                add_global(target, problem.alpha * v[i], problem.alpha * v[i + 1]);
-            } else if (r == c) {
-                atomicAdd(target, problem.alpha * v[i]);
-            }
-        }
+        add_registers(problem, v, row0, column, below);
     }
 }
 
@@ -382,179 +394,287 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
 
 }  // namespace pairs
 
-// --- single ---------------------------------------------------------------------------------------
+// --- grid -----------------------------------------------------------------------------------------
 
-namespace single {
+namespace grid {
 
-// Tiles of 128 × COLUMNS, from the left in each block row, the last across the diagonal.
-template <int COLUMNS>
+// A cluster computes 2 × WIDE tiles of 128 × COLUMNS, a block each, from the left in each strip of
+// two block rows, the last across the diagonal. Blocks side by side share A, blocks one above the
+// other share B: each loads its part of a panel into all that share it.
+template <int COLUMNS_, int WIDE_>
 struct Shape {
+    static constexpr int COLUMNS = COLUMNS_, HIGH = 2, WIDE = WIDE_, BLOCKS = HIGH * WIDE;
+    static_assert(WIDE <= 2);
     static constexpr int B_BOX = COLUMNS % BOX ? BOX / 2 : BOX;  // columns of a box of B
     static constexpr int B_BOX_BYTES = TILE_K * B_BOX * 2, B_K_STEP = 16 * B_BOX * 2 >> 4;
     static constexpr int STAGE_BYTES = PANEL_BYTES + TILE_K * COLUMNS * 2;
-    static constexpr int STAGES = COLUMNS == 128 ? 6 : COLUMNS == 160 ? 5 : 4;
-    static constexpr int OUT_OFFSET = STAGES * STAGE_BYTES;
-    static constexpr int SMEM_BYTES = OUT_OFFSET + CONSUMERS * 2 * OUT_BYTES + 1024;  // and alignment
-    static_assert(SMEM_BYTES <= 232448);
+    static constexpr int STAGES = (232448 - 1024 - 128) / STAGE_BYTES;  // alignment, barriers
+    static constexpr int SMEM_BYTES = STAGES * STAGE_BYTES + 1024;      // and its alignment
+    static constexpr int CHUNKS = COLUMNS / OUT_COLUMNS;
+    // The sums are handed to the copy engine in the ring's place, all at once.
+    static_assert(CONSUMERS * ((CHUNKS + 1) / 2) * OUT_BYTES <= STAGES * STAGE_BYTES);
 
-    static __host__ __device__ int tiles_of_row(int row) {
-        return ((row + 1) * TILE + COLUMNS - 1) / COLUMNS;
+    static __host__ __device__ int clusters_of_strip(int strip, int n) {
+        const int columns = (strip + 1) * HIGH * TILE;
+        return ((columns < n ? columns : n) + WIDE * COLUMNS - 1) / (WIDE * COLUMNS);
     }
-    static int tiles(int64_t n) {
+    static int clusters(int64_t n) {
         int64_t count = 0;
-        for (int64_t row = 0; row * TILE < n; ++row) count += tiles_of_row(row);
+        for (int strip = 0; strip * HIGH * TILE < n; ++strip)
+            count += clusters_of_strip(strip, static_cast<int>(n));
         return static_cast<int>(count);
     }
 };
 
-template <typename T, int COLUMNS>
+template <typename T, typename S>
 __global__ void __launch_bounds__(THREADS, 1)
     syrk_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
                 const __grid_constant__ CUtensorMap map_c, const Problem problem) {
-    using S = Shape<COLUMNS>;
     extern __shared__ uint8_t shared[];
     __shared__ uint64_t barriers[2 * S::STAGES];
     const uint32_t smem = (smem_address(shared) + 1023) & ~1023u;
     const uint32_t full = smem_address(barriers), empty = full + 8 * S::STAGES;
+    const int rank = cluster_rank();
+    const int high = rank / S::WIDE, wide = rank % S::WIDE;
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < S::STAGES; ++stage) {
             mbarrier_init(full + 8 * stage, 1);
-            mbarrier_init(empty + 8 * stage, CONSUMERS);
+            mbarrier_init(empty + 8 * stage, CONSUMERS * (S::HIGH + S::WIDE - 1));
         }
         mbarrier_init_done();
         prefetch_map(&map_a);
         prefetch_map(&map_b);
         prefetch_map(&map_c);
     }
-    __syncthreads();
+    cluster_sync_relaxed();
 
-    int block_row = 0, column0 = blockIdx.x;
-    while (column0 >= S::tiles_of_row(block_row)) column0 -= S::tiles_of_row(block_row++);
-    const int row0 = block_row * TILE;
-    column0 *= COLUMNS;
+    int strip = 0, column0 = blockIdx.x / S::BLOCKS;
+    while (column0 >= S::clusters_of_strip(strip, problem.n))
+        column0 -= S::clusters_of_strip(strip++, problem.n);
+    const int row0 = (strip * S::HIGH + high) * TILE;
+    column0 = (column0 * S::WIDE + wide) * S::COLUMNS;
+    // A block without an element of C loads for the others only.
+    const bool idle = column0 > row0 + TILE - 1 || row0 >= problem.n;
     const int group = static_cast<int>(threadIdx.x / WARPGROUP) - 1;  // -1: the producer
     Ring<S::STAGES> ring;
     if (group < 0) {
         registers_down<40>();
-        if (threadIdx.x > 0) return;
-        for (int step = 0; step < problem.steps; ++step) {
-            mbarrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
-            const uint32_t barrier = full + 8 * ring.stage;
-            const uint32_t stage = smem + ring.stage * S::STAGE_BYTES;
-            mbarrier_expect(barrier, S::STAGE_BYTES);
-            load_panel(stage, &map_a, row0, step, barrier);
-#pragma unroll
-            for (int box = 0; box < COLUMNS / S::B_BOX; ++box)
-                tma_load(stage + PANEL_BYTES + box * S::B_BOX_BYTES, &map_b,
-                         column0 + box * S::B_BOX, step * TILE_K, barrier);
-            ring.next();
-            const int chunk = problem.steps - 1 - step;  // C's tile into L2 meanwhile
-            if (chunk < COLUMNS / OUT_COLUMNS) {
-                tma_prefetch(&map_c, column0 + chunk * OUT_COLUMNS, row0);
-                tma_prefetch(&map_c, column0 + chunk * OUT_COLUMNS, row0 + 64);
-            }
-        }
-        return;
-    }
-    registers_up<232>();
-    const int thread = threadIdx.x % WARPGROUP;
-    float d[COLUMNS / 2];  // 64 rows of the tile
-    int previous = 0;
-    for (int step = 0; step < problem.steps; ++step) {
-        mbarrier_wait(full + 8 * ring.stage, ring.phase);
-        const uint32_t stage = smem + ring.stage * S::STAGE_BYTES;
-        const uint64_t a = wgmma_descriptor(stage + group * BOX_BYTES, BOX_BYTES);
-        const uint64_t b = wgmma_descriptor<S::B_BOX>(stage + PANEL_BYTES, S::B_BOX_BYTES);
-        wgmma_begin();
-#pragma unroll
-        for (int k = 0; k < TILE_K / 16; ++k)
-            wgmma_m64k16<T>(d, a + k * K_STEP, b + k * S::B_K_STEP, step > 0 || k > 0);
-        wgmma_commit();
-        wgmma_wait<1>();
-        if (step > 0 && thread == 0) mbarrier_arrive(empty + 8 * previous);
-        previous = ring.stage;
-        ring.next();
-    }
-    wgmma_wait<0>();
-    wgmma_pin(d);
-    int sent = 0;
-#pragma unroll
-    for (int chunk = 0; chunk < COLUMNS / OUT_COLUMNS; ++chunk)
-        add_chunk(&map_c, problem, d + chunk * CHUNK, smem + S::OUT_OFFSET + group * 2 * OUT_BYTES,
-                  sent, row0 + group * 64, column0 + chunk * OUT_COLUMNS, group, chunk);
-    if (thread == 0) tma_wait_done();
-}
-
-}  // namespace single
-
-// --- split ----------------------------------------------------------------------------------------
-
-namespace split {
-
-constexpr int MAX_BLOCKS = 8;  // of a cluster
-constexpr int STAGES = 6, STAGE_BYTES = 2 * PANEL_BYTES;
-constexpr int SMEM_BYTES = STAGES * STAGE_BYTES + 1024;  // and its alignment
-// Row stride of the sums in shared memory: 8 words more, so that rows fall on other banks.
-constexpr int STRIDE = TILE + 8;
-static_assert(TILE * STRIDE * 4 <= STAGES * STAGE_BYTES);
-constexpr int UNITS = TILE * TILE / 4;  // of four floats
-constexpr int BATCH = 6;  // reads of another block's memory take long: many at once
-
-__device__ __forceinline__ uint32_t sum_address(uint32_t sums, int row, int column) {
-    return sums + (row * STRIDE + column) * 4;
-}
-
-template <typename T>
-__global__ void __launch_bounds__(THREADS, 1)
-    syrk_kernel(const __grid_constant__ CUtensorMap map_x, const Problem problem) {
-    extern __shared__ uint8_t shared[];
-    __shared__ uint64_t barriers[2 * STAGES];
-    const uint32_t smem = (smem_address(shared) + 1023) & ~1023u;
-    const uint32_t full = smem_address(barriers), empty = full + 8 * STAGES;
-    const int rank = cluster_rank(), size = cluster_size(), index = blockIdx.x / size;
-    if (threadIdx.x == 0) {
-        for (int stage = 0; stage < STAGES; ++stage) {
-            mbarrier_init(full + 8 * stage, 1);
-            mbarrier_init(empty + 8 * stage, CONSUMERS);
-        }
-        mbarrier_init_done();
-        prefetch_map(&map_x);
-    }
-    __syncthreads();
-
-    const int block_row = triangular_row(index);
-    const int row0 = block_row * TILE, column0 = (index - block_row * (block_row + 1) / 2) * TILE;
-    const bool diagonal = row0 == column0;  // B is A
-    const int begin = static_cast<int>(static_cast<long long>(problem.steps) * rank / size);
-    const int end = static_cast<int>(static_cast<long long>(problem.steps) * (rank + 1) / size);
-    const int group = static_cast<int>(threadIdx.x / WARPGROUP) - 1;  // -1: the producer
-    Ring<STAGES> ring;
-    if (group < 0) {
-        registers_down<40>();
         if (threadIdx.x == 0) {
-            for (int step = begin; step < end; ++step) {
+            const auto beside = static_cast<uint16_t>(((1 << S::WIDE) - 1) << high * S::WIDE);
+            const auto above = static_cast<uint16_t>((1 | 1 << S::WIDE) << wide);
+            for (int step = 0; step < problem.steps; ++step) {
                 mbarrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
                 const uint32_t barrier = full + 8 * ring.stage;
-                const uint32_t stage = smem + ring.stage * STAGE_BYTES;
-                mbarrier_expect(barrier, diagonal ? PANEL_BYTES : STAGE_BYTES);
-                load_panel(stage, &map_x, row0, step, barrier);
-                if (!diagonal) load_panel(stage + PANEL_BYTES, &map_x, column0, step, barrier);
+                const uint32_t stage = smem + ring.stage * S::STAGE_BYTES;
+                mbarrier_expect(barrier, S::STAGE_BYTES);
+#pragma unroll
+                for (int i = 0; i < 2; i += S::WIDE) {
+                    const int box = i + wide;
+                    const uint32_t target = stage + box * BOX_BYTES;
+                    if constexpr (S::WIDE > 1)
+                        tma_load_multicast(target, &map_a, row0 + box * BOX, step * TILE_K, barrier,
+                                           beside);
+                    else
+                        tma_load(target, &map_a, row0 + box * BOX, step * TILE_K, barrier);
+                }
+                for (int box = high; box < S::COLUMNS / S::B_BOX; box += S::HIGH)
+                    tma_load_multicast(stage + PANEL_BYTES + box * S::B_BOX_BYTES, &map_b,
+                                       column0 + box * S::B_BOX, step * TILE_K, barrier, above);
                 ring.next();
+                // C's tile into L2 meanwhile: all blocks come to add to C at the same time.
+                const int part = problem.steps - 1 - step, column = column0 + part / 2 * OUT_COLUMNS;
+                if (part < 2 * S::CHUNKS && !idle)
+                    tma_prefetch(&map_c, column, row0 + part % 2 * 64);
             }
         }
         __syncwarp();
-        cluster_sync();
+    } else {
+        registers_up<232>();
+        const int thread = threadIdx.x % WARPGROUP;
+        // All blocks that write into this one's stages are told of every stage that is free again:
+        // the barrier of stage 0 that this thread arrives at, or 0.
+        uint32_t release = 0;
+        if (thread < S::BLOCKS && (thread / S::WIDE == high || thread % S::WIDE == wide))
+            release = peer_address(empty, thread);
+        if (idle) {
+            for (int step = 0; step < problem.steps; ++step) {
+                mbarrier_wait(full + 8 * ring.stage, ring.phase);
+                if (release) mbarrier_arrive(release + 8 * ring.stage);
+                ring.next();
+            }
+        } else {
+            float d[S::COLUMNS / 2];  // 64 rows of the tile
+            int previous = 0;
+            for (int step = 0; step < problem.steps; ++step) {
+                mbarrier_wait(full + 8 * ring.stage, ring.phase);
+                const uint32_t stage = smem + ring.stage * S::STAGE_BYTES;
+                const uint64_t a = wgmma_descriptor(stage + group * BOX_BYTES, BOX_BYTES);
+                const uint64_t b = wgmma_descriptor<S::B_BOX>(stage + PANEL_BYTES, S::B_BOX_BYTES);
+                wgmma_begin();
+#pragma unroll
+                for (int k = 0; k < TILE_K / 16; ++k)
+                    wgmma_m64k16<T>(d, a + k * K_STEP, b + k * S::B_K_STEP, step > 0 || k > 0);
+                wgmma_commit();
+                wgmma_wait<1>();
+                if (step > 0 && release) mbarrier_arrive(release + 8 * previous);
+                previous = ring.stage;
+                ring.next();
+            }
+            wgmma_wait<0>();
+            wgmma_pin(d);
+            named_sync(1, CONSUMERS * WARPGROUP);  // both warpgroups are done with the stages
+
+            // Even chunks below the diagonal by the copy engine, the rest from registers meanwhile.
+            const int row = row0 + group * 64;
+            const uint32_t out = smem + group * ((S::CHUNKS + 1) / 2) * OUT_BYTES;
+#pragma unroll
+            for (int chunk = 0; chunk < S::CHUNKS; chunk += 2)
+                if (column0 + (chunk + 1) * OUT_COLUMNS - 1 <= row)
+                    stage_chunk(problem.alpha, d + chunk * CHUNK, out + chunk / 2 * OUT_BYTES);
+            fence_async_shared();
+            named_sync(2 + group, WARPGROUP);
+            if (thread == 0 && row < problem.n)
+                for (int chunk = 0; chunk < S::CHUNKS; chunk += 2)
+                    if (column0 + (chunk + 1) * OUT_COLUMNS - 1 <= row)
+                        tma_add(&map_c, column0 + chunk * OUT_COLUMNS, row,
+                                out + chunk / 2 * OUT_BYTES);
+#pragma unroll
+            for (int chunk = 0; chunk < S::CHUNKS; ++chunk) {
+                const int column = column0 + chunk * OUT_COLUMNS;
+                const bool below = column + OUT_COLUMNS - 1 <= row;
+                if ((below && chunk % 2 == 0) || column > row + 63) continue;
+                add_registers(problem, d + chunk * CHUNK, row, column, below);
+            }
+            if (thread == 0) tma_wait_read<0>();
+        }
+        __syncwarp();
+    }
+    cluster_sync_relaxed();  // no block ends while another still writes its shared memory
+}
+
+}  // namespace grid
+
+// --- share ----------------------------------------------------------------------------------------
+
+namespace share {
+
+// The blocks with the same tile send each other their shares of their sums: what a block then adds up
+// lies in its own shared memory. Each half of a tile, a warpgroup's, goes its own way, and of it the
+// rows of a warp in PARTS pieces: as soon as they have been written, since sending takes longest.
+constexpr int MAX_SIZE = 8;  // blocks of a cluster
+constexpr int STAGES = 5, STAGE_BYTES = 2 * PANEL_BYTES;
+constexpr int UNITS = 64 * TILE / 4;  // of four floats, of half a tile
+constexpr int HALF_BYTES = UNITS * 16;
+constexpr int RECEIVED_OFFSET = STAGES * STAGE_BYTES;
+constexpr int RECEIVED_BYTES = HALF_BYTES / MAX_SIZE * (MAX_SIZE - 1);  // shares of a half
+constexpr int SMEM_BYTES = RECEIVED_OFFSET + CONSUMERS * RECEIVED_BYTES + 1024;  // and alignment
+static_assert(SMEM_BYTES <= 232448 && HALF_BYTES <= STAGE_BYTES);
+constexpr int BATCH = UNITS / 2 / WARPGROUP;  // units of a thread, at most
+
+// What each of the blocks of a tile takes, the last what is left: tokens, in steps, and then units of
+// each half. From the host, as divisions take long.
+struct Share {
+    int steps, units;
+
+    __device__ int first_unit(int rank) const { return min(rank * units, UNITS); }
+    // Where the others' units for a block lie in it, by sender.
+    __device__ uint32_t slot(uint32_t received, int sender, int receiver) const {
+        return received + (sender - (sender > receiver)) * units * 16;
+    }
+};
+
+template <typename T, int PARTS>
+__global__ void __launch_bounds__(THREADS, 1)
+    syrk_kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_c,
+                const Problem problem, const Share share) {
+    extern __shared__ uint8_t shared[];
+    __shared__ uint64_t barriers[2 * STAGES + CONSUMERS];
+    const uint32_t smem = (smem_address(shared) + 1023) & ~1023u;
+    const uint32_t full = smem_address(barriers), empty = full + 8 * STAGES;
+    const uint32_t all_received = empty + 8 * STAGES;
+    const int rank = cluster_rank(), size = cluster_size(), tile = cluster_index();
+    const int tile_row = triangular_row(tile);
+    const int row0 = tile_row * TILE, column0 = (tile - tile_row * (tile_row + 1) / 2) * TILE;
+    const bool diagonal = row0 == column0;  // B is A
+    const int first = share.first_unit(rank), last = share.first_unit(rank + 1);
+    const int begin = min(rank * share.steps, problem.steps);
+    const int end = min(begin + share.steps, problem.steps);
+    Ring<STAGES> ring;
+    const auto fetch = [&](int step) {
+        const uint32_t barrier = full + 8 * ring.stage, stage = smem + ring.stage * STAGE_BYTES;
+        mbarrier_expect(barrier, diagonal ? PANEL_BYTES : STAGE_BYTES);
+        load_panel(stage, &map_x, column0, step, barrier);
+        if (!diagonal) load_panel(stage + PANEL_BYTES, &map_x, row0, step, barrier);
+        ring.next();
+    };
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) mbarrier_init(full + 8 * stage, 1);
+        mbarrier_init_done();
+        // The first data take long to come: asked for before anything else. Loops are not unrolled
+        // here, as the first use of an instruction costs more than a round of its loop.
+#pragma unroll 1
+        for (int step = begin; step < min(begin + STAGES, end); ++step) fetch(step);
+    } else if (threadIdx.x == 32) {
+        prefetch_map(&map_x);
+        for (int stage = 0; stage < STAGES; ++stage) mbarrier_init(empty + 8 * stage, CONSUMERS);
+        for (int group = 0; group < CONSUMERS; ++group) mbarrier_init(all_received + 8 * group, 1);
+        mbarrier_init_done();
+        for (int group = 0; group < CONSUMERS; ++group)
+            mbarrier_expect(all_received + 8 * group, (size - 1) * (last - first) * 16);
+        prefetch_map(&map_c);
+    }
+    __syncthreads();
+    cluster_arrive_relaxed();  // the others may send as soon as all have come here
+
+    const int group = static_cast<int>(threadIdx.x / WARPGROUP) - 1;  // -1: the producer
+    if (group < 0) {
+        registers_down<40>();
+        if (threadIdx.x == 0) {
+#pragma unroll 1
+            for (int step = begin + STAGES; step < end; ++step) {
+                mbarrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
+                fetch(step);
+                // C's tile into L2 once the first stages have come, 64 × 32 at a time.
+                const int part = (step - begin - STAGES) * size + rank;
+                if (part < 2 * TILE / OUT_COLUMNS)
+                    tma_prefetch(&map_c, column0 + part / 2 * OUT_COLUMNS, row0 + part % 2 * 64);
+            }
+        }
+        __syncwarp();
+        cluster_wait();
+        cluster_arrive_relaxed();
     } else {
         registers_up<232>();
         const int thread = threadIdx.x % WARPGROUP, lane = threadIdx.x % 32;
+        // What this thread will add to, found out while there is time. Units lie in shared memory by
+        // rows of 32, swizzled so that the rows of d fall on other banks.
+        long long at[BATCH];  // in C
+        int before[BATCH];    // columns from the unit's first to the diagonal; < 0: nothing there
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const int unit = first + thread + i * WARPGROUP, row = unit / 32;
+            const int r = row0 + group * 64 + row, c = column0 + (unit % 32 ^ row % 8 * 2) * 4;
+            at[i] = r * problem.stride_c + c;
+            before[i] = unit < last && r < problem.n ? r - c : -1;
+            asm volatile("" : "+l"(at[i]), "+r"(before[i]));  // not put off
+        }
+        // What this thread sends: units of block `lane`, to there.
+        const bool sends = lane < size && lane != rank;
+        const int peer = sends ? lane : rank;
+        const int from = share.first_unit(peer), to = sends ? share.first_unit(peer + 1) : from;
+        const uint32_t received = smem + RECEIVED_OFFSET + group * RECEIVED_BYTES;
+        const uint32_t target = peer_address(share.slot(received, rank, peer), peer);
+        const uint32_t target_received = peer_address(all_received + 8 * group, peer);
+        cluster_wait();    // the others have come long before the first data
         float d[64] = {};  // 64 rows of the tile
         int previous = -1;
+#pragma unroll 1
         for (int step = begin; step < end; ++step) {
             mbarrier_wait(full + 8 * ring.stage, ring.phase);
             const uint32_t stage = smem + ring.stage * STAGE_BYTES;
-            const uint64_t a = wgmma_descriptor(stage + group * BOX_BYTES, BOX_BYTES);
-            const uint64_t b =
-                wgmma_descriptor(diagonal ? stage : stage + PANEL_BYTES, BOX_BYTES);
+            const uint64_t a = wgmma_descriptor(
+                (diagonal ? stage : stage + PANEL_BYTES) + group * BOX_BYTES, BOX_BYTES);
+            const uint64_t b = wgmma_descriptor(stage, BOX_BYTES);
             wgmma_begin();
 #pragma unroll
             for (int k = 0; k < TILE_K / 16; ++k)
@@ -565,102 +685,160 @@ __global__ void __launch_bounds__(THREADS, 1)
             previous = ring.stage;
             ring.next();
         }
+        float4 old[BATCH] = {};
+        const auto load_old = [&] {
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const float* elements = problem.c + at[i];
+                if (before[i] >= 3) {
+                    old[i] = *reinterpret_cast<const float4*>(elements);
+                } else {
+                    if (before[i] >= 0) old[i].x = elements[0];
+                    if (before[i] >= 1) old[i].y = elements[1];
+                    if (before[i] >= 2) old[i].z = elements[2];
+                }
+            }
+        };
+        if (PARTS == 1) load_old();
+        // The sums take the places of the stages that would be next, once both warpgroups have done
+        // with those: they need not wait for each other's last products.
+        if (group > 0) ring.next();
+        mbarrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
+        const uint32_t sums = smem + ring.stage * STAGE_BYTES;
         wgmma_wait<0>();
         wgmma_pin(d);
-        named_sync(1, CONSUMERS * WARPGROUP);  // both warpgroups are done with the stages
-        const int row = group * 64 + thread / 32 * 16 + lane / 4;
 #pragma unroll
-        for (int i = 0; i < 64; i += 2)
-            store_shared(sum_address(smem, row + i / 2 % 2 * 8, i / 4 * 8 + lane % 4 * 2), d[i],
-                         d[i + 1]);
-        cluster_sync();
+        for (int half = 0; half < 2; ++half) {  // of a warp's 16 rows
+            const int row = thread / 32 * 16 + half * 8;
+#pragma unroll
+            for (int i = 0; i < TILE / 8; ++i) {
+                const int unit = (i * 2 + lane % 4 / 2) ^ lane / 4 * 2;
+                store_shared(sums + (row + lane / 4) * (TILE * 4) + unit * 16 + lane % 2 * 8,
+                             d[4 * i + 2 * half], d[4 * i + 2 * half + 1]);
+            }
+            if (PARTS == 1 && half == 0) continue;
+            fence_async_shared();
+            __syncwarp();
+            const int piece = max(from, (PARTS == 1 ? row - 8 : row) * (TILE / 4));
+            const int piece_end = min(to, (row + 8) * (TILE / 4));
+            if (piece < piece_end)
+                bulk_push(target + (piece - from) * 16, sums + piece * 16, (piece_end - piece) * 16,
+                          target_received);
+            __syncwarp();
+        }
+        // Not sooner: the fences above would wait for it.
+        if (PARTS == 2) load_old();
+        named_sync(1 + group, WARPGROUP);
 
-        // The blocks' sums: each adds its share of the tile to C, in the order of the blocks.
-        const int last = UNITS * (rank + 1) / size;
-        for (int start = UNITS * rank / size + threadIdx.x - WARPGROUP; start < last;
-             start += BATCH * CONSUMERS * WARPGROUP) {
-            int r[BATCH], c[BATCH];
-            float4* target[BATCH];
-            float4 old[BATCH];
-            float sum[BATCH][4] = {};
+        // The block's own sums, the others' in the order of the blocks, and then to C.
+        float sum[BATCH][4] = {};
 #pragma unroll
-            for (int i = 0; i < BATCH; ++i) {
-                const int unit = start + i * (CONSUMERS * WARPGROUP);
-                r[i] = row0 + unit / (TILE / 4);
-                c[i] = unit < last && r[i] < problem.n ? column0 + unit % (TILE / 4) * 4 : r[i] + 1;
-                target[i] = reinterpret_cast<float4*>(problem.c + r[i] * problem.stride_c + c[i]);
-                if (c[i] + 3 <= r[i]) old[i] = *target[i];
-            }
-            for (int peer = 0; peer < size; ++peer) {
-                const uint32_t sums = peer_address(smem, peer);
-                float v[BATCH][4] = {};
+        for (int i = 0; i < BATCH; ++i)
+            if (before[i] >= 0) load_shared(sums + (first + thread + i * WARPGROUP) * 16, sum[i]);
+        mbarrier_wait(all_received + 8 * group, 0);
+        __syncwarp();
+        cluster_arrive_relaxed();  // what the others sent has left them
+#pragma unroll 1
+        for (int sender = 0; sender < size - 1; ++sender) {
+            const uint32_t source = received + sender * share.units * 16;
+            float v[BATCH][4] = {};
 #pragma unroll
-                for (int i = 0; i < BATCH; ++i)
-                    if (c[i] <= r[i]) load_cluster(sum_address(sums, r[i] - row0, c[i] - column0), v[i]);
+            for (int i = 0; i < BATCH; ++i)
+                if (before[i] >= 0) load_shared(source + (thread + i * WARPGROUP) * 16, v[i]);
 #pragma unroll
-                for (int i = 0; i < BATCH; ++i)
+            for (int i = 0; i < BATCH; ++i)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) sum[i][e] += v[i][e];
-            }
+                for (int e = 0; e < 4; ++e) sum[i][e] += v[i][e];
+        }
 #pragma unroll
-            for (int i = 0; i < BATCH; ++i) {
-                const float* v = sum[i];
-                if (c[i] + 3 <= r[i]) {
-                    *target[i] = make_float4(
-                        old[i].x + problem.alpha * v[0], old[i].y + problem.alpha * v[1],
-                        old[i].z + problem.alpha * v[2], old[i].w + problem.alpha * v[3]);
-                } else {
-                    float* elements = reinterpret_cast<float*>(target[i]);
-#pragma unroll
-                    for (int e = 0; e < 3; ++e)
-                        if (c[i] + e <= r[i]) elements[e] += problem.alpha * v[e];
-                }
+        for (int i = 0; i < BATCH; ++i) {
+            const float* v = sum[i];
+            const float4 value = {old[i].x + problem.alpha * v[0], old[i].y + problem.alpha * v[1],
+                                  old[i].z + problem.alpha * v[2], old[i].w + problem.alpha * v[3]};
+            float* elements = problem.c + at[i];
+            if (before[i] >= 3) {
+                *reinterpret_cast<float4*>(elements) = value;
+            } else {
+                if (before[i] >= 0) elements[0] = value.x;
+                if (before[i] >= 1) elements[1] = value.y;
+                if (before[i] >= 2) elements[2] = value.z;
             }
         }
     }
-    cluster_sync_relaxed();  // no block ends while another still reads its shared memory
+    __syncwarp();
+    cluster_wait();  // no block ends while what it sent is on its way
 }
 
-}  // namespace split
-
-// --- host -----------------------------------------------------------------------------------------
-
-int64_t split_tiles(int64_t n) {
-    const int64_t blocks = (n + TILE - 1) / TILE;
+int tiles(int64_t n) {
+    const int blocks = static_cast<int>((n + TILE - 1) / TILE);
     return blocks * (blocks + 1) / 2;
 }
 
-template <typename T>
-cudaError_t split_config(int clusters, int blocks, cudaStream_t stream, cudaLaunchConfig_t& config,
-                         cudaLaunchAttribute& cluster) {
+}  // namespace share
+
+// --- host -----------------------------------------------------------------------------------------
+
+template <typename Kernel>
+cudaError_t cluster_config(Kernel kernel, int clusters, int blocks, int smem, cudaStream_t stream,
+                           cudaLaunchConfig_t& config, cudaLaunchAttribute& cluster) {
     config = {};
     config.gridDim = clusters * blocks;
     config.blockDim = THREADS;
-    config.dynamicSmemBytes = split::SMEM_BYTES;
+    config.dynamicSmemBytes = smem;
     config.stream = stream;
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = blocks;
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
     config.attrs = &cluster;
     config.numAttrs = 1;
-    return cudaFuncSetAttribute(split::syrk_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                split::SMEM_BYTES);
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
 }
 
-template <typename T, int COLUMNS>
-int launch_single(const FiletSyrk& args, CUtensorMapDataType type, const CUtensorMap& map_a,
-                  const CUtensorMap& map_c, const Problem& problem) {
-    using S = single::Shape<COLUMNS>;
-    const auto kernel = single::syrk_kernel<T, COLUMNS>;
+template <typename T, int PARTS>
+int launch_share(const FiletSyrk& args, const CUtensorMap& map_x, const CUtensorMap& map_c,
+                 const Problem& problem) {
+    const auto kernel = share::syrk_kernel<T, PARTS>;
+    cudaLaunchConfig_t config;
+    cudaLaunchAttribute cluster;
+    const int size = args.plan % 100 - 10;
+    const int status = cluster_config(kernel, share::tiles(args.n), size, share::SMEM_BYTES,
+                                      static_cast<cudaStream_t>(args.stream), config, cluster);
+    if (status) return status;
+    const share::Share share = {(problem.steps + size - 1) / size, (share::UNITS + size - 1) / size};
+    return cudaLaunchKernelEx(&config, kernel, map_x, map_c, problem, share);
+}
+
+template <typename T, typename S>
+int launch_grid(const FiletSyrk& args, CUtensorMapDataType type, const CUtensorMap& map_a,
+                const CUtensorMap& map_c, const Problem& problem) {
+    const auto kernel = grid::syrk_kernel<T, S>;
     CUtensorMap map_b;
     int status = encode_matrix(&map_b, type, 2, args.x, args.tokens, args.n, args.stride_x, S::B_BOX,
                                TILE_K);
     if (status) return status;
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SMEM_BYTES);
+    cudaLaunchConfig_t config;
+    cudaLaunchAttribute cluster;
+    status = cluster_config(kernel, S::clusters(args.n), S::BLOCKS, S::SMEM_BYTES,
+                            static_cast<cudaStream_t>(args.stream), config, cluster);
     if (status) return status;
-    kernel<<<S::tiles(problem.n), THREADS, S::SMEM_BYTES, static_cast<cudaStream_t>(args.stream)>>>(
-        map_a, map_b, map_c, problem);
-    return cudaGetLastError();
+    return cudaLaunchKernelEx(&config, kernel, map_a, map_b, map_c, problem);
+}
+
+// Whether so many clusters of these blocks run at once.
+template <typename Kernel>
+bool fits(Kernel kernel, int clusters, int blocks, int smem) {
+    cudaLaunchConfig_t config;
+    cudaLaunchAttribute cluster;
+    int active = 0;
+    return cluster_config(kernel, 1, blocks, smem, nullptr, config, cluster) == cudaSuccess &&
+           cudaOccupancyMaxActiveClusters(&active, kernel, &config) == cudaSuccess &&
+           active >= clusters;
+}
+
+template <int COLUMNS, int WIDE>
+bool grid_fits(int64_t n) {
+    using S = grid::Shape<COLUMNS, WIDE>;
+    return fits(grid::syrk_kernel<__nv_bfloat16, S>, S::clusters(n), S::BLOCKS, S::SMEM_BYTES);
 }
 
 template <typename T>
@@ -676,25 +854,26 @@ int launch(const FiletSyrk& args, CUtensorMapDataType type) {
                              args.alpha,
                              args.flags};
     const auto stream = static_cast<cudaStream_t>(args.stream);
-    if (args.plan > 1 && args.plan <= split::MAX_BLOCKS) {
-        cudaLaunchConfig_t config;
-        cudaLaunchAttribute cluster;
-        status = split_config<T>(static_cast<int>(split_tiles(args.n)), args.plan, stream, config,
-                                 cluster);
-        if (status) return status;
-        return cudaLaunchKernelEx(&config, split::syrk_kernel<T>, map_x, problem);
-    }
     status = encode_matrix(&map_c, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, args.c, args.n, args.n,
                            args.stride_c, OUT_COLUMNS, 64);
     if (status) return status;
-    if (args.plan == 128) return launch_single<T, 128>(args, type, map_x, map_c, problem);
-    if (args.plan == 160) return launch_single<T, 160>(args, type, map_x, map_c, problem);
-    if (args.plan == 192) return launch_single<T, 192>(args, type, map_x, map_c, problem);
+    if (args.plan > 11 && args.plan <= 10 + share::MAX_SIZE)
+        return launch_share<T, 2>(args, map_x, map_c, problem);
+    // To be timed against the above, then one of the two goes.
+    if (args.plan > 111 && args.plan <= 110 + share::MAX_SIZE)
+        return launch_share<T, 1>(args, map_x, map_c, problem);
+    if (args.plan == 4128)
+        return launch_grid<T, grid::Shape<128, 2>>(args, type, map_x, map_c, problem);
+    if (args.plan == 2160)
+        return launch_grid<T, grid::Shape<160, 1>>(args, type, map_x, map_c, problem);
+    if (args.plan == 2192)
+        return launch_grid<T, grid::Shape<192, 1>>(args, type, map_x, map_c, problem);
+    if (args.plan) return cudaErrorInvalidValue;
     status = cudaFuncSetAttribute(pairs::syrk_kernel<T>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, pairs::SMEM_BYTES);
     if (status) return status;
-    pairs::syrk_kernel<T><<<multiprocessors() / 2 * 2, THREADS, pairs::SMEM_BYTES, stream>>>(map_x, map_c,
-                                                                                   problem);
+    pairs::syrk_kernel<T><<<multiprocessors() / 2 * 2, THREADS, pairs::SMEM_BYTES, stream>>>(
+        map_x, map_c, problem);
     return cudaGetLastError();
 }
 
@@ -705,21 +884,13 @@ extern "C" int64_t filet_syrk_sm90_flags(void) {
 }
 
 extern "C" int32_t filet_syrk_sm90_plan(int64_t n) {
-    for (int blocks = split::MAX_BLOCKS; blocks > 1; --blocks) {
-        cudaLaunchConfig_t config;
-        cudaLaunchAttribute cluster;
-        int active = 0;
-        if (split_config<__nv_bfloat16>(1, blocks, nullptr, config, cluster) != cudaSuccess ||
-            cudaOccupancyMaxActiveClusters(&active, split::syrk_kernel<__nv_bfloat16>, &config) !=
-                cudaSuccess)
-            return 0;
-        if (active >= split_tiles(n)) return blocks;
-    }
-    const int blocks = multiprocessors();
-    if (n > 128 * blocks) return 0;
-    if (single::Shape<128>::tiles(n) <= blocks) return 128;
-    if (single::Shape<160>::tiles(n) <= blocks) return 160;
-    if (single::Shape<192>::tiles(n) <= blocks) return 192;
+    if (n > 4096) return 0;
+    for (int size = share::MAX_SIZE; size > 1; --size)
+        if (fits(share::syrk_kernel<__nv_bfloat16, 2>, share::tiles(n), size, share::SMEM_BYTES))
+            return 10 + size;
+    if (grid_fits<128, 2>(n)) return 4128;
+    if (grid_fits<160, 1>(n)) return 2160;
+    if (grid_fits<192, 1>(n)) return 2192;
     return 0;
 }
 

@@ -408,12 +408,12 @@ def test_large(T, n, kernel):
 @pytest.mark.parametrize("n", [128, 136, 320, 512, 576, 1000, 1024, 1160, 1408, 1536, 2048, 2816])
 @pytest.mark.parametrize("T", [1, 63, 64, 129, 3000])
 def test_every_plan(T, n):
-    """The CUDA kernels by hand: pairs, clusters and single tiles, also where not chosen."""
+    """The CUDA kernels by hand: pairs, shares and grids, also where not chosen."""
     if why_no_extension():
         pytest.skip(why_no_extension())
     X = make(T, n, torch.bfloat16, "cuda")
     turns = _turns(X.device)
-    for plan in (0, 2, 3, 5, 8, 128, 192):
+    for plan in (0, 12, 13, 15, 18, 2160, 2192, 4128):
         C = poisoned(n, "cuda", value=1.0)
         cuda_extension().syrk_sm90(
             c=C.data_ptr(), stride_c=n, x=X.data_ptr(), stride_x=n, n=n, tokens=T, alpha=0.5,

@@ -38,22 +38,32 @@ __device__ __forceinline__ uint32_t cluster_rank() {
     return rank;
 }
 
+// The number of the cluster in a one-dimensional grid.
+__device__ __forceinline__ uint32_t cluster_index() {
+    uint32_t index;
+    asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+    return index;
+}
+
 __device__ __forceinline__ uint32_t cluster_size() {
     uint32_t size;
     asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
     return size;
 }
 
-// All threads of all blocks of the cluster; orders their shared-memory accesses.
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+// All threads of all blocks of the cluster, without ordering any ordinary access: barriers
+// initialised, nobody ends early. Between the halves a thread may do anything but arrive again.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
-// The same without ordering any ordinary access: barriers initialised, nobody ends early.
-__device__ __forceinline__ void cluster_sync_relaxed() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+__device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_sync_relaxed() {
+    cluster_arrive_relaxed();
+    cluster_wait();
 }
 
 // The threads of some warps of the block, under a barrier number of their own.
@@ -104,9 +114,8 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
     return word;
 }
 
-// Four floats of a block of the cluster (see peer_address).
-__device__ __forceinline__ void load_cluster(uint32_t address, float (&v)[4]) {
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+__device__ __forceinline__ void load_shared(uint32_t address, float (&v)[4]) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
                  : "r"(address)
                  : "memory");
@@ -153,6 +162,17 @@ __device__ __forceinline__ void bulk_load_multicast(uint32_t target, const void*
         : "memory");
 }
 
+// `bytes` of this block's shared memory into that of another block of the cluster, completing on a
+// barrier there (see peer_address for both); all aligned to 16 bytes.
+__device__ __forceinline__ void bulk_push(uint32_t target, uint32_t source, uint32_t bytes,
+                                          uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
+        " [%0], [%1], %2, [%3];" ::"r"(target),
+        "r"(source), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
 // Brings one box into the L2 cache.
 __device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, int x, int y) {
     asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map),
@@ -187,7 +207,13 @@ __device__ __forceinline__ void add_global(float* target, float x, float y) {
                  : "memory");
 }
 
-// Ordinary accesses before it and copies of the bulk engine (or wgmma) after it, and vice versa.
+// Ordinary accesses of shared memory before it and copies of the bulk engine (or wgmma) after it.
+__device__ __forceinline__ void fence_async_shared() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// The same of any memory, and vice versa. It compiles to a fence of the whole GPU, which waits for
+// all that the thread has under way.
 __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async;" ::: "memory");
 }

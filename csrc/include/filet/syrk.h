@@ -17,8 +17,10 @@ typedef struct {
     int64_t n, tokens;
     float alpha;
     FiletDtype dtype;     // of X: FILET_BF16 or FILET_FP16
-    int32_t plan;         // 2-8: so many blocks of a cluster share a tile's tokens; 128, 192: each
-                          // block computes one tile of so many columns; 0: stream-K pairs
+    int32_t plan;         // 12-18: so many blocks less 10 share a tile's tokens; 4128, 2160,
+                          // 2192: each block computes one tile of so many columns, so many
+                          // thousand blocks to a cluster, that share what they load; 0: stream-K
+                          // pairs; others are refused
     int32_t* flags;       // filet_syrk_sm90_flags() zeros, zero again when the kernel ends; null:
                           // pairs add to a tile that they share in any order
     void* stream;         // cudaStream_t
@@ -28,7 +30,7 @@ typedef struct {
 int64_t filet_syrk_sm90_flags(void);
 
 // The plan that suits an n-wide C on the current device: as many blocks to a tile as still run at
-// once; one where they just about do; pairs for larger C.
+// once, down to two; then one, of the narrowest tiles that do; pairs for larger C.
 int32_t filet_syrk_sm90_plan(int64_t n);
 
 // Enqueues the kernel on `stream` of the current device; returns a status (filet_status_text).
