@@ -13,13 +13,13 @@ import argparse
 import contextlib
 import importlib.util
 import os
-import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from filet.files import inside, staged
 
 __all__ = ["main"]
 
@@ -380,7 +380,7 @@ def _init(args: argparse.Namespace) -> None:
     _check_folder_output(args.output, args.overwrite, inputs)
     if args.save_statistics is not None:
         _check_file_output(args.save_statistics, args.overwrite, inputs, option="--save-statistics")
-        if _inside(args.save_statistics, args.output):
+        if inside(args.save_statistics, args.output):
             raise ValueError("--save-statistics must not lie in the folder that --output creates")
     draw = importlib.util.find_spec("matplotlib") is not None
     if not draw:
@@ -401,20 +401,20 @@ def _init(args: argparse.Namespace) -> None:
             peft_model, loader, config=config, show_progress_bar=progress
         )
         # Before they are applied: an error in that does not cost the pass.
-        with _staged(args.save_statistics) as staged:
-            statistics.save(staged)
+        with staged(args.save_statistics) as place:
+            statistics.save(place)
         report = filet.apply_statistics(peft_model, statistics, config=config)
     else:
         # Refuses before the pass what it cannot apply after it: a rank too high, say.
         report = filet.initialize_lora_filet_weights(
             peft_model, loader, config=config, show_progress_bar=progress
         )
-    with _staged(args.output) as staged:
-        staged.mkdir()
-        filet.save_as_lora(peft_model, staged)
-        report.save(staged)
+    with staged(args.output) as place:
+        place.mkdir()
+        filet.save_as_lora(peft_model, place)
+        report.save(place)
         if draw and report.modules:
-            report.plot(staged / PLOT_FILE)
+            report.plot(place / PLOT_FILE)
     _print(report.table())
     _print(f"{'written':<14}{args.output}")
 
@@ -442,8 +442,8 @@ def _stats(args: argparse.Namespace) -> None:
         statistics = filet.collect_statistics(
             peft_model, loader, config=_config(args), show_progress_bar=not args.no_progress
         )
-    with _staged(args.output) as staged:
-        statistics.save(staged)
+    with staged(args.output) as place:
+        statistics.save(place)
     _print(f"{'written':<14}{args.output}")
 
 
@@ -585,10 +585,6 @@ def _transformers(args: argparse.Namespace) -> Any:
 # -- output ----------------------------------------------------------------------------------------
 
 
-def _inside(path: str | os.PathLike[str], folder: Path) -> bool:
-    return Path(path).resolve().is_relative_to(folder.resolve())
-
-
 def _check_folder_output(output: Path, overwrite: bool, inputs: Sequence[Path | None]) -> None:
     """Refuse, before any work, an output folder that would destroy something."""
     if output.exists() and not output.is_dir():
@@ -600,7 +596,7 @@ def _check_folder_output(output: Path, overwrite: bool, inputs: Sequence[Path | 
     if not (output / "adapter_config.json").is_file():
         raise ValueError(f"--output: {output} holds no adapter; --overwrite replaces only adapters")
     for path in inputs:
-        if path is not None and _inside(path, output):
+        if path is not None and inside(path, output):
             raise ValueError(f"--output: {output} holds {path}, which is read")
 
 
@@ -616,40 +612,6 @@ def _check_file_output(
         raise ValueError(f"{option}: {output} exists; --overwrite replaces it")
     if any(path is not None and output.resolve() == path.resolve() for path in inputs):
         raise ValueError(f"{option}: {output} is also read")
-
-
-@contextlib.contextmanager
-def _staged(output: Path) -> Iterator[Path]:
-    """A path to write a file or a folder to, which takes the place of ``output`` at the end.
-
-    It lies in a temporary folder beside ``output``, on the same disk. When the block raises, the
-    temporary folder is removed and whatever ``output`` was before is untouched; otherwise the old
-    one is put aside, the new one renamed into place, and the old one removed.
-    """
-    output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        staged = workspace / output.name
-        try:
-            yield staged
-        except OSError as error:
-            if error.strerror and (error.filename is None or _inside(error.filename, workspace)):
-                # A full disk, say: name the destination, not the temporary folder.
-                raise OSError(error.errno, error.strerror, str(output)) from error
-            raise
-        if output.is_dir():
-            aside = workspace / f"{output.name}.old"
-            os.rename(output, aside)
-            try:
-                os.rename(staged, output)
-            except BaseException:
-                os.rename(aside, output)
-                raise
-        else:
-            os.replace(staged, output)
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
 
 
 # -- messages --------------------------------------------------------------------------------------

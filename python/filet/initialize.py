@@ -26,7 +26,13 @@ from filet.targets import Target, check_peft_model, check_targets, find_targets
 from filet.walk import ForwardFn, some
 from filet_kernels import Moments, SecondMoment, fisher_energies, lora_factors, select
 
-__all__ = ["apply_statistics", "initialize_lora_filet_weights"]
+__all__ = [
+    "apply_statistics",
+    "initialize_lora_filet_weights",
+    "materialise_rest",
+    "nothing_seen",
+    "warn_of",
+]
 
 
 def initialize_lora_filet_weights(
@@ -153,7 +159,7 @@ def _apply(
     start = time.perf_counter()
     for name, target in targets.items():
         moments = statistics.moments[name]
-        empty = _nothing_seen(moments)
+        empty = nothing_seen(moments)
         if empty is not None:
             left_default[name] = empty
             continue
@@ -186,10 +192,10 @@ def _apply(
         )
     selected = time.perf_counter()
     errors = commit(peft_model, adapter_name, targets, layers, config.base, original)
-    _materialise_rest(peft_model, adapter_name, config.seed)
+    materialise_rest(peft_model, adapter_name, config.seed)
     written = time.perf_counter()
     devices = {t.weight.device for t in targets.values() if t.weight.device.type == "cuda"}
-    _warn(left_default, layers)
+    warn_of(left_default, layers)
     return FiletReport(
         modules={
             name: dataclasses.replace(report, residual_error=errors[name])
@@ -209,7 +215,7 @@ def _apply(
     )
 
 
-def _nothing_seen(moments: Moments) -> str | None:
+def nothing_seen(moments: Moments) -> str | None:
     if not int(moments.input.count):
         return "it saw no token"
     if not int(moments.output.count):
@@ -229,7 +235,7 @@ def _moved(moments: Moments, device: torch.device) -> Moments:
     return Moments(moved(moments.input), moved(moments.output), moments.shape, loss_terms)
 
 
-def _materialise_rest(peft_model: PeftModel, adapter_name: str, seed: int) -> None:
+def materialise_rest(peft_model: PeftModel, adapter_name: str, seed: int) -> None:
     """Give PEFT's default initialisation to adapter weights that are still on the meta device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -237,6 +243,8 @@ def _materialise_rest(peft_model: PeftModel, adapter_name: str, seed: int) -> No
             if not isinstance(layer, LoraLayer):
                 continue
             device = layer.get_base_layer().weight.device
+            if device.type == "meta":  # of a model that is never whole
+                device = torch.device("cpu")
             waiting = False
             for factors in (layer.lora_A, layer.lora_B):
                 if adapter_name in factors and factors[adapter_name].weight.device.type == "meta":
@@ -253,7 +261,7 @@ def _materialise_rest(peft_model: PeftModel, adapter_name: str, seed: int) -> No
                 layer.reset_lora_parameters(adapter_name, True)
 
 
-def _warn(left_default: dict[str, str], layers: dict[str, Layer]) -> None:
+def warn_of(left_default: dict[str, str], layers: dict[str, Layer]) -> None:
     if left_default:
         shown = [f"{name} ({reason})" for name, reason in left_default.items()]
         warnings.warn(

@@ -28,7 +28,17 @@ from filet.loss import SummedLoss
 from filet.targets import Target
 from filet_kernels import Moments, SecondMoment
 
-__all__ = ["ForwardFn", "collect_moments", "empty_moments", "preserved", "some"]
+__all__ = [
+    "ForwardFn",
+    "MomentHooks",
+    "batch_size",
+    "collect_moments",
+    "empty_moments",
+    "first_samples",
+    "preserved",
+    "some",
+    "token_masks",
+]
 
 ForwardFn = Callable[[Any, Any], Any]
 
@@ -107,10 +117,18 @@ class MomentHooks:
 
     def finish_batch(self, index: int) -> None:
         """Raise for what this batch showed to be wrong. One device synchronisation a device."""
+        self.check_sharing(index)
+        self.check_finite(f"batch {index} (counted from 0)")
+
+    def check_sharing(self, index: int) -> None:
+        """Raise where modules that shared an input did not in this batch. No synchronisation."""
         for follower, leader in self.shared_input.items():
             if self._calls.get(follower, 0) != self._calls.get(leader, 0):
                 raise _sharing_broke(follower, leader, index)
         self._seen.clear()
+
+    def check_finite(self, where_in_data: str) -> None:
+        """Raise for a NaN or infinity in any moment. One device synchronisation a device."""
         names = list(self.moments)
         # The first module of the forward, then the first of the backward, is where it began.
         checks = [(name, self.moments[name].input) for name in names]
@@ -131,7 +149,7 @@ class MomentHooks:
                 moment.space, "the gradient it received"
             )
             raise FloatingPointError(
-                f"{name}: {where} has a NaN or infinity in batch {index} (counted from 0); "
+                f"{name}: {where} has a NaN or infinity in {where_in_data}; "
                 "expected finite values (check that batch, and the model's dtype)"
             )
 
@@ -381,13 +399,13 @@ def collect_moments(
     )
     with progress, MomentHooks(targets, config) as hooks:
         for index, batch in enumerate(dataloader):
-            size = _batch_size(batch)
+            size = batch_size(batch)
             if config.samples is not None:
                 size = min(size, config.samples - counts["samples"])
-                batch = _first_samples(batch, size)
+                batch = first_samples(batch, size)
             if size == 0:
                 continue
-            masks, tokens = _token_masks(batch, size, is_encoder_decoder)
+            masks, tokens = token_masks(batch, size, is_encoder_decoder)
             batch = _to_device(summed_loss.without_padded_terms(batch), device)
             hooks.start_batch(masks)
             hooks.phase = "forward"
@@ -501,7 +519,7 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _batch_size(batch: Any) -> int:
+def batch_size(batch: Any) -> int:
     size = next((t.shape[0] for t in _tensors(batch) if t.dim() > 0), None)
     if size is None:
         raise TypeError(
@@ -520,8 +538,8 @@ def _map(batch: Any, function: Callable[[Any], Any]) -> Any:
     return function(batch)
 
 
-def _first_samples(batch: Any, size: int) -> Any:
-    full = _batch_size(batch)
+def first_samples(batch: Any, size: int) -> Any:
+    full = batch_size(batch)
     if size >= full:
         return batch
 
@@ -536,7 +554,7 @@ def _to_device(batch: Any, device: torch.device) -> Any:
     return _map(batch, lambda v: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v)
 
 
-def _token_masks(
+def token_masks(
     batch: Any, size: int, is_encoder_decoder: bool
 ) -> tuple[dict[str, Tensor | None], int]:
     """Masks (B, T) of the tokens that count, by side, and how many tokens the batch has."""

@@ -1,0 +1,1531 @@
+"""FILet initialisation of a model larger than the GPU: layers outer, batches inner.
+
+Forward sweep: block after block is loaded from the shards, every batch goes through it without a
+graph, and each block's inputs go to host memory or disk. Then the head and the loss, some rows at a
+time. Reverse sweep: a block is loaded again, recomputed with a graph for every batch, and given the
+gradient of what follows it; its moments are finished, its A and B chosen and written, and it goes.
+The recomputation sees the same weights and inputs as the forward sweep and every operation is
+deterministic, so it takes the same path: the same experts, for a router.
+
+What the reverse sweep has finished lies in a folder beside the output, with the gradient that the
+next block needs: a run that was killed goes on there (docs/blockwise.md).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from filet.adapters import AdapterState, Layer, adapter_states, assign, save_as_lora, write_residual
+from filet.config import FiletConfig
+from filet.files import replaced, staged
+from filet.initialize import materialise_rest, nothing_seen, warn_of
+from filet.loss import SummedLoss
+from filet.offload import Arena, ArenaPool, BlockInputs, Copies, Fetched, Layout
+from filet.report import FiletReport, ModuleReport
+from filet.shards import Entry, ShardedWeights, WeightSource, WeightStream, entries, size_of
+from filet.statistics import peak_memory
+from filet.targets import Target, check_targets, find_targets, fingerprint
+from filet.walk import MomentHooks, batch_size, first_samples, preserved, some, token_masks
+from filet_kernels import fisher_energies, lora_factors, select
+
+__all__ = ["Blockwise", "Engine", "Plan", "empty_model", "initialize_folder"]
+
+Engine = Literal["auto", "memory", "blockwise"]
+
+_ADAPTER = "default"
+_FORMAT = "filet-run-1"
+_BLOCK_FORMAT = "filet-block-1"
+_MANIFEST = "manifest.json"
+_IGNORED = -100
+
+# Logits that exist at a time: 2²⁷, 0.25 GiB in bfloat16 and four times that for the loss.
+_LOGITS = 2**27
+# A float16 gradient is scaled so that the largest number of a boundary is at 2⁴ (see walk.py).
+_FP16_EXPONENT = 4
+# Arenas that a sweep works with, besides those kept: what goes in and what comes out of a block,
+# and one more of each that is still on its way to or from the disk.
+_WORKING = 4
+# Batches whose work the host has handed to a GPU and not seen finished.
+_IN_FLIGHT = 2
+# After a gradient in its file: what it is multiplied by, and its largest number where that matters.
+_TRAILER = struct.Struct("<dd")
+# Of what is free on the scratch disk, this share is used.
+_DISK_SHARE = 0.9
+
+
+# The public function.
+
+
+def initialize_folder(
+    model: str | os.PathLike[str],
+    batches: Iterable[Mapping[str, Any]],
+    output: str | os.PathLike[str],
+    lora_config: LoraConfig,
+    config: FiletConfig | None = None,
+    *,
+    engine: Engine = "auto",
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    device: torch.device | str | None = None,
+    host_memory: int | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    show_progress_bar: bool = True,
+) -> FiletReport:
+    """Initialise a LoRA adapter with FILet for the model in a folder, and write it to another.
+
+    The result is what :func:`filet.initialize_lora_filet_weights` and :func:`filet.save_as_lora`
+    give; ``filet.load(base_model, output)`` trains on it. With ``engine="blockwise"`` the model is
+    never whole in memory: its blocks come from the safetensors shards one by one, twice. A run that
+    was killed goes on at its last finished block when it is called again with the same arguments:
+    it keeps its state in ``<output>.filet-run`` until the adapter is written.
+
+    Args:
+        model: local folder of a causal language model: config.json and safetensors weights.
+        batches: dicts of ``input_ids``, ``labels``, and what else the model takes
+            (``attention_mask``, ``position_ids``), each a CPU tensor of (samples, tokens). Read to
+            ``config.samples``. What goes through a block at once is one batch.
+        output: folder to create, with the adapter and ``filet_report.safetensors``.
+        lora_config: :class:`peft.LoraConfig`: rank, alpha, patterns, rslora, targets. The blockwise
+            engine takes linear layers inside the blocks only.
+        config: :class:`FiletConfig`, the paper's settings by default. The blockwise engine computes
+            the loss itself, the cross-entropy of the next token: ``loss_reduction`` has no use.
+        engine: "memory" loads the whole model onto ``device``; "blockwise" never does; "auto" takes
+            "memory" where weights and statistics fit there with room to spare (:func:`fits`).
+        dtype: of the weights in memory, "auto" for what the folder says.
+        device: where to compute; a GPU if there is one, by default.
+        host_memory: bytes of host memory for block inputs and gradients; half of what is available
+            by default. What does not fit goes to ``scratch``, or is recomputed.
+        scratch: folder on a fast disk for block inputs; 90 % of what is free there may be used.
+        trust_remote_code: run Python code that lies in the model's folder.
+        overwrite: replace an adapter that is at ``output``.
+        show_progress_bar: also says the plan beforehand: GPU and host memory, disk, time.
+
+    Returns:
+        :class:`FiletReport`, which is also in the folder. ``seconds`` are of this call (a resumed
+        one does less), ``"waiting for weights"`` and ``"waiting for disk"`` part of the others.
+
+    Deterministic: bitwise the same for the same arguments on the same machine, killed or not.
+
+    Raises:
+        ValueError: an argument that does not fit; a model that the blockwise engine does not do
+            (quantised, encoder-decoder, no safetensors, blocks that hand on more than one tensor
+            or share weights; targets outside the blocks), before any block is computed; a run
+            folder of other data or settings, naming the first difference.
+        FloatingPointError: NaN or infinity, naming the module.
+        OSError: a full disk, say. What was finished stays, and the same call goes on there.
+    """
+    config = config or FiletConfig()
+    if engine not in ("auto", "memory", "blockwise"):
+        raise ValueError(f"engine={engine!r}; expected 'auto', 'memory' or 'blockwise'")
+    if host_memory is not None and host_memory < 1:
+        raise ValueError(f"host_memory={host_memory}; expected a positive number of bytes")
+    folder, output = Path(model), Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if not overwrite:
+            raise ValueError(f"output={str(output)!r} exists; expected overwrite=True to replace")
+        if not (output / "adapter_config.json").is_file():
+            raise ValueError(
+                f"output={str(output)!r} holds no adapter; overwrite=True replaces only adapters"
+            )
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.init()
+        device = torch.device("cuda", device.index or 0)
+    if engine != "memory":
+        whole = empty_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        if engine == "auto" and fits(whole, lora_config, device):
+            engine = "memory"
+            whole = empty_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    if engine == "memory":
+        return _in_memory(
+            folder, batches, output, lora_config, config, dtype, device, trust_remote_code,
+            show_progress_bar,
+        )  # fmt: skip
+    run_folder = output.parent / f"{output.name}.filet-run"
+    with contextlib.ExitStack() as stack:
+        scratch_folder = None
+        if scratch is not None:
+            # One name for one output: what a killed run has left there is replaced.
+            name = hashlib.blake2b(str(output.resolve()).encode(), digest_size=6).hexdigest()
+            scratch_folder = Path(scratch) / f"filet-scratch-{name}"
+        run = stack.enter_context(
+            Blockwise(
+                whole,
+                ShardedWeights(folder, whole),
+                batches,
+                lora_config,
+                config,
+                device=device,
+                run_folder=run_folder,
+                host_memory=host_memory,
+                scratch=scratch_folder,
+                show_progress_bar=show_progress_bar,
+            )
+        )
+        run.sweep()
+        report = run.write(output)
+    shutil.rmtree(run_folder)
+    return report
+
+
+def _in_memory(
+    folder: Path,
+    batches: Iterable[Mapping[str, Any]],
+    output: Path,
+    lora_config: LoraConfig,
+    config: FiletConfig,
+    dtype: Any,
+    device: torch.device,
+    trust_remote_code: bool,
+    show_progress_bar: bool,
+) -> FiletReport:
+    from transformers import AutoModelForCausalLM
+
+    from filet.initialize import initialize_lora_filet_weights
+
+    base = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+    ).to(device)
+    peft_model = get_peft_model(base, lora_config)
+    report = initialize_lora_filet_weights(
+        peft_model, batches, config, show_progress_bar=show_progress_bar
+    )
+    _write_folder(peft_model, report, output)
+    return report
+
+
+def _write_folder(peft_model: PeftModel, report: FiletReport, output: Path) -> None:
+    import importlib.util
+
+    with staged(output) as place:
+        place.mkdir()
+        save_as_lora(peft_model, place)
+        report.save(place)
+        if report.modules and importlib.util.find_spec("matplotlib") is not None:
+            report.plot(place / "energies.png")
+
+
+def empty_model(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    trust_remote_code: bool = False,
+) -> Any:
+    """The causal language model of a folder without its weights: parameters on the meta device.
+
+    Buffers are real (rotary frequencies, say). Raises ValueError for what the blockwise engine
+    cannot do, as far as config.json and the files' headers say it.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from filet.shards import shard_files
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no config.json in {folder}; expected the folder of a model")
+    own = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    settings = AutoConfig.from_pretrained(str(folder), **own)
+    if getattr(settings, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{folder} is quantised (quantization_config in config.json); expected weights in "
+            "float32, bfloat16 or float16"
+        )
+    if getattr(settings, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{folder} is an encoder-decoder; the blockwise engine takes decoders, "
+            "engine='memory' also others"
+        )
+    files = shard_files(folder)
+    if dtype == "auto":
+        dtype = getattr(settings, "dtype", None) or _dtype_of(files)
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            settings, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()  # again: the meta device parted them
+    return model.eval()
+
+
+def _dtype_of(files: Sequence[Path]) -> torch.dtype:
+    """That of the first floating weight, as transformers has it."""
+    for path in files:
+        with safe_open(str(path), framework="pt") as file:
+            for key in file.keys():
+                dtype = file.get_slice(key)[:0].dtype
+                if dtype.is_floating_point:
+                    return dtype
+    raise ValueError(f"{files[0].parent} has no floating weight")
+
+
+def fits(model: nn.Module, lora_config: LoraConfig, device: torch.device) -> bool:
+    """Whether a model's weights and second moments take at most 3/4 of a device's free memory.
+
+    ``model`` is from :func:`empty_model`; it becomes a LoRA model. The rest is for activations.
+    """
+    weights = size_of(entries(model))
+    peft_model = get_peft_model(model, lora_config, low_cpu_mem_usage=True)
+    targets, _ = find_targets(peft_model, _ADAPTER, loaded=False)
+    moments = sum(2 * 4 * min(target.weight.shape) ** 2 for target in targets.values())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
+    return weights + moments <= 0.75 * free
+
+
+def _available_memory() -> int:
+    """Bytes of host memory that can be had without swapping."""
+    with contextlib.suppress(FileNotFoundError), open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# The plan.
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need.
+
+    Memory and disk are exact sums of what is allocated there; the GPU's peak and the times are
+    measured on one block and one batch (the largest) before the run.
+    """
+
+    blocks: tuple[int, int]  # to sweep forward, to sweep in reverse
+    of: int  # blocks of the model
+    stride: int  # the inputs of every stride-th block are kept
+    on_disk: int  # boundaries whose values go to disk
+    device: str
+    device_bytes: int  # 0 on a CPU
+    host_bytes: int
+    scratch_bytes: int
+    run_bytes: int
+    seconds: dict[str, float]
+
+    def text(self) -> str:
+        forward, reverse = self.blocks
+        lines = [
+            f"plan          {forward} blocks forward, {reverse} in reverse, of {self.of}",
+            f"  host        {_gib(self.host_bytes)} for block inputs and gradients",
+            f"  disk        {_gib(self.run_bytes)} beside the output, "
+            f"{_gib(self.scratch_bytes)} of scratch",
+            f"  time        {sum(self.seconds.values()):,.0f} s: "
+            + ", ".join(f"{name} {value:,.0f} s" for name, value in self.seconds.items()),
+        ]
+        if self.device_bytes:
+            lines.insert(1, f"  {self.device:<12}{_gib(self.device_bytes)} at the peak")
+        if self.stride > 1:
+            lines.append(
+                f"  recomputed  the inputs of every {self.stride}th block are kept, the others "
+                "computed again: raise host_memory or give a scratch folder to avoid it"
+            )
+        return "\n".join(lines)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+@dataclass(frozen=True)
+class _Keeping:
+    """Which boundaries are kept, and where."""
+
+    stride: int
+    kept: tuple[int, ...]  # blocks whose inputs are, in ascending order
+    on_disk: frozenset[int]
+    arenas: int  # of host memory, at most
+
+    @classmethod
+    def choose(cls, first: int, last: int, host: int, disk: int, nbytes: int) -> _Keeping:
+        """For the reverse sweep over blocks ``last`` … ``first``.
+
+        ``host`` and ``disk`` are how many boundaries fit there. The smallest stride that fits.
+        """
+        number = last - first + 1
+        room = host - _WORKING
+        for stride in range(1, number + 1):
+            kept = tuple(range(first, last + 1, stride))
+            held = room - (stride - 1)  # the blocks between two kept ones, one stretch at a time
+            if held < 0 or len(kept) > held + disk:
+                continue
+            # Spread over the sweep, so that the disk has time.
+            written = max(0, len(kept) - held)
+            on_disk = frozenset(
+                block
+                for index, block in enumerate(kept)
+                if (index + 1) * written // len(kept) > index * written // len(kept)
+            )
+            arenas = _WORKING + len(kept) - written + stride - 1
+            return cls(stride, kept, on_disk, arenas)
+        best = min(-(-number // stride) + stride - 1 for stride in range(1, number + 1))
+        raise ValueError(
+            f"host_memory holds {host} of the block boundaries of {_gib(nbytes)} each, and the "
+            f"scratch folder {disk}; expected host_memory of at least "
+            f"{_gib((_WORKING + best) * nbytes)}, or {_gib(_WORKING * nbytes)} and a scratch "
+            f"folder with {_gib(number * nbytes / _DISK_SHARE)} free"
+        )
+
+
+# Running parts of a model.
+
+
+class _Captured(Exception):
+    """Leaves a model's forward with what it was run for."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class _Leaf(int):
+    """In place of a tensor: its position in a list of them."""
+
+
+@dataclass(eq=False)
+class _Calls:
+    """What the blocks are called with for one batch, besides the hidden states."""
+
+    leaves: list[Tensor]  # on the host, each once
+    arguments: list[tuple[Any, Any]]  # of each block: positional and by name, with _Leaf's
+    wanted: list[list[int]]  # of each block: which leaves
+
+    def of(self, block: int) -> list[Tensor]:
+        return [self.leaves[index] for index in self.wanted[block]]
+
+    def filled(self, block: int, tensors: Sequence[Tensor]) -> tuple[Any, Any]:
+        known = dict(zip(self.wanted[block], tensors, strict=True))
+        args, kwargs = self.arguments[block]
+        return _filled(args, known), _filled(kwargs, known)
+
+
+def _filled(value: Any, known: dict[int, Tensor]) -> Any:
+    if isinstance(value, _Leaf):
+        return known[value]
+    if isinstance(value, dict):
+        return {key: _filled(each, known) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_filled(each, known) for each in value)
+    return value
+
+
+class _Parts:
+    """A causal language model as prologue, blocks, epilogue and head, found without its code.
+
+    Its own forward is run with the blocks' forward replaced: what they are called with, and what
+    follows them, is then known for any model that chains its blocks by one tensor.
+    """
+
+    def __init__(self, model: Any, targets: Mapping[str, Target]) -> None:
+        self.model = model
+        self.path, self.blocks = _find_blocks(model, targets)
+        parent = self.path.rpartition(".")[0]
+        self.parent: nn.Module = model.get_submodule(parent) if parent else model
+        if self.parent is model:
+            raise ValueError(
+                f"the blocks of {type(model).__name__} lie in the model itself; expected them in a "
+                "model of its own below the head, as transformers has it"
+            )
+        self._tuples = False  # blocks return a tuple
+
+    @contextlib.contextmanager
+    def _replaced(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+        try:
+            for index, block in enumerate(self.blocks):
+                block.forward = forward(index)
+            yield
+        finally:
+            for block in self.blocks:
+                vars(block).pop("forward", None)
+
+    def capture(self, inputs: dict[str, Any]) -> tuple[Tensor, _Calls]:
+        """The first block's input for a batch, and what each block is called with."""
+        try:
+            return self._capture(inputs)
+        except _NotChained:
+            if self._tuples:
+                raise
+            self._tuples = True
+            return self._capture(inputs)
+
+    def _capture(self, inputs: dict[str, Any]) -> tuple[Tensor, _Calls]:
+        seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+        handed: list[Tensor] = []
+
+        def stub(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if not args or not isinstance(args[0], Tensor):
+                    kind = type(args[0]).__name__ if args else "no positional argument"
+                    raise ValueError(
+                        f"{self.path}.{index} is called with {kind} first; expected a tensor, the "
+                        "hidden states"
+                    )
+                if index != len(seen) or (handed and args[0] is not handed[-1]):
+                    raise _NotChained(
+                        f"{type(self.model).__name__} does not hand the output of one block of "
+                        f"{self.path} to the next as it is (at block {index}); the blockwise "
+                        "engine takes chains of blocks only, engine='memory' also others"
+                    )
+                seen.append((args[0], args[1:], kwargs))
+                if index == len(self.blocks) - 1:
+                    raise _Captured(None)
+                handed.append(args[0].view_as(args[0]))
+                return (handed[-1],) if self._tuples else handed[-1]
+
+            return forward
+
+        with self._replaced(stub), contextlib.suppress(_Captured), torch.no_grad():
+            self.model(**inputs, use_cache=False)
+        if len(seen) != len(self.blocks):
+            raise ValueError(
+                f"{len(seen)} of the {len(self.blocks)} blocks of {self.path} were called; "
+                "expected all, in order"
+            )
+        hidden = seen[0][0].detach()
+        own = {id(hidden), *map(id, handed), *(id(each[0]) for each in seen)}
+        leaves: dict[int, tuple[_Leaf, Tensor]] = {}
+        arguments, wanted = [], []
+        for index, (_, args, kwargs) in enumerate(seen):
+            used: set[int] = set()
+            arguments.append(
+                tuple(self._packed(each, index, own, leaves, used) for each in (args, kwargs))
+            )
+            wanted.append(sorted(used))
+        hosts = [tensor.detach().to("cpu", copy=True) for _, tensor in leaves.values()]
+        if hidden.is_cuda:
+            hosts = [host.pin_memory() for host in hosts]
+        return hidden, _Calls(hosts, arguments, wanted)
+
+    def _packed(
+        self,
+        value: Any,
+        block: int,
+        own: set[int],
+        leaves: dict[int, tuple[_Leaf, Tensor]],
+        used: set[int],
+    ) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) in own:
+                raise ValueError(
+                    f"{self.path}.{block} is also called with the hidden states of another block; "
+                    "the blockwise engine takes chains of blocks only"
+                )
+            leaf, _ = leaves.setdefault(id(value), (_Leaf(len(leaves)), value))
+            used.add(leaf)
+            return leaf
+        if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+            return value
+        if isinstance(value, Mapping):
+            return {k: self._packed(v, block, own, leaves, used) for k, v in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(self._packed(v, block, own, leaves, used) for v in value)
+        raise ValueError(
+            f"{self.path}.{block} is called with a {type(value).__name__}; the blockwise engine "
+            "takes blocks that keep no state, called with tensors and plain values"
+        )
+
+    def run_block(self, block: int, hidden: Tensor, calls: _Calls, tensors: Any) -> Tensor:
+        args, kwargs = calls.filled(block, tensors)
+        output = self.blocks[block](hidden, *args, **kwargs)
+        first, *others = output if isinstance(output, tuple) else (output,)
+        chained = len(self.blocks) == 1 or isinstance(output, tuple) == self._tuples
+        if (
+            not isinstance(first, Tensor)
+            or any(isinstance(other, Tensor) for other in others)
+            or not chained
+        ):
+            raise ValueError(
+                f"{self.path}.{block} returned {_described(output)}; expected the hidden states "
+                "and nothing else that the next block may need"
+            )
+        if first.shape != hidden.shape or first.dtype != hidden.dtype:
+            raise ValueError(
+                f"{self.path}.{block} made {_described(first)} of {_described(hidden)}; expected "
+                "blocks that keep shape and dtype"
+            )
+        if len(self.blocks) == 1:
+            self._tuples = isinstance(output, tuple)
+        return first
+
+    def epilogue(self, inputs: dict[str, Any], hidden: Tensor) -> Any:
+        """What the head gets for the last block's output: an output with ``last_hidden_state``."""
+
+        def stub(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                value = hidden if index == len(self.blocks) - 1 else args[0]
+                return (value,) if self._tuples else value
+
+            return forward
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            raise _Captured(output)
+
+        handle = self.parent.register_forward_hook(hook)
+        try:
+            with self._replaced(stub):
+                self.model(**inputs, use_cache=False)
+        except _Captured as captured:
+            output = captured.value
+        finally:
+            handle.remove()
+        if not isinstance(getattr(output, "last_hidden_state", None), Tensor):
+            raise ValueError(
+                f"{type(self.parent).__name__} returned {_described(output)}; expected an output "
+                "with last_hidden_state"
+            )
+        return output
+
+    def logits(self, output: Any, rows: Tensor) -> Tensor:
+        """Logits (T, V) of rows (T, D) of ``output.last_hidden_state``, by the model's own head."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return type(output)(last_hidden_state=rows.unsqueeze(0))
+
+        self.parent.forward = forward
+        try:
+            ids = torch.zeros(1, rows.shape[0], dtype=torch.int64, device=rows.device)
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            del self.parent.forward
+        if logits.shape[:2] != (1, rows.shape[0]):
+            raise ValueError(
+                f"the head made logits {tuple(logits.shape)} of {rows.shape[0]} rows; expected one "
+                "row of logits each"
+            )
+        return logits.squeeze(0)
+
+
+class _NotChained(ValueError):
+    """A model whose blocks are no chain, or not of this kind of output."""
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor {tuple(value.shape)}"
+    if isinstance(value, tuple):
+        return f"a tuple of ({', '.join(_described(each) for each in value)})"
+    return f"a {type(value).__name__}"
+
+
+def _find_blocks(model: nn.Module, targets: Mapping[str, Target]) -> tuple[str, list[nn.Module]]:
+    """The ModuleList that holds the most target weights, and the outermost one of those."""
+    best: tuple[int, int, str] | None = None
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            held = sum(
+                target.weight.numel()
+                for name, target in targets.items()
+                if name.startswith(f"{path}.")
+            )
+            if held and (best is None or (held, -len(path)) > best[:2]):
+                best = (held, -len(path), path)
+    if best is None:
+        raise ValueError(
+            f"{type(model).__name__} has no ModuleList with a target module in it; the blockwise "
+            "engine takes models whose blocks are one"
+        )
+    path = best[2]
+    outside = [name for name in targets if not name.startswith(f"{path}.")]
+    if outside:
+        raise ValueError(
+            f"{some(outside)}: outside the blocks {path}; the blockwise engine initialises layers "
+            "inside them only: expected target_modules without (or engine='memory')"
+        )
+    blocks: Any = model.get_submodule(path)
+    return path, list(blocks)
+
+
+# The engine.
+
+
+@dataclass(eq=False)
+class _Batch:
+    inputs: dict[str, Any]  # of the model, on the CPU, without labels
+    rows: Tensor  # positions (flattened) that predict a label
+    labels: Tensor  # the labels there
+    uniform: Tensor | None  # numbers (T, 1) that draw the labels, where they are drawn
+    mask: Tensor | None  # tokens that count, None for all
+    samples: int
+    tokens: int
+
+    @property
+    def positions(self) -> int:
+        return self.inputs["input_ids"].numel()
+
+
+class Blockwise:
+    """One run: :meth:`sweep` over the blocks, then :meth:`write` the adapter.
+
+    ``source`` gives the weights of ``model`` (from :func:`empty_model`). ``run_folder`` and
+    ``scratch`` are created; a run folder that is there is resumed. A context manager: it holds a
+    lock on the run folder, threads and pinned memory.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        source: WeightSource,
+        batches: Iterable[Mapping[str, Any]],
+        lora_config: LoraConfig,
+        config: FiletConfig,
+        *,
+        device: torch.device,
+        run_folder: Path,
+        host_memory: int | None = None,
+        scratch: Path | None = None,
+        show_progress_bar: bool = True,
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.folder = run_folder
+        self.scratch = scratch
+        self.host_memory = host_memory or _available_memory() // 2
+        self.show = show_progress_bar
+        self.seconds: dict[str, float] = {}
+        self.waited_for_disk = 0.0
+        self.plan: Plan | None = None
+
+        weights = entries(model)  # before PEFT renames them
+        self.peft_model = get_peft_model(model, lora_config, low_cpu_mem_usage=True)
+        self.model = self.peft_model.base_model.model
+        self.targets, self.unsupported = find_targets(self.peft_model, _ADAPTER, loaded=False)
+        check_targets(self.targets, self.unsupported, _ADAPTER)
+        for name, target in self.targets.items():
+            if target.rank > target.weight.shape[1]:
+                raise ValueError(
+                    f"{name}: rank {target.rank} exceeds the {target.weight.shape[1]} columns of "
+                    f"W {tuple(target.weight.shape)}; expected a smaller r"
+                )
+        self.parts = _Parts(self.model, self.targets)
+        self.number = len(self.parts.blocks)
+        self._part_weights(weights)
+        self.of_block: list[dict[str, Target]] = [{} for _ in range(self.number)]
+        for name, target in self.targets.items():
+            self.of_block[self._block_of(name)][name] = target
+        # Below the first block with a target no gradient is needed.
+        self.first = min(index for index, mine in enumerate(self.of_block) if mine)
+        for module in self.model.modules():
+            for key, value in module._buffers.items():
+                if value is not None and value.device.type != "meta":
+                    module._buffers[key] = value.to(device)
+
+        self.batches = _read(batches, config, self.model)
+        self.counts = {
+            "samples": sum(batch.samples for batch in self.batches),
+            "tokens": sum(batch.tokens for batch in self.batches),
+            "loss_terms": sum(batch.rows.numel() for batch in self.batches),
+        }
+        self.stream = WeightStream(source, device)
+        self.manifest = _manifest(source, self.batches, lora_config, config, weights, device)
+        self.masks = [None if b.mask is None else b.mask.to(device) for b in self.batches]
+        self._candidates: dict[str, Tensor] = {}
+        self._unmasked: set[str] = set()
+        self._in_flight: collections.deque[Any] = collections.deque()
+        self._writing: Future[None] | None = None
+        self._stack = contextlib.ExitStack()
+        self._output = ThreadPoolExecutor(1, "filet output")
+
+    def _part_weights(self, weights: Sequence[Entry]) -> None:
+        """Weights by block, and those of no block."""
+        self.block_weights: list[list[Entry]] = [[] for _ in range(self.number)]
+        self.other_weights: list[Entry] = []
+        targeted = {id(target.base) for target in self.targets.values()}
+        for entry in weights:
+            homes = {self._block_of(name) for name in entry.names}
+            if len(homes) > 1:
+                raise ValueError(
+                    f"a weight is shared between blocks ({', '.join(entry.names)}); the blockwise "
+                    "engine takes blocks with weights of their own"
+                )
+            if (
+                len(entry.names) > 1
+                and self.config.base == "residual"
+                and any(id(module) in targeted for module, _ in entry.places)
+            ):
+                raise ValueError(
+                    f"the weight of {entry.names[0]} is shared ({', '.join(entry.names)}), so "
+                    "writing its residual would change the other module too; expected "
+                    "FiletConfig(base='untouched'), or target_modules without it"
+                )
+            home = homes.pop()
+            (self.other_weights if home < 0 else self.block_weights[home]).append(entry)
+
+    def _block_of(self, name: str) -> int:
+        """The block a module or weight lies in, -1 for none."""
+        prefix = f"{self.parts.path}."
+        return int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else -1
+
+    def __enter__(self) -> Blockwise:
+        with contextlib.ExitStack() as stack:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((self.folder / "lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"{self.folder} is in use by another process; expected one at a time"
+                ) from error
+            self._resume()
+            if self.scratch is not None:
+                shutil.rmtree(self.scratch, ignore_errors=True)
+                self.scratch.mkdir(parents=True)
+                stack.callback(shutil.rmtree, self.scratch, ignore_errors=True)
+            stack.callback(self._output.shutdown, cancel_futures=True)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    # The run folder.
+
+    def _resume(self) -> None:
+        """Check that the folder is of this run, or begin one; find the block to go on with."""
+        path = self.folder / _MANIFEST
+        for left in self.folder.glob(".*"):  # by a kill while a file was written
+            left.unlink()
+        if path.is_file():
+            _compare(json.loads(path.read_text()), self.manifest, self.folder)
+        elif any(each.name != "lock" for each in self.folder.iterdir()):
+            raise ValueError(f"{self.folder} is there, but no run of filet; expected no folder")
+        else:
+            with replaced(path, durable=True) as beside:
+                beside.write_text(json.dumps(self.manifest, indent=1))
+        self.top = self.number - 1  # the next block of the reverse sweep
+        while self.top >= self.first and self._block_file(self.top).is_file():
+            self.top -= 1
+        # A gradient that a finished block has used up, or that no block can use.
+        for each in self.folder.glob("gradient-*.raw"):
+            if each != self._gradient_file(self.top):
+                each.unlink()
+
+    def _block_file(self, block: int) -> Path:
+        return self.folder / f"block-{block}.safetensors"
+
+    def _gradient_file(self, block: int) -> Path:
+        """The gradient with respect to a block's output."""
+        return self.folder / f"gradient-{block}.raw"
+
+    def _save_gradient(self, block: int, arena: Arena, scales: tuple[float, float]) -> None:
+        with replaced(self._gradient_file(block), durable=True) as beside:
+            arena.save(beside, _TRAILER.pack(*scales))
+
+    def _save_block(
+        self, block: int, gradient: Arena | None, scales: tuple[float, float], content: bytes
+    ) -> None:
+        """The gradient for the block below first: a block that is there is finished."""
+        if gradient is not None:
+            self._save_gradient(block - 1, gradient, scales)
+        with replaced(self._block_file(block), durable=True) as beside:
+            beside.write_bytes(content)
+        self._gradient_file(block).unlink(missing_ok=True)
+
+    # The sweeps.
+
+    def sweep(self) -> None:
+        """Finish every block that is not yet. What is finished survives an exception."""
+        if self.top < self.first:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(preserved(self.peft_model))
+            self.copies = Copies(self.device)
+            resumed = self._gradient_file(self.top)
+            start = time.perf_counter()
+            hidden, head_seconds = self._capture(stack, head=not resumed.is_file())
+            self._rehearse(hidden, head_seconds)
+            start = self._passed("preparing", start)
+            if resumed.is_file():
+                hidden = self._forward(hidden, range(self.top))
+                self._keep(self.top, hidden)
+                gradient = self.pool.get()
+                self.scale, self.peak = _TRAILER.unpack(gradient.load(resumed, _TRAILER.size))
+                start = self._passed("forward", start)
+            else:
+                hidden = self._forward(hidden, range(self.top + 1))
+                self._check_candidates()
+                start = self._passed("forward", start)
+                gradient = self._head(hidden)
+                start = self._passed("head", start)
+            self._reverse(gradient)
+            self._passed("reverse", start)
+        if self.show:
+            _say(
+                f"waited        {self.stream.settle():.1f} s for weights, "
+                f"{self.waited_for_disk:.1f} s for the disk"
+            )
+
+    def _passed(self, phase: str, start: float) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - start
+        return now
+
+    def _on_device(self, batch: _Batch) -> dict[str, Any]:
+        return {
+            key: value.to(self.device) if isinstance(value, Tensor) else value
+            for key, value in batch.inputs.items()
+        }
+
+    def _capture(self, stack: contextlib.ExitStack, head: bool) -> tuple[Arena, float]:
+        """The first block's inputs of every batch, and what all blocks are called with.
+
+        Also how long the head takes for all batches, from the largest one.
+        """
+        self.calls: list[_Calls] = []
+        arena: Arena | None = None
+        seconds = 0.0
+        for _ in self.stream.run([self.other_weights]):
+            for index, batch in enumerate(self.batches):
+                inputs = self._on_device(batch)
+                hidden, calls = self.parts.capture(inputs)
+                if arena is None:
+                    arena = self._make_room(hidden, stack)
+                expected = self.layout.shapes[index]
+                if hidden.shape != expected or hidden.dtype != self.layout.dtype:
+                    raise ValueError(
+                        f"the hidden states of batch {index} are {_described(hidden)}; expected "
+                        f"{self.layout.dtype} {tuple(expected)}"
+                    )
+                self.calls.append(calls)
+                self.copies.store(hidden, arena, index)
+            if head:
+                seconds = self._time_head(arena)
+        assert arena is not None
+        return arena, seconds
+
+    def _make_room(self, hidden: Tensor, stack: contextlib.ExitStack) -> Arena:
+        """Decide what is kept where, now that the size of a boundary is known."""
+        width = hidden.shape[-1]
+        self.layout = Layout(
+            [torch.Size((*b.inputs["input_ids"].shape, width)) for b in self.batches], hidden.dtype
+        )
+        self.half = hidden.dtype == torch.float16
+        nbytes = self.layout.nbytes
+        disk = 0
+        if self.scratch is not None:
+            disk = int(shutil.disk_usage(self.scratch).free * _DISK_SHARE) // nbytes
+        self.keeping = _Keeping.choose(
+            self.first, self.top, self.host_memory // nbytes, disk, nbytes
+        )
+        # Two gradients at a time, and A, B and the energies of what is not finished.
+        self.run_bytes = 2 * (nbytes + _TRAILER.size) + sum(
+            4 * target.rank * sum(target.weight.shape) + 8 * target.weight.shape[1]
+            for mine in self.of_block[self.first : self.top + 1]
+            for target in mine.values()
+        )
+        free = shutil.disk_usage(self.folder).free
+        if free < self.run_bytes:
+            raise OSError(28, f"{_gib(self.run_bytes)} needed, {_gib(free)} free", str(self.folder))
+        self.pool = ArenaPool(self.layout, self.keeping.arenas, self.device)
+        self.inputs = BlockInputs(self.pool, self.scratch)
+        # The disk's thread may wait for an arena, the output's may read one.
+        stack.callback(self.pool.close)
+        stack.callback(self.inputs.close)
+        stack.callback(self._settle_output)
+        return self.pool.get()
+
+    def _settle_output(self) -> None:
+        if self._writing is not None:
+            self._writing.exception()
+
+    def _fetched(self, block: int, arenas: Sequence[Arena]) -> Iterator[tuple[int, list[Tensor]]]:
+        """Each batch's tensors on the device: the arenas' and the block's leaves; one ahead."""
+
+        def fetch(index: int) -> Fetched:
+            return self.copies.fetch(arenas, index, self.calls[index].of(block))
+
+        coming: Fetched | None = fetch(0)
+        for index in range(len(self.batches)):
+            assert coming is not None
+            now = coming
+            coming = fetch(index + 1) if index + 1 < len(self.batches) else None
+            yield index, now.ready()
+
+    def _throttle(self, event: Any) -> None:
+        """Keep the host at most so many batches ahead of a GPU: each holds memory there."""
+        if event is not None:
+            self._in_flight.append(event)
+            if len(self._in_flight) > _IN_FLIGHT:
+                self._in_flight.popleft().synchronize()
+
+    def _store(self, value: Tensor, arena: Arena, index: int) -> None:
+        self._throttle(self.copies.store(value, arena, index))
+
+    def _keep(self, block: int, arena: Arena) -> None:
+        """Put a block's inputs where the plan wants them, once everything of them is on its way."""
+        if block in self.keeping.on_disk:
+            self.inputs.write(block, arena)
+            self.inputs.release(block, arena)
+        elif block in self.keeping.kept or block > self.keeping.kept[-1]:
+            self.inputs.hold(block, arena)
+        else:
+            self.pool.put(arena)
+
+    @torch.no_grad()
+    def _run_forward(self, block: int, arena: Arena, progress: Any) -> Arena:
+        """A block over all batches; returns its outputs."""
+        made = self._timed_get()
+        for index, (hidden, *leaves) in self._fetched(block, [arena]):
+            output = self.parts.run_block(block, hidden, self.calls[index], leaves)
+            self._store(output, made, index)
+            self._advance(progress, block, index)
+        return made
+
+    def _forward(self, arena: Arena, blocks: range) -> Arena:
+        """Blocks in ascending order; keeps their inputs; returns the last one's outputs."""
+        progress = self._progress("FILet forward", len(blocks))
+        groups = [self.block_weights[block] for block in blocks]
+        with progress:
+            for block, _ in zip(blocks, self.stream.run(groups), strict=True):
+                for name, target in self.of_block[block].items():
+                    self._candidates[name] = (target.weight != 0).any(0).sum()
+                made = self._run_forward(block, arena, progress)
+                self._keep(block, arena)
+                self.inputs.check()
+                arena = made
+        return arena
+
+    def _timed_get(self) -> Arena:
+        start = time.perf_counter()
+        arena = self.pool.get()
+        self.waited_for_disk += time.perf_counter() - start
+        return arena
+
+    def _check_candidates(self) -> None:
+        for name, target in self.targets.items():
+            if name in self._candidates and target.rank > int(self._candidates[name]):
+                raise ValueError(
+                    f"{name}: rank {target.rank} exceeds its {int(self._candidates[name])} "
+                    f"candidate directions (non-zero columns of W {tuple(target.weight.shape)}); "
+                    "expected a smaller r, or rank_pattern for this module"
+                )
+        self._candidates.clear()
+
+    # The head.
+
+    def _head(self, hidden: Arena) -> Arena:
+        """Gradients of the summed loss with respect to the last block's outputs."""
+        gradients = self._timed_get()
+        self.scale, self.peak = 1.0, 0.0
+        if self.half:
+            self.scale = 2.0**_FP16_EXPONENT
+        peak = torch.zeros((), device=self.device)
+        progress = self._progress("FILet head", 1)
+        with progress:
+            for _ in self.stream.run([self.other_weights]):
+                for index, batch in enumerate(self.batches):
+                    (rows,) = self.copies.fetch([hidden], index, []).ready()
+                    gradient = self._loss_gradient(batch, rows)
+                    if self.half:
+                        peak = torch.maximum(peak, gradient.abs().amax())
+                    self._store(gradient, gradients, index)
+                    self._advance(progress, self.number, index)
+        self.peak = float(peak)
+        self.pool.put(hidden)
+        self._write(self._save_gradient, self.top, gradients, (self.scale, self.peak))
+        return gradients
+
+    def _loss_gradient(self, batch: _Batch, hidden: Tensor) -> Tensor:
+        """Of the summed cross-entropy, times ``scale``, some rows of logits at a time."""
+        hidden = hidden.requires_grad_()
+        output = self.parts.epilogue(self._on_device(batch), hidden)
+        states = output.last_hidden_state
+        flat = states.detach().reshape(-1, states.shape[-1])
+        gradient = torch.zeros_like(flat)
+        rows, labels = batch.rows.to(self.device), batch.labels.to(self.device)
+        uniform = None if batch.uniform is None else batch.uniform.to(self.device)
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        step = max(1, _LOGITS // vocabulary // (1 if uniform is None else 4))
+        for start in range(0, rows.numel(), step):
+            chunk = slice(start, start + step)
+            states_here = flat[rows[chunk]].requires_grad_()
+            logits = self.parts.logits(output, states_here).float()
+            wanted = labels[chunk] if uniform is None else _drawn(logits.detach(), uniform[chunk])
+            loss = F.cross_entropy(logits, wanted, reduction="sum") * self.scale
+            (part,) = torch.autograd.grad(loss, states_here)
+            gradient.index_copy_(0, rows[chunk], part)
+        states.backward(gradient.view_as(states))
+        assert hidden.grad is not None
+        return hidden.grad
+
+    def _time_head(self, arena: Arena | None) -> float:
+        """Seconds for all batches, from the largest."""
+        assert arena is not None
+        index = self._largest()
+        self.scale = 1.0
+        seconds = 0.0
+        for _ in range(self._rounds):
+            start = self._clock()
+            (rows,) = self.copies.fetch([arena], index, []).ready()
+            self._loss_gradient(self.batches[index], rows)
+            seconds = self._clock() - start
+        return seconds * self._share(index)
+
+    # The reverse sweep.
+
+    def _reverse(self, gradients: Arena) -> None:
+        """Blocks in descending order: moments, energies, A and B."""
+        steps = self._steps()
+        groups = [self.block_weights[block] for _, block in steps]
+        progress = self._progress("FILet reverse", len(steps))
+        with progress:
+            for number, _ in zip(range(len(steps)), self.stream.run(groups), strict=True):
+                again, block = steps[number]
+                arena = self._timed_take(block)
+                if number + 1 < len(steps) and steps[number + 1][1] != block:
+                    self.inputs.ahead(steps[number + 1][1])
+                if again:
+                    made = self._run_forward(block, arena, progress)
+                    self.inputs.hold(block, arena)
+                    self.inputs.hold(block + 1, made)
+                    continue
+                gradients = self._reverse_block(block, arena, gradients, progress)
+            self._wait_written()
+
+    def _steps(self) -> list[tuple[bool, int]]:
+        """(recompute its output only, block) in the order of the reverse sweep."""
+        steps: list[tuple[bool, int]] = []
+        end = self.top + 1
+        for start in reversed(self.keeping.kept):
+            if end <= self.top:  # of the last stretch the forward sweep kept everything
+                steps += [(True, block) for block in range(start, end - 1)]
+            steps += [(False, block) for block in range(end - 1, start - 1, -1)]
+            end = start
+        return steps
+
+    def _timed_take(self, block: int) -> Arena:
+        start = time.perf_counter()
+        arena = self.inputs.take(block)
+        self.waited_for_disk += time.perf_counter() - start
+        return arena
+
+    def _reverse_block(self, block: int, arena: Arena, gradients: Arena, progress: Any) -> Arena:
+        """Finish a block, given its inputs and the gradients of its outputs.
+
+        Returns the gradients of its inputs.
+        """
+        made = self._timed_get() if block > self.first else None
+        factor = 1.0
+        if self.half and self.peak > 0 and self.peak < float("inf"):
+            # What the block below gave may have grown or shrunk.
+            factor = 2.0 ** (_FP16_EXPONENT - torch.frexp(torch.tensor(self.peak)).exponent.item())
+        self.scale *= factor
+        peak = torch.zeros((), device=self.device)
+        with MomentHooks(self.of_block[block], self.config) as hooks:
+            for index, (hidden, gradient, *leaves) in self._fetched(block, [arena, gradients]):
+                if factor != 1.0:
+                    gradient = gradient * factor
+                hidden = self._backward(block, index, hidden, gradient, leaves, hooks)
+                if made is not None:
+                    assert hidden.grad is not None
+                    if self.half:
+                        peak = torch.maximum(peak, hidden.grad.abs().amax())
+                    self._store(hidden.grad, made, index)
+                else:
+                    self._throttle(self._recorded())
+                self._advance(progress, block, index)
+        self.pool.put(arena)
+        hooks.finish()
+        hooks.check_finite("one of the batches")
+        if hooks.unmasked:
+            self._unmasked |= hooks.unmasked
+        self.peak = float(peak) if self.half else 0.0
+        content = self._finished(self.of_block[block], hooks)
+        self._write(self._save_block, block, made, (self.scale, self.peak), content)
+        self.pool.put(gradients)  # the write that read them has been waited for
+        return gradients if made is None else made
+
+    def _backward(
+        self,
+        block: int,
+        index: int,
+        hidden: Tensor,
+        gradient: Tensor,
+        leaves: Sequence[Tensor],
+        hooks: MomentHooks,
+    ) -> Tensor:
+        """Recompute a block for a batch, and back; returns ``hidden``, which has its gradient."""
+        hooks.start_batch({"decoder": self.masks[index]})
+        hooks.phase = "forward"
+        hidden = hidden.requires_grad_()
+        output = self.parts.run_block(block, hidden, self.calls[index], leaves)
+        hooks.phase = "backward"
+        hooks.gradient_scale = self.scale
+        output.backward(gradient)
+        hooks.phase = "idle"
+        hooks.check_sharing(index)
+        return hidden
+
+    def _recorded(self) -> Any:
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _finished(self, targets: Mapping[str, Target], hooks: MomentHooks) -> bytes:
+        """A, B, energies and choices of a block's modules, as the content of a safetensors file."""
+        config = self.config
+        tensors: dict[str, Tensor] = {}
+        described: list[dict[str, Any]] = []
+        left_default: dict[str, str] = {}
+        for moments in hooks.moments.values():
+            moments.loss_terms.fill_(self.counts["loss_terms"])
+        for name, target in targets.items():
+            if name not in hooks.moments:  # an expert that no token was routed to
+                left_default[name] = "it saw no token"
+                continue
+            moments = hooks.moments[name]
+            empty = nothing_seen(moments)
+            if empty is not None:
+                left_default[name] = empty
+                continue
+            weight = target.weight
+            energies = fisher_energies(weight, moments, normalization=config.normalization)
+            indices = select(energies, target.rank, config.select, seed=config.seed)
+            A, B = lora_factors(
+                weight, energies, indices, scaling=config.scaling, dtype=target.A.weight.dtype
+            )
+            layer = Layer(A, B, fingerprint(weight))
+            error = 0.0
+            if config.base == "residual":
+                # Into the weights themselves: nobody reads them after this.
+                error = float(write_residual(weight, layer, target.scaling))
+            tensors |= {f"{name}.A": A, f"{name}.B": B}
+            tensors |= {f"{name}.energies": energies, f"{name}.indices": indices}
+            described.append(
+                {
+                    "name": name,
+                    "fingerprint": layer.fingerprint,
+                    "shape": moments.shape,
+                    "rank": target.rank,
+                    "input_space": moments.input.space,
+                    "output_space": moments.output.space,
+                    "input_tokens": int(moments.input.count),
+                    "output_tokens": int(moments.output.count),
+                    "shared_input": hooks.shared_input.get(name),
+                    "residual_error": error,
+                }
+            )
+        metadata = {
+            "format": _BLOCK_FORMAT,
+            "modules": json.dumps(described),
+            "left_default": json.dumps(left_default),
+        }
+        return save({key: value.cpu() for key, value in tensors.items()}, metadata)
+
+    def _write(self, job: Callable[..., None], *arguments: Any) -> None:
+        """Have it written beside the computation, after what was given before is there."""
+        self._wait_written()
+        self._writing = self._output.submit(job, *arguments)
+
+    def _wait_written(self) -> None:
+        if self._writing is not None:
+            start = time.perf_counter()
+            self._writing.result()
+            self.waited_for_disk += time.perf_counter() - start
+            self._writing = None
+
+    # Before the run, and during it.
+
+    @property
+    def _rounds(self) -> int:
+        return 2 if self.device.type == "cuda" else 1  # the first compiles and sets up
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _largest(self) -> int:
+        return max(range(len(self.batches)), key=lambda index: self.batches[index].positions)
+
+    def _share(self, index: int) -> float:
+        """All batches' positions over those of one."""
+        return sum(batch.positions for batch in self.batches) / self.batches[index].positions
+
+    def _rehearse(self, arena: Arena, head_seconds: float) -> None:
+        """The first block with targets on the largest batch, to refuse early and to plan."""
+        block, index = self.first, self._largest()
+        start = time.perf_counter()
+        for _ in self.stream.run([self.block_weights[block]]):
+            loading = self._clock() - start
+            for _ in range(self._rounds):
+                fetched = self.copies.fetch([arena], index, self.calls[index].of(block))
+                hidden, *leaves = fetched.ready()
+                self.scale = 1.0
+                times = [self._clock()]
+                with torch.no_grad():
+                    self.parts.run_block(block, hidden, self.calls[index], leaves)
+                times.append(self._clock())
+                with MomentHooks(self.of_block[block], self.config) as hooks:
+                    self._backward(block, index, hidden, torch.ones_like(hidden), leaves, hooks)
+                times.append(self._clock())
+                hooks.finish()
+                for name, target in self.of_block[block].items():
+                    if name in hooks.moments:
+                        fisher_energies(target.weight, hooks.moments[name])
+                del hooks
+                times.append(self._clock())
+        forward, reverse, finish = (b - a for a, b in itertools.pairwise(times))
+        resumed = self._gradient_file(self.top).is_file()
+        steps = self._steps()
+        backs = self.top - self.first + 1
+        forwards = self.top + (0 if resumed else 1)
+        again = len(steps) - backs
+        share = self._share(index)
+        largest = self.layout.shapes[index].numel() * self.layout.dtype.itemsize
+        device_bytes = 0
+        if self.device.type == "cuda":
+            # The second place for weights, and what is on its way in and out.
+            device_bytes = torch.cuda.max_memory_allocated(self.device)
+            device_bytes += max(map(size_of, self.block_weights)) + 4 * largest
+        self.plan = Plan(
+            blocks=(forwards, backs),
+            of=self.number,
+            stride=self.keeping.stride,
+            on_disk=len(self.keeping.on_disk),
+            device=torch.cuda.get_device_name(self.device) if device_bytes else "cpu",
+            device_bytes=device_bytes,
+            host_bytes=self.keeping.arenas * self.layout.nbytes
+            + sum(leaf.nbytes for calls in self.calls for leaf in calls.leaves),
+            scratch_bytes=len(self.keeping.on_disk) * self.layout.nbytes,
+            run_bytes=self.run_bytes,
+            seconds={
+                "forward": forwards * max(forward * share, loading),
+                "head": head_seconds,
+                "reverse": backs * max(reverse * share + finish, loading)
+                + again * max(forward * share, loading),
+            },
+        )
+        if self.show:
+            _say(self.plan.text())
+
+    def _progress(self, what: str, blocks: int) -> Any:
+        self._done = 0
+        return tqdm(
+            total=blocks * len(self.batches), unit="batch", desc=what, disable=not self.show
+        )
+
+    def _advance(self, progress: Any, block: int, index: int) -> None:
+        self._done += self.batches[index].positions
+        progress.update()
+        elapsed = progress.format_dict["elapsed"]
+        if elapsed and self.show:
+            where = f"block {block + 1}/{self.number}" if block < self.number else "head"
+            text = f"{where}, {self._done / elapsed:,.0f} tokens/s a block"
+            if self.device.type == "cuda":
+                text += f", {_gib(torch.cuda.memory_allocated(self.device))}"
+            progress.set_postfix_str(text, refresh=False)
+
+    # The output.
+
+    def write(self, output: Path) -> FiletReport:
+        """The adapter's folder, from the blocks' files. Returns the report, which is in it."""
+        start = time.perf_counter()
+        layers: dict[str, Layer] = {}
+        reports: dict[str, ModuleReport] = {}
+        left_default = dict(self.unsupported)
+        for block in range(self.first, self.number):
+            self._read_block(block, layers, reports, left_default)
+        if not layers:
+            raise ValueError(
+                "no module saw a token and its gradient; expected data that reaches at least one"
+            )
+        for name, layer in layers.items():
+            target = self.targets[name]
+            for factor, value in ((target.A, layer.A0), (target.B, layer.B0)):
+                assign(factor, value, [])
+        materialise_rest(self.peft_model, _ADAPTER, self.config.seed)
+        adapter_states(self.peft_model)[_ADAPTER] = AdapterState(self.config.base, layers)
+        warn_of(left_default, layers)
+        self.seconds["writing"] = time.perf_counter() - start
+        devices = {self.device} if self.device.type == "cuda" else set()
+        report = FiletReport(
+            modules=reports,
+            left_default=left_default,
+            seconds=self.seconds,
+            peak_memory=peak_memory(devices),
+            config=dataclasses.asdict(self.config),
+            **self.counts,
+        )
+        _write_folder(self.peft_model, report, output)
+        return report
+
+    def _read_block(
+        self,
+        block: int,
+        layers: dict[str, Layer],
+        reports: dict[str, ModuleReport],
+        left_default: dict[str, str],
+    ) -> None:
+        path = self._block_file(block)
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _BLOCK_FORMAT:
+                raise ValueError(
+                    f"{path}: format {metadata.get('format')!r}; expected {_BLOCK_FORMAT!r}"
+                )
+            left_default |= json.loads(metadata["left_default"])
+            for described in json.loads(metadata["modules"]):
+                name = described["name"]
+                A, B, energies, indices = (
+                    file.get_tensor(f"{name}.{key}") for key in ("A", "B", "energies", "indices")
+                )
+                layers[name] = Layer(A, B, described.pop("fingerprint"))
+                described["shape"] = tuple(described["shape"])
+                reports[name] = ModuleReport(energies=energies, indices=indices, **described)
+
+
+def _say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
+
+
+@torch.no_grad()
+def _drawn(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Labels drawn from the model, by uniform numbers (T, 1) in float64 (see loss.py)."""
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
+    return drawn.clamp_max_(logits.shape[-1] - 1)
+
+
+def _read(
+    batches: Iterable[Mapping[str, Any]], config: FiletConfig, model: nn.Module
+) -> list[_Batch]:
+    """The batches up to ``config.samples``, and which positions predict what."""
+    loss = SummedLoss(config, model)
+    if not loss.shift:
+        raise ValueError(
+            f"{type(model).__name__} is not a causal language model; the blockwise engine takes "
+            "those whose logits predict the next token"
+        )
+    result: list[_Batch] = []
+    samples = 0
+    for number, batch in enumerate(batches):
+        for key in ("input_ids", "labels"):
+            value = batch.get(key) if isinstance(batch, Mapping) else None
+            if not isinstance(value, Tensor) or value.dim() != 2:
+                raise TypeError(
+                    f"batch {number} has no {key} of shape (samples, tokens); expected a dict with "
+                    "input_ids and labels"
+                )
+        size = batch_size(batch)
+        if config.samples is not None:
+            size = min(size, config.samples - samples)
+            batch = first_samples(batch, size)
+        if size == 0:
+            continue
+        masks, tokens = token_masks(batch, size, False)
+        batch = {
+            key: value.cpu() if isinstance(value, Tensor) else value
+            for key, value in loss.without_padded_terms(batch).items()
+        }
+        labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=_IGNORED)
+        counted = labels != _IGNORED
+        uniform = None
+        if config.fisher == "sampled":
+            drawn = []
+            for index, row in enumerate(counted):
+                generator = torch.Generator().manual_seed(loss._sample_seed(batch, index))
+                drawn.append(
+                    torch.rand(int(row.sum()), 1, generator=generator, dtype=torch.float64)
+                )
+            uniform = torch.cat(drawn)
+        result.append(
+            _Batch(
+                inputs=batch,
+                rows=counted.flatten().nonzero().squeeze(1),
+                labels=labels[counted],
+                uniform=uniform,
+                mask=masks["decoder"],
+                samples=size,
+                tokens=tokens,
+            )
+        )
+        samples += size
+        if config.samples is not None and samples >= config.samples:
+            break
+    if not result:
+        raise ValueError("there was no sample; expected at least one")
+    return result
+
+
+def _manifest(
+    source: WeightSource,
+    batches: Sequence[_Batch],
+    lora_config: LoraConfig,
+    config: FiletConfig,
+    weights: Sequence[Entry],
+    device: torch.device,
+) -> dict[str, Any]:
+    """What the result depends on."""
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in batches:
+        tensors = {**batch.inputs, "rows": batch.rows, "labels": batch.labels}
+        for key, value in sorted(tensors.items()):
+            digest.update(f"{key}:{getattr(value, 'shape', value)}".encode())
+            if isinstance(value, Tensor):
+                digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    manifest = {
+        "format": _FORMAT,
+        "model": source.identity(),
+        "dtype": str(weights[0].dtype),
+        "device": device.type,
+        "data": digest.hexdigest(),
+        "settings": dataclasses.asdict(config),
+        "adapter": {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in lora_config.to_dict().items()
+            if key not in ("base_model_name_or_path", "auto_mapping", "peft_version")
+        },
+    }
+    # As it will be read back.
+    plain: dict[str, Any] = json.loads(json.dumps(manifest, default=str))
+    return plain
+
+
+def _compare(there: Any, now: Any, folder: Path, where: str = "") -> None:
+    """ValueError naming the first difference of two manifests."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        for key in [*now, *(key for key in there if key not in now)]:
+            _compare(there.get(key), now.get(key), folder, f"{where}{'.' if where else ''}{key}")
+    elif there != now:
+        raise ValueError(
+            f"{folder} holds a run that was not finished and that is not this one: {where} is "
+            f"{there!r} there and {now!r} now; expected the same to resume it, or the folder "
+            "removed to begin anew"
+        )
