@@ -476,8 +476,14 @@ class _Parts:
         except _NotChained:
             if self._tuples:
                 raise
-            self._tuples = True
+        self._tuples = True
+        try:
             return self._capture(inputs)
+        except IndexError as error:
+            raise ValueError(
+                f"{type(self.model).__name__} takes more than the hidden states from a block of "
+                f"{self.path} ({error}); the blockwise engine takes chains of blocks only"
+            ) from error
 
     def _capture(self, inputs: dict[str, Any]) -> tuple[Tensor, _Calls]:
         seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
@@ -558,16 +564,13 @@ class _Parts:
     def run_block(self, block: int, hidden: Tensor, calls: _Calls, tensors: Any) -> Tensor:
         args, kwargs = calls.filled(block, tensors)
         output = self.blocks[block](hidden, *args, **kwargs)
-        first, *others = output if isinstance(output, tuple) else (output,)
+        # What else a tuple holds nobody asks for: capture() handed on the first alone.
+        first = output[0] if isinstance(output, tuple) else output
         chained = len(self.blocks) == 1 or isinstance(output, tuple) == self._tuples
-        if (
-            not isinstance(first, Tensor)
-            or any(isinstance(other, Tensor) for other in others)
-            or not chained
-        ):
+        if not isinstance(first, Tensor) or not chained:
             raise ValueError(
-                f"{self.path}.{block} returned {_described(output)}; expected the hidden states "
-                "and nothing else that the next block may need"
+                f"{self.path}.{block} returned {_described(output)}; expected the hidden states, "
+                "as the model's forward takes them from it"
             )
         if first.shape != hidden.shape or first.dtype != hidden.dtype:
             raise ValueError(
@@ -807,6 +810,11 @@ class Blockwise:
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
+        if not self._results():  # nothing to go on from
+            shutil.rmtree(self.folder)
+
+    def _results(self) -> list[Path]:
+        return [*self.folder.glob("gradient-*.raw"), *self.folder.glob("block-*.safetensors")]
 
     # The run folder.
 
@@ -815,10 +823,11 @@ class Blockwise:
         path = self.folder / _MANIFEST
         for left in self.folder.glob(".*"):  # by a kill while a file was written
             left.unlink()
-        if path.is_file():
-            _compare(json.loads(path.read_text()), self.manifest, self.folder)
-        elif any(each.name != "lock" for each in self.folder.iterdir()):
+        others = [each for each in self.folder.iterdir() if each.name != "lock"]
+        if others and not path.is_file():
             raise ValueError(f"{self.folder} is there, but no run of filet; expected no folder")
+        if self._results():
+            _compare(json.loads(path.read_text()), self.manifest, self.folder)
         else:
             with replaced(path, durable=True) as beside:
                 beside.write_text(json.dumps(self.manifest, indent=1))
