@@ -41,18 +41,27 @@ from tqdm import tqdm
 
 from filet.adapters import AdapterState, Layer, adapter_states, assign, save_as_lora, write_residual
 from filet.config import FiletConfig
-from filet.files import replaced, staged
+from filet.files import PLOT_FILE, replaced, staged
 from filet.initialize import materialise_rest, nothing_seen, warn_of
 from filet.loss import SummedLoss
 from filet.offload import Arena, ArenaPool, BlockInputs, Copies, Fetched, Layout
+from filet.parts import Calls, Parts, described
 from filet.report import FiletReport, ModuleReport
 from filet.shards import Entry, ShardedWeights, WeightSource, WeightStream, entries, size_of
 from filet.statistics import peak_memory
 from filet.targets import Target, check_targets, find_targets, fingerprint
-from filet.walk import MomentHooks, batch_size, first_samples, preserved, some, token_masks
+from filet.walk import MomentHooks, batch_size, first_samples, preserved, token_masks
 from filet_kernels import fisher_energies, lora_factors, select
 
-__all__ = ["Blockwise", "Engine", "Plan", "empty_model", "initialize_folder"]
+__all__ = [
+    "Blockwise",
+    "Engine",
+    "Plan",
+    "Unsupported",
+    "choose_engine",
+    "empty_model",
+    "initialize_folder",
+]
 
 Engine = Literal["auto", "memory", "blockwise"]
 
@@ -115,7 +124,7 @@ def initialize_folder(
         config: :class:`FiletConfig`, the paper's settings by default. The blockwise engine computes
             the loss itself, the cross-entropy of the next token: ``loss_reduction`` has no use.
         engine: "memory" loads the whole model onto ``device``; "blockwise" never does; "auto" takes
-            "memory" where weights and statistics fit there with room to spare (:func:`fits`).
+            "memory" where weights and statistics fit there with room to spare.
         dtype: of the weights in memory, "auto" for what the folder says.
         device: where to compute; a GPU if there is one, by default.
         host_memory: bytes of host memory for block inputs and gradients; half of what is available
@@ -158,16 +167,16 @@ def initialize_folder(
     if device.type == "cuda":
         torch.cuda.init()
         device = torch.device("cuda", device.index or 0)
-    if engine != "memory":
-        whole = empty_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-        if engine == "auto" and fits(whole, lora_config, device):
-            engine = "memory"
-            whole = empty_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    if engine == "auto":
+        engine = choose_engine(
+            folder, lora_config, device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     if engine == "memory":
         return _in_memory(
             folder, batches, output, lora_config, config, dtype, device, trust_remote_code,
             show_progress_bar,
         )  # fmt: skip
+    whole = empty_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     run_folder = output.parent / f"{output.name}.filet-run"
     with contextlib.ExitStack() as stack:
         scratch_folder = None
@@ -233,7 +242,11 @@ def _write_folder(peft_model: PeftModel, report: FiletReport, output: Path) -> N
         save_as_lora(peft_model, place)
         report.save(place)
         if report.modules and importlib.util.find_spec("matplotlib") is not None:
-            report.plot(place / "energies.png")
+            report.plot(place / PLOT_FILE)
+
+
+class Unsupported(ValueError):
+    """A kind of model that the blockwise engine does not take."""
 
 
 def empty_model(
@@ -244,8 +257,8 @@ def empty_model(
 ) -> Any:
     """The causal language model of a folder without its weights: parameters on the meta device.
 
-    Buffers are real (rotary frequencies, say). Raises ValueError for what the blockwise engine
-    cannot do, as far as config.json and the files' headers say it.
+    Buffers are real (rotary frequencies, say). Raises :class:`Unsupported` for what the blockwise
+    engine does not take, as far as config.json and the names of the files say it.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -258,16 +271,19 @@ def empty_model(
     own = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     settings = AutoConfig.from_pretrained(str(folder), **own)
     if getattr(settings, "quantization_config", None) is not None:
-        raise ValueError(
+        raise Unsupported(
             f"{folder} is quantised (quantization_config in config.json); expected weights in "
             "float32, bfloat16 or float16"
         )
     if getattr(settings, "is_encoder_decoder", False):
-        raise ValueError(
+        raise Unsupported(
             f"{folder} is an encoder-decoder; the blockwise engine takes decoders, "
             "engine='memory' also others"
         )
-    files = shard_files(folder)
+    try:
+        files = shard_files(folder)
+    except FileNotFoundError as error:
+        raise Unsupported(str(error)) from error
     if dtype == "auto":
         dtype = getattr(settings, "dtype", None) or _dtype_of(files)
         if isinstance(dtype, str):
@@ -291,17 +307,29 @@ def _dtype_of(files: Sequence[Path]) -> torch.dtype:
     raise ValueError(f"{files[0].parent} has no floating weight")
 
 
-def fits(model: nn.Module, lora_config: LoraConfig, device: torch.device) -> bool:
-    """Whether a model's weights and second moments take at most 3/4 of a device's free memory.
+def choose_engine(
+    folder: str | os.PathLike[str],
+    lora_config: LoraConfig,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    trust_remote_code: bool = False,
+) -> Literal["memory", "blockwise"]:
+    """What "auto" is: "blockwise" where weights and second moments take more than 3/4 of a device.
 
-    ``model`` is from :func:`empty_model`; it becomes a LoRA model. The rest is for activations.
+    Of its free memory, that is; the rest is for activations. A kind of model that the blockwise
+    engine does not take is "memory" in any case.
     """
+    try:
+        model = empty_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Unsupported:
+        return "memory"
     weights = size_of(entries(model))
     peft_model = get_peft_model(model, lora_config, low_cpu_mem_usage=True)
     targets, _ = find_targets(peft_model, _ADAPTER, loaded=False)
     moments = sum(2 * 4 * min(target.weight.shape) ** 2 for target in targets.values())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
-    return weights + moments <= 0.75 * free
+    return "memory" if weights + moments <= 0.75 * free else "blockwise"
 
 
 def _available_memory() -> int:
@@ -399,276 +427,6 @@ class _Keeping:
         )
 
 
-# Running parts of a model.
-
-
-class _Captured(Exception):
-    """Leaves a model's forward with what it was run for."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-class _Leaf(int):
-    """In place of a tensor: its position in a list of them."""
-
-
-@dataclass(eq=False)
-class _Calls:
-    """What the blocks are called with for one batch, besides the hidden states."""
-
-    leaves: list[Tensor]  # on the host, each once
-    arguments: list[tuple[Any, Any]]  # of each block: positional and by name, with _Leaf's
-    wanted: list[list[int]]  # of each block: which leaves
-
-    def of(self, block: int) -> list[Tensor]:
-        return [self.leaves[index] for index in self.wanted[block]]
-
-    def filled(self, block: int, tensors: Sequence[Tensor]) -> tuple[Any, Any]:
-        known = dict(zip(self.wanted[block], tensors, strict=True))
-        args, kwargs = self.arguments[block]
-        return _filled(args, known), _filled(kwargs, known)
-
-
-def _filled(value: Any, known: dict[int, Tensor]) -> Any:
-    if isinstance(value, _Leaf):
-        return known[value]
-    if isinstance(value, dict):
-        return {key: _filled(each, known) for key, each in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_filled(each, known) for each in value)
-    return value
-
-
-class _Parts:
-    """A causal language model as prologue, blocks, epilogue and head, found without its code.
-
-    Its own forward is run with the blocks' forward replaced: what they are called with, and what
-    follows them, is then known for any model that chains its blocks by one tensor.
-    """
-
-    def __init__(self, model: Any, targets: Mapping[str, Target]) -> None:
-        self.model = model
-        self.path, self.blocks = _find_blocks(model, targets)
-        parent = self.path.rpartition(".")[0]
-        self.parent: nn.Module = model.get_submodule(parent) if parent else model
-        if self.parent is model:
-            raise ValueError(
-                f"the blocks of {type(model).__name__} lie in the model itself; expected them in a "
-                "model of its own below the head, as transformers has it"
-            )
-        self._tuples = False  # blocks return a tuple
-
-    @contextlib.contextmanager
-    def _replaced(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-        try:
-            for index, block in enumerate(self.blocks):
-                block.forward = forward(index)
-            yield
-        finally:
-            for block in self.blocks:
-                vars(block).pop("forward", None)
-
-    def capture(self, inputs: dict[str, Any]) -> tuple[Tensor, _Calls]:
-        """The first block's input for a batch, and what each block is called with."""
-        try:
-            return self._capture(inputs)
-        except _NotChained:
-            if self._tuples:
-                raise
-        self._tuples = True
-        try:
-            return self._capture(inputs)
-        except IndexError as error:
-            raise ValueError(
-                f"{type(self.model).__name__} takes more than the hidden states from a block of "
-                f"{self.path} ({error}); the blockwise engine takes chains of blocks only"
-            ) from error
-
-    def _capture(self, inputs: dict[str, Any]) -> tuple[Tensor, _Calls]:
-        seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
-        handed: list[Tensor] = []
-
-        def stub(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                if not args or not isinstance(args[0], Tensor):
-                    kind = type(args[0]).__name__ if args else "no positional argument"
-                    raise ValueError(
-                        f"{self.path}.{index} is called with {kind} first; expected a tensor, the "
-                        "hidden states"
-                    )
-                if index != len(seen) or (handed and args[0] is not handed[-1]):
-                    raise _NotChained(
-                        f"{type(self.model).__name__} does not hand the output of one block of "
-                        f"{self.path} to the next as it is (at block {index}); the blockwise "
-                        "engine takes chains of blocks only, engine='memory' also others"
-                    )
-                seen.append((args[0], args[1:], kwargs))
-                if index == len(self.blocks) - 1:
-                    raise _Captured(None)
-                handed.append(args[0].view_as(args[0]))
-                return (handed[-1],) if self._tuples else handed[-1]
-
-            return forward
-
-        with self._replaced(stub), contextlib.suppress(_Captured), torch.no_grad():
-            self.model(**inputs, use_cache=False)
-        if len(seen) != len(self.blocks):
-            raise ValueError(
-                f"{len(seen)} of the {len(self.blocks)} blocks of {self.path} were called; "
-                "expected all, in order"
-            )
-        hidden = seen[0][0].detach()
-        own = {id(hidden), *map(id, handed), *(id(each[0]) for each in seen)}
-        leaves: dict[int, tuple[_Leaf, Tensor]] = {}
-        arguments, wanted = [], []
-        for index, (_, args, kwargs) in enumerate(seen):
-            used: set[int] = set()
-            arguments.append(
-                tuple(self._packed(each, index, own, leaves, used) for each in (args, kwargs))
-            )
-            wanted.append(sorted(used))
-        hosts = [tensor.detach().to("cpu", copy=True) for _, tensor in leaves.values()]
-        if hidden.is_cuda:
-            hosts = [host.pin_memory() for host in hosts]
-        return hidden, _Calls(hosts, arguments, wanted)
-
-    def _packed(
-        self,
-        value: Any,
-        block: int,
-        own: set[int],
-        leaves: dict[int, tuple[_Leaf, Tensor]],
-        used: set[int],
-    ) -> Any:
-        if isinstance(value, Tensor):
-            if id(value) in own:
-                raise ValueError(
-                    f"{self.path}.{block} is also called with the hidden states of another block; "
-                    "the blockwise engine takes chains of blocks only"
-                )
-            leaf, _ = leaves.setdefault(id(value), (_Leaf(len(leaves)), value))
-            used.add(leaf)
-            return leaf
-        if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
-            return value
-        if isinstance(value, Mapping):
-            return {k: self._packed(v, block, own, leaves, used) for k, v in value.items()}
-        if type(value) in (tuple, list):
-            return type(value)(self._packed(v, block, own, leaves, used) for v in value)
-        raise ValueError(
-            f"{self.path}.{block} is called with a {type(value).__name__}; the blockwise engine "
-            "takes blocks that keep no state, called with tensors and plain values"
-        )
-
-    def run_block(self, block: int, hidden: Tensor, calls: _Calls, tensors: Any) -> Tensor:
-        args, kwargs = calls.filled(block, tensors)
-        output = self.blocks[block](hidden, *args, **kwargs)
-        # What else a tuple holds nobody asks for: capture() handed on the first alone.
-        first = output[0] if isinstance(output, tuple) else output
-        chained = len(self.blocks) == 1 or isinstance(output, tuple) == self._tuples
-        if not isinstance(first, Tensor) or not chained:
-            raise ValueError(
-                f"{self.path}.{block} returned {_described(output)}; expected the hidden states, "
-                "as the model's forward takes them from it"
-            )
-        if first.shape != hidden.shape or first.dtype != hidden.dtype:
-            raise ValueError(
-                f"{self.path}.{block} made {_described(first)} of {_described(hidden)}; expected "
-                "blocks that keep shape and dtype"
-            )
-        if len(self.blocks) == 1:
-            self._tuples = isinstance(output, tuple)
-        return first
-
-    def epilogue(self, inputs: dict[str, Any], hidden: Tensor) -> Any:
-        """What the head gets for the last block's output: an output with ``last_hidden_state``."""
-
-        def stub(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                value = hidden if index == len(self.blocks) - 1 else args[0]
-                return (value,) if self._tuples else value
-
-            return forward
-
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            raise _Captured(output)
-
-        handle = self.parent.register_forward_hook(hook)
-        try:
-            with self._replaced(stub):
-                self.model(**inputs, use_cache=False)
-        except _Captured as captured:
-            output = captured.value
-        finally:
-            handle.remove()
-        if not isinstance(getattr(output, "last_hidden_state", None), Tensor):
-            raise ValueError(
-                f"{type(self.parent).__name__} returned {_described(output)}; expected an output "
-                "with last_hidden_state"
-            )
-        return output
-
-    def logits(self, output: Any, rows: Tensor) -> Tensor:
-        """Logits (T, V) of rows (T, D) of ``output.last_hidden_state``, by the model's own head."""
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return type(output)(last_hidden_state=rows.unsqueeze(0))
-
-        self.parent.forward = forward
-        try:
-            ids = torch.zeros(1, rows.shape[0], dtype=torch.int64, device=rows.device)
-            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        finally:
-            del self.parent.forward
-        if logits.shape[:2] != (1, rows.shape[0]):
-            raise ValueError(
-                f"the head made logits {tuple(logits.shape)} of {rows.shape[0]} rows; expected one "
-                "row of logits each"
-            )
-        return logits.squeeze(0)
-
-
-class _NotChained(ValueError):
-    """A model whose blocks are no chain, or not of this kind of output."""
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor {tuple(value.shape)}"
-    if isinstance(value, tuple):
-        return f"a tuple of ({', '.join(_described(each) for each in value)})"
-    return f"a {type(value).__name__}"
-
-
-def _find_blocks(model: nn.Module, targets: Mapping[str, Target]) -> tuple[str, list[nn.Module]]:
-    """The ModuleList that holds the most target weights, and the outermost one of those."""
-    best: tuple[int, int, str] | None = None
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            held = sum(
-                target.weight.numel()
-                for name, target in targets.items()
-                if name.startswith(f"{path}.")
-            )
-            if held and (best is None or (held, -len(path)) > best[:2]):
-                best = (held, -len(path), path)
-    if best is None:
-        raise ValueError(
-            f"{type(model).__name__} has no ModuleList with a target module in it; the blockwise "
-            "engine takes models whose blocks are one"
-        )
-    path = best[2]
-    outside = [name for name in targets if not name.startswith(f"{path}.")]
-    if outside:
-        raise ValueError(
-            f"{some(outside)}: outside the blocks {path}; the blockwise engine initialises layers "
-            "inside them only: expected target_modules without (or engine='memory')"
-        )
-    blocks: Any = model.get_submodule(path)
-    return path, list(blocks)
-
-
 # The engine.
 
 
@@ -730,7 +488,7 @@ class Blockwise:
                     f"{name}: rank {target.rank} exceeds the {target.weight.shape[1]} columns of "
                     f"W {tuple(target.weight.shape)}; expected a smaller r"
                 )
-        self.parts = _Parts(self.model, self.targets)
+        self.parts = Parts(self.model, self.targets)
         self.number = len(self.parts.blocks)
         self._part_weights(weights)
         self.of_block: list[dict[str, Target]] = [{} for _ in range(self.number)]
@@ -914,7 +672,7 @@ class Blockwise:
 
         Also how long the head takes for all batches, from the largest one.
         """
-        self.calls: list[_Calls] = []
+        self.calls: list[Calls] = []
         arena: Arena | None = None
         seconds = 0.0
         for _ in self.stream.run([self.other_weights]):
@@ -926,7 +684,7 @@ class Blockwise:
                 expected = self.layout.shapes[index]
                 if hidden.shape != expected or hidden.dtype != self.layout.dtype:
                     raise ValueError(
-                        f"the hidden states of batch {index} are {_described(hidden)}; expected "
+                        f"the hidden states of batch {index} are {described(hidden)}; expected "
                         f"{self.layout.dtype} {tuple(expected)}"
                     )
                 self.calls.append(calls)
@@ -1210,7 +968,7 @@ class Blockwise:
         """A, B, energies and choices of a block's modules, as the content of a safetensors file."""
         config = self.config
         tensors: dict[str, Tensor] = {}
-        described: list[dict[str, Any]] = []
+        modules: list[dict[str, Any]] = []
         left_default: dict[str, str] = {}
         for moments in hooks.moments.values():
             moments.loss_terms.fill_(self.counts["loss_terms"])
@@ -1236,7 +994,7 @@ class Blockwise:
                 error = float(write_residual(weight, layer, target.scaling))
             tensors |= {f"{name}.A": A, f"{name}.B": B}
             tensors |= {f"{name}.energies": energies, f"{name}.indices": indices}
-            described.append(
+            modules.append(
                 {
                     "name": name,
                     "fingerprint": layer.fingerprint,
@@ -1252,7 +1010,7 @@ class Blockwise:
             )
         metadata = {
             "format": _BLOCK_FORMAT,
-            "modules": json.dumps(described),
+            "modules": json.dumps(modules),
             "left_default": json.dumps(left_default),
         }
         return save({key: value.cpu() for key, value in tensors.items()}, metadata)
@@ -1410,14 +1168,14 @@ class Blockwise:
                     f"{path}: format {metadata.get('format')!r}; expected {_BLOCK_FORMAT!r}"
                 )
             left_default |= json.loads(metadata["left_default"])
-            for described in json.loads(metadata["modules"]):
-                name = described["name"]
+            for row in json.loads(metadata["modules"]):
+                name = row["name"]
                 A, B, energies, indices = (
                     file.get_tensor(f"{name}.{key}") for key in ("A", "B", "energies", "indices")
                 )
-                layers[name] = Layer(A, B, described.pop("fingerprint"))
-                described["shape"] = tuple(described["shape"])
-                reports[name] = ModuleReport(energies=energies, indices=indices, **described)
+                layers[name] = Layer(A, B, row.pop("fingerprint"))
+                row["shape"] = tuple(row["shape"])
+                reports[name] = ModuleReport(energies=energies, indices=indices, **row)
 
 
 def _say(text: str) -> None:

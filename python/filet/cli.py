@@ -13,17 +13,17 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from filet.files import inside, staged
+from filet.files import PLOT_FILE, inside, staged
 
 __all__ = ["main"]
 
-PLOT_FILE = "energies.png"
 SCALINGS = ("fisher", "singular", "constant-min", "constant-max")
 
 _DESCRIPTION = """\
@@ -164,7 +164,9 @@ def _parser() -> argparse.ArgumentParser:
         "into them, or leave them and add a frozen second adapter. The saved adapter is the "
         "same; untouched also works where a weight is used twice (default: residual)",
     )
-    _add_run(init.add_argument_group("running"), overwrite="replace an adapter that is there")
+    running = init.add_argument_group("running")
+    _add_run(running, overwrite="replace an adapter that is there")
+    _add_engine(running)
     init.set_defaults(run=_init, check=_check_init)
 
     stats = commands.add_parser(
@@ -316,6 +318,30 @@ def _add_run(group: argparse._ArgumentGroup, *, overwrite: str) -> None:
     _add_debug(group)
 
 
+def _add_engine(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--engine",
+        choices=("auto", "memory", "blockwise"),
+        default="auto",
+        help="memory: the whole model at once; blockwise: a block at a time from its safetensors "
+        "shards, for models larger than the GPU, and resumed by the same command when killed "
+        "(default: auto, memory where the model fits)",
+    )
+    group.add_argument(
+        "--host-memory",
+        type=_bytes,
+        metavar="SIZE",
+        help="blockwise: host memory for what goes between the blocks, 64G say; what does not fit "
+        "is put on --scratch or computed again (default: half of what is free)",
+    )
+    group.add_argument(
+        "--scratch",
+        type=Path,
+        metavar="DIR",
+        help="blockwise: folder on a fast disk for what host memory does not hold",
+    )
+
+
 def _add_debug(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -340,6 +366,17 @@ def _seed(text: str) -> int:
     return value
 
 
+def _bytes(text: str) -> int:
+    """``64G``, ``1.5T``, ``500M``, or a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    size = 0
+    if match:
+        size = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"must be a size like 64G or 500M, got {text!r}")
+    return size
+
+
 def _samples(text: str) -> int | None:
     """A positive number, or None for ``all``."""
     return None if text == "all" else _positive(text)
@@ -348,6 +385,12 @@ def _samples(text: str) -> int | None:
 def _check_init(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.statistics is not None and args.save_statistics is not None:
         parser.error("init: --save-statistics has nothing to save with --statistics")
+    if args.statistics is not None or args.save_statistics is not None:
+        if args.engine == "blockwise":
+            parser.error("init: --engine blockwise keeps no statistics of the whole model")
+        args.engine = "memory"
+    if args.engine == "memory" and (args.host_memory is not None or args.scratch is not None):
+        parser.error("init: --host-memory and --scratch are for --engine blockwise")
     _check_fields(args, parser)
 
 
@@ -392,6 +435,26 @@ def _init(args: argparse.Namespace) -> None:
     config = _config(args)
     progress = not args.no_progress
     loader = [] if args.data is None else _load_data(args)
+    if _engine(args) == "blockwise":
+        with _own_code(args):
+            report = filet.initialize_folder(
+                args.model,
+                loader,
+                args.output,
+                _lora_config(args, rank=args.rank, alpha=args.alpha),
+                config,
+                engine="blockwise",
+                dtype=_dtype(args),
+                device=_device(args),
+                host_memory=args.host_memory,
+                scratch=args.scratch,
+                trust_remote_code=args.trust_remote_code,
+                overwrite=args.overwrite,
+                show_progress_bar=progress,
+            )
+        _print(report.table())
+        _print(f"{'written':<14}{args.output}")
+        return
     statistics = None if args.statistics is None else filet.Statistics.load(args.statistics)
     peft_model = _load_peft_model(args, rank=args.rank, alpha=args.alpha)
     if statistics is not None:
@@ -528,33 +591,70 @@ def _load_data(args: argparse.Namespace) -> list[dict[str, Any]]:
 def _load_peft_model(args: argparse.Namespace, *, rank: int, alpha: int | None) -> Any:
     """The model with a default LoRA adapter on its targets."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device")
+    device = _device(args)
     transformers = _transformers(args)
     with _own_code(args):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(args.model),
-            dtype=args.dtype if args.dtype == "auto" else getattr(torch, args.dtype),
+            dtype=_dtype(args),
             local_files_only=True,
             trust_remote_code=args.trust_remote_code,
             use_safetensors=None if args.allow_pickle else True,
         )
     model = model.to(device)
-    targets = args.target_modules
     torch.manual_seed(args.seed)  # modules that keep PEFT's default get the same A every time
-    lora = LoraConfig(
+    return get_peft_model(model, _lora_config(args, rank=rank, alpha=alpha))
+
+
+def _engine(args: argparse.Namespace) -> str:
+    """The engine, chosen by what the device holds where it is left to us."""
+    if args.engine != "auto" or (args.allow_pickle and not any(args.model.glob("*.safetensors"))):
+        return "blockwise" if args.engine == "blockwise" else "memory"
+    import torch
+
+    from filet.blockwise import choose_engine
+
+    _transformers(args)
+    with _own_code(args):
+        return choose_engine(
+            args.model,
+            _lora_config(args, rank=1, alpha=1),
+            torch.device(_device(args)),
+            dtype=_dtype(args),
+            trust_remote_code=args.trust_remote_code,
+        )
+
+
+def _device(args: argparse.Namespace) -> str:
+    import torch
+
+    device: str = args.device
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device")
+    return device
+
+
+def _dtype(args: argparse.Namespace) -> Any:
+    import torch
+
+    return args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
+def _lora_config(args: argparse.Namespace, *, rank: int, alpha: int | None) -> Any:
+    from peft import LoraConfig
+
+    targets = args.target_modules
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
         use_rslora=getattr(args, "rslora", False),
         target_modules="all-linear" if targets == ["all-linear"] else targets,
     )
-    return get_peft_model(model, lora)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["inside", "replaced", "staged"]
+__all__ = ["PLOT_FILE", "inside", "replaced", "staged"]
+
+PLOT_FILE = "energies.png"
+"""Name of the picture of the energies in an adapter's folder."""
 
 
 @contextlib.contextmanager

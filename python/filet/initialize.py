@@ -242,7 +242,7 @@ def materialise_rest(peft_model: PeftModel, adapter_name: str, seed: int) -> Non
         for layer in peft_model.base_model.model.modules():
             if not isinstance(layer, LoraLayer):
                 continue
-            device = layer.get_base_layer().weight.device
+            device = next(layer.get_base_layer().parameters()).device  # experts have no weight
             if device.type == "meta":  # of a model that is never whole
                 device = torch.device("cpu")
             waiting = False

@@ -117,8 +117,9 @@ class ShardedWeights:
     model's prefix added or dropped, and renamed, stacked or split (experts, say) as transformers
     does it on loading.
 
-    Raises ValueError for a folder without safetensors weights, for a shard that is missing, and
-    for a weight that no file has or that has another shape; SafetensorError for a damaged file.
+    Raises FileNotFoundError for a folder without safetensors weights, ValueError for a shard that
+    is missing, and for a weight that no file has or that has another shape; SafetensorError for a
+    damaged file.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: nn.Module) -> None:
@@ -242,7 +243,7 @@ def shard_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
-    raise ValueError(
+    raise FileNotFoundError(
         f"no {_SINGLE} or {_INDEX} in {folder}; the blockwise engine reads safetensors weights only"
     )
 
