@@ -58,6 +58,9 @@ def _filled(value: Any, known: dict[int, Tensor]) -> Any:
     return value
 
 
+_Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]  # hidden states, the other arguments
+
+
 class Parts:
     """The parts of ``model``, whose blocks are the ModuleList with the most target weights.
 
@@ -89,21 +92,41 @@ class Parts:
     def capture(self, inputs: dict[str, Any]) -> tuple[Tensor, Calls]:
         """The first block's input for a batch, and what each block is called with."""
         try:
-            return self._capture(inputs)
-        except _NotChained:
+            seen, handed = self._chain(inputs)
+        except _NotChained as error:
             if self._tuples:
                 raise
-        self._tuples = True
-        try:
-            return self._capture(inputs)
-        except IndexError as error:
-            raise ValueError(
-                f"{type(self.model).__name__} takes more than the hidden states from a block of "
-                f"{self.path} ({error}); the blockwise engine takes chains of blocks only"
-            ) from error
+            self._tuples = True
+            try:
+                seen, handed = self._chain(inputs)
+            except IndexError as taken:
+                raise ValueError(
+                    f"{type(self.model).__name__} takes more than the hidden states from a block "
+                    f"of {self.path} ({taken}); the blockwise engine takes chains of blocks only"
+                ) from taken
+            except (AttributeError, TypeError, ValueError):
+                raise error from None  # no tuples either
+        hidden = seen[0][0].detach()
+        own = {id(hidden), *map(id, handed), *(id(each[0]) for each in seen)}
+        leaves: dict[int, tuple[_Leaf, Tensor]] = {}
+        arguments, wanted = [], []
+        for index, (_, args, kwargs) in enumerate(seen):
+            used: set[int] = set()
+            arguments.append(
+                (
+                    self._packed(args, index, own, leaves, used),
+                    self._packed(kwargs, index, own, leaves, used),
+                )
+            )
+            wanted.append(sorted(used))
+        hosts = [tensor.detach().to("cpu", copy=True) for _, tensor in leaves.values()]
+        if hidden.is_cuda:
+            hosts = [host.pin_memory() for host in hosts]
+        return hidden, Calls(hosts, arguments, wanted)
 
-    def _capture(self, inputs: dict[str, Any]) -> tuple[Tensor, Calls]:
-        seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+    def _chain(self, inputs: dict[str, Any]) -> tuple[list[_Call], list[Tensor]]:
+        """How the blocks are called, and what each handed to the next."""
+        seen: list[_Call] = []
         handed: list[Tensor] = []
 
         def stub(index: int) -> Callable[..., Any]:
@@ -135,20 +158,7 @@ class Parts:
                 f"{len(seen)} of the {len(self.blocks)} blocks of {self.path} were called; "
                 "expected all, in order"
             )
-        hidden = seen[0][0].detach()
-        own = {id(hidden), *map(id, handed), *(id(each[0]) for each in seen)}
-        leaves: dict[int, tuple[_Leaf, Tensor]] = {}
-        arguments, wanted = [], []
-        for index, (_, args, kwargs) in enumerate(seen):
-            used: set[int] = set()
-            arguments.append(
-                tuple(self._packed(each, index, own, leaves, used) for each in (args, kwargs))
-            )
-            wanted.append(sorted(used))
-        hosts = [tensor.detach().to("cpu", copy=True) for _, tensor in leaves.values()]
-        if hidden.is_cuda:
-            hosts = [host.pin_memory() for host in hosts]
-        return hidden, Calls(hosts, arguments, wanted)
+        return seen, handed
 
     def _packed(
         self,
