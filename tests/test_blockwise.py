@@ -41,12 +41,14 @@ from transformers import (
     Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import filet
 import models
 import smollm2
-from filet import FiletConfig, FiletReport, blockwise, offload
+from filet import FiletConfig, FiletReport, blockwise, offload, walk
 from filet.blockwise import Blockwise, empty_model, initialize_folder
 from filet.cli import main
 from filet.parts import Parts
@@ -84,6 +86,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         Qwen2MoeConfig(
             **MOE, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=24
         )
+    ),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**MOE, num_experts=4, moe_intermediate_size=16, head_dim=16)
     ),
 }
 
@@ -277,8 +282,8 @@ def test_the_folder_is_what_save_as_lora_writes(folder: Path, tmp_path: Path) ->
 # Memory, disk, recomputation.
 
 
-def run_of(folder: Path, place: Path, **more: Any) -> Blockwise:
-    model = empty_model(folder)
+def run_of(folder: Path, place: Path, model: Any = None, **more: Any) -> Blockwise:
+    model = model or empty_model(folder)
     settings: dict[str, Any] = {
         "batches": batches(),
         "lora_config": lora(),
@@ -372,19 +377,32 @@ def test_auto(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # Routing.
 
 
+@pytest.mark.parametrize("handed_on", [False, True])
 def test_experts_are_chosen_alike_in_both_sweeps(
-    folders: Callable[[str], Path], tmp_path: Path
+    handed_on: bool,
+    folders: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """To the bit, also where hooks form the output of o_proj (32 of 64) as they do on a GPU.
+
+    They do it in an order of their own, which is played here by two bits that are off.
+    """
+    monkeypatch.setattr(walk, "HANDS_ON", {"cpu"} if handed_on else set())
+    unrounded = walk._unrounded
+    monkeypatch.setattr(walk, "_unrounded", lambda *args: unrounded(*args) * (1 + 2**-6))
+    folder = folders("qwen3_moe")
     seen: dict[tuple[str, bool], list[Tensor]] = {}
-    with run_of(folders("qwen2_moe"), tmp_path) as run:
+    model = empty_model(folder, dtype=torch.bfloat16)
+    with run_of(folder, tmp_path, model=model) as run:
         for name, module in run.model.named_modules():
             if name.endswith("mlp.gate"):
                 module.register_forward_hook(
                     lambda module, args, output, name=name: seen.setdefault(
                         (name, torch.is_grad_enabled()), []
-                    ).append(torch.cat([each.detach().flatten() for each in output]))
+                    ).append(torch.cat([each.detach().float().flatten() for each in output]))
                 )
-        run._rehearse = lambda *_: None  # type: ignore[method-assign]
+        monkeypatch.setattr(Blockwise, "_rehearse", lambda *_: None)
         run.sweep()
     names = {name for name, _ in seen}
     assert len(names) == SMALL["num_hidden_layers"]
@@ -481,19 +499,19 @@ def test_killed_at_random(folder: Path, tmp_path: Path) -> None:
     assert process.exitcode == 0
     whole = time.perf_counter() - start
     draw = random.Random(5)
-    finished = set()
-    for _ in range(8):
+    kills = 0
+    while kills < 6:
+        if output.exists():  # it was quicker than we were
+            shutil.rmtree(output)
         before = block_files(run)
         process = in_child(lambda: initialize(folder, output))
-        process.join(draw.uniform(0.3, 1.0) * whole)
+        process.join(draw.uniform(0.1, 1.0) * whole)
         process.kill()
         process.join()
-        if output.exists():
-            break
-        assert_untouched(before, run)
-        finished.add(len(block_files(run)))
+        kills += process.exitcode == -signal.SIGKILL
+        if not output.exists():
+            assert_untouched(before, run)
     if not output.exists():
-        before = block_files(run)
         initialize(folder, output)
     assert_same_adapter(output, tmp_path / "whole")
 
@@ -728,8 +746,8 @@ class _Target:
 @pytest.mark.parametrize(
     ("between", "message"),
     [
-        (lambda layers, x: layers[1](layers[0](x) * 2), "output of one block .* at block 1"),
-        (lambda layers, x: layers[1](layers[1](x)), "output of one block .* at block 1"),
+        (lambda layers, x: layers[1](layers[0](x) * 2), r"output of one block .*\(at block 1\)"),
+        (lambda layers, x: layers[1](layers[1](x)), r"output of one block .*\(at block 1\)"),
         (lambda layers, x: layers[0](x), "1 of the 2 blocks"),
         (lambda layers, x: layers[1](layers[0](x), x), "hidden states of another block"),
         (lambda layers, x: layers[1](layers[0](x), object()), "called with a object"),

@@ -39,6 +39,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from filet import walk
 from filet.adapters import AdapterState, Layer, adapter_states, assign, save_as_lora, write_residual
 from filet.config import FiletConfig
 from filet.files import PLOT_FILE, replaced, staged
@@ -467,6 +468,8 @@ class Blockwise:
         scratch: Path | None = None,
         show_progress_bar: bool = True,
     ) -> None:
+        if device.type == "cuda":
+            torch.cuda.init()  # what preserved() makes deterministic depends on it
         self.config = config
         self.device = device
         self.folder = run_folder
@@ -511,7 +514,6 @@ class Blockwise:
         self.manifest = _manifest(source, self.batches, lora_config, config, weights, device)
         self.masks = [None if b.mask is None else b.mask.to(device) for b in self.batches]
         self._candidates: dict[str, Tensor] = {}
-        self._unmasked: set[str] = set()
         self._in_flight: collections.deque[Any] = collections.deque()
         self._writing: Future[None] | None = None
         self._stack = contextlib.ExitStack()
@@ -624,15 +626,15 @@ class Blockwise:
         """Finish every block that is not yet. What is finished survives an exception."""
         if self.top < self.first:
             return
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         with contextlib.ExitStack() as stack:
             stack.enter_context(preserved(self.peft_model))
             self.copies = Copies(self.device)
             resumed = self._gradient_file(self.top)
             start = time.perf_counter()
+            self._reset_peak()
             hidden, head_seconds = self._capture(stack, head=not resumed.is_file())
-            self._rehearse(hidden, head_seconds)
+            head_bytes = self._reset_peak()
+            self._rehearse(hidden, head_seconds, head_bytes)
             start = self._passed("preparing", start)
             if resumed.is_file():
                 hidden = self._forward(hidden, range(self.top))
@@ -766,11 +768,28 @@ class Blockwise:
     def _run_forward(self, block: int, arena: Arena, progress: Any) -> Arena:
         """A block over all batches; returns its outputs."""
         made = self._timed_get()
-        for index, (hidden, *leaves) in self._fetched(block, [arena]):
-            output = self.parts.run_block(block, hidden, self.calls[index], leaves)
-            self._store(output, made, index)
-            self._advance(progress, block, index)
+        with self._products(block) as start_batch:
+            for index, (hidden, *leaves) in self._fetched(block, [arena]):
+                start_batch()
+                output = self.parts.run_block(block, hidden, self.calls[index], leaves)
+                self._store(output, made, index)
+                self._advance(progress, block, index)
         return made
+
+    @contextlib.contextmanager
+    def _products(self, block: int) -> Iterator[Callable[[], None]]:
+        """The forward runs by the products that the reverse sweep will run it by.
+
+        On a GPU the hooks that count form some outputs in float32 and round them themselves. A
+        rounding apart, the router of a mixture of experts would choose others now and then.
+        """
+        if self.device.type not in walk.HANDS_ON:
+            yield lambda: None
+            return
+        with MomentHooks(self.of_block[block], self.config) as hooks:
+            hooks.counting = False
+            hooks.phase = "forward"
+            yield lambda: hooks.start_batch({})
 
     def _forward(self, arena: Arena, blocks: range) -> Arena:
         """Blocks in ascending order; keeps their inputs; returns the last one's outputs."""
@@ -928,8 +947,6 @@ class Blockwise:
         self.pool.put(arena)
         hooks.finish()
         hooks.check_finite("one of the batches")
-        if hooks.unmasked:
-            self._unmasked |= hooks.unmasked
         self.peak = float(peak) if self.half else 0.0
         content = self._finished(self.of_block[block], hooks)
         self._write(self._save_block, block, made, (self.scale, self.peak), content)
@@ -1012,6 +1029,7 @@ class Blockwise:
             "format": _BLOCK_FORMAT,
             "modules": json.dumps(modules),
             "left_default": json.dumps(left_default),
+            "unmasked": json.dumps(sorted(hooks.unmasked)),
         }
         return save({key: value.cpu() for key, value in tensors.items()}, metadata)
 
@@ -1045,7 +1063,15 @@ class Blockwise:
         """All batches' positions over those of one."""
         return sum(batch.positions for batch in self.batches) / self.batches[index].positions
 
-    def _rehearse(self, arena: Arena, head_seconds: float) -> None:
+    def _reset_peak(self) -> int:
+        """The peak of the GPU's memory since the last call, in bytes; 0 on a CPU."""
+        if self.device.type != "cuda":
+            return 0
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+    def _rehearse(self, arena: Arena, head_seconds: float, head_bytes: int) -> None:
         """The first block with targets on the largest batch, to refuse early and to plan."""
         block, index = self.first, self._largest()
         start = time.perf_counter()
@@ -1079,8 +1105,8 @@ class Blockwise:
         device_bytes = 0
         if self.device.type == "cuda":
             # The second place for weights, and what is on its way in and out.
-            device_bytes = torch.cuda.max_memory_allocated(self.device)
-            device_bytes += max(map(size_of, self.block_weights)) + 4 * largest
+            block_bytes = self._reset_peak() + max(map(size_of, self.block_weights)) + 4 * largest
+            device_bytes = max(block_bytes, head_bytes)
         self.plan = Plan(
             blocks=(forwards, backs),
             of=self.number,
@@ -1127,8 +1153,11 @@ class Blockwise:
         layers: dict[str, Layer] = {}
         reports: dict[str, ModuleReport] = {}
         left_default = dict(self.unsupported)
+        unmasked: list[str] = []
         for block in range(self.first, self.number):
-            self._read_block(block, layers, reports, left_default)
+            metadata = self._read_block(block, layers, reports)
+            left_default |= json.loads(metadata["left_default"])
+            unmasked += json.loads(metadata["unmasked"])
         if not layers:
             raise ValueError(
                 "no module saw a token and its gradient; expected data that reaches at least one"
@@ -1140,6 +1169,7 @@ class Blockwise:
         materialise_rest(self.peft_model, _ADAPTER, self.config.seed)
         adapter_states(self.peft_model)[_ADAPTER] = AdapterState(self.config.base, layers)
         warn_of(left_default, layers)
+        walk.warn_of_padding(unmasked)
         self.seconds["writing"] = time.perf_counter() - start
         devices = {self.device} if self.device.type == "cuda" else set()
         report = FiletReport(
@@ -1158,16 +1188,15 @@ class Blockwise:
         block: int,
         layers: dict[str, Layer],
         reports: dict[str, ModuleReport],
-        left_default: dict[str, str],
-    ) -> None:
+    ) -> dict[str, str]:
+        """Add a block's modules; returns what else its file says."""
         path = self._block_file(block)
         with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata: dict[str, str] = file.metadata() or {}
             if metadata.get("format") != _BLOCK_FORMAT:
                 raise ValueError(
                     f"{path}: format {metadata.get('format')!r}; expected {_BLOCK_FORMAT!r}"
                 )
-            left_default |= json.loads(metadata["left_default"])
             for row in json.loads(metadata["modules"]):
                 name = row["name"]
                 A, B, energies, indices = (
@@ -1176,6 +1205,7 @@ class Blockwise:
                 layers[name] = Layer(A, B, row.pop("fingerprint"))
                 row["shape"] = tuple(row["shape"])
                 reports[name] = ModuleReport(energies=energies, indices=indices, **row)
+        return metadata
 
 
 def _say(text: str) -> None:

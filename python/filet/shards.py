@@ -291,10 +291,7 @@ class WeightStream:
         return self.waited
 
     def run(self, groups: Sequence[Sequence[Entry]]) -> Iterator[int]:
-        """Yields each group's index with its weights in the model; they leave it afterwards.
-
-        The first group's load is not counted as waiting: nothing can hide it.
-        """
+        """Yields each group's index with its weights in the model; they leave it afterwards."""
         if not groups:
             return
         cuda = self.device.type == "cuda"
@@ -311,8 +308,9 @@ class WeightStream:
                 event.record()
             free.put((place, event))
         ready: queue.Queue[Any] = queue.Queue()
+        stream = torch.cuda.Stream(self.device) if cuda else None
         loader = threading.Thread(
-            target=self._load, args=(groups, free, ready), name="filet weights", daemon=True
+            target=self._load, args=(groups, stream, free, ready), name="filet weights", daemon=True
         )
         loader.start()
         try:
@@ -324,8 +322,7 @@ class WeightStream:
                 place, event = loaded
                 if event is not None:
                     torch.cuda.current_stream(self.device).wait_event(event)
-                if index:
-                    self._count(before)
+                self._count(before)
                 with _placed(group, place):
                     yield index
                 event = None
@@ -336,6 +333,8 @@ class WeightStream:
         finally:
             free.put(None)  # an end that comes early stops the loader
             loader.join()
+            if stream is not None:  # before the places become somebody else's memory
+                torch.cuda.current_stream(self.device).wait_stream(stream)
 
     def _timestamp(self) -> Any:
         if self.device.type != "cuda":
@@ -354,14 +353,18 @@ class WeightStream:
             self.waited += after - before
 
     def _load(
-        self, groups: Sequence[Sequence[Entry]], free: queue.Queue[Any], ready: queue.Queue[Any]
+        self,
+        groups: Sequence[Sequence[Entry]],
+        stream: Any,
+        free: queue.Queue[Any],
+        ready: queue.Queue[Any],
     ) -> None:
         try:
             with contextlib.ExitStack() as stack:
                 staging = None
-                if self.device.type == "cuda":
+                if stream is not None:
                     stack.enter_context(torch.cuda.device(self.device))
-                    stack.enter_context(torch.cuda.stream(torch.cuda.Stream(self.device)))
+                    stack.enter_context(torch.cuda.stream(stream))
                     staging = _Staging()
                 for group in groups:
                     taken = free.get()

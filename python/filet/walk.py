@@ -29,6 +29,7 @@ from filet.targets import Target
 from filet_kernels import Moments, SecondMoment
 
 __all__ = [
+    "HANDS_ON",
     "ForwardFn",
     "MomentHooks",
     "batch_size",
@@ -38,6 +39,7 @@ __all__ = [
     "preserved",
     "some",
     "token_masks",
+    "warn_of_padding",
 ]
 
 ForwardFn = Callable[[Any, Any], Any]
@@ -49,7 +51,7 @@ _FP16_PEAK = 2.0**4
 _FP16_ROOM = 2.0**5
 
 # Where a linear layer in bfloat16 or float16 hands y and h on before it rounds them.
-_HANDS_ON = {"cuda"}
+HANDS_ON = {"cuda"}
 
 # They enter their moments as float16, each column scaled by a power of two that puts the largest
 # number of the first batch at 2². That leaves 2¹⁴ of room, and 11 bits to what is 2⁻¹⁶ of that.
@@ -70,6 +72,7 @@ class MomentHooks:
         self.moments: dict[str, Moments] = {}
         self.shared_input: dict[str, str] = {}  # module -> the module whose input moment it uses
         self.phase = "idle"  # "forward" | "backward" | "probe"
+        self.counting = True  # False: the products of a forward that counts, but no moment of them
         self.gradient_scale = 1.0  # what g and h of this batch are multiplied by
         self.half = False  # a target gave float16, and so will its gradient be
         self.peaks: list[Tensor] = []  # of a probe: max |g| of each gradient that arrived
@@ -186,7 +189,7 @@ class MomentHooks:
             moments is not None
             and (moments.input.space == "y" or moments.output.space == "h")
             and target.base in self._replaced
-            and x.device.type in _HANDS_ON
+            and x.device.type in HANDS_ON
             and x.device == weight.device
             and x.dtype == weight.dtype
             and x.dtype in (torch.bfloat16, torch.float16)
@@ -214,7 +217,7 @@ class MomentHooks:
     def _add_scaled(
         self, target: Target, moment: SecondMoment, v: Tensor, *, alpha: float = 1.0
     ) -> None:
-        if not v.numel():
+        if not v.numel() or not self.counting:
             return
         if id(moment) not in self._scales:
             largest = v.abs().flatten(0, -2).amax(0)
@@ -266,6 +269,8 @@ class MomentHooks:
             self._add(target, output, v, alpha=self.gradient_scale**-2)
 
     def _add(self, target: Target, moment: SecondMoment, v: Tensor, *, alpha: float = 1.0) -> None:
+        if not self.counting:
+            return
         rows, weights = self._rows(target, v)
         device = moment.sum.device
         if rows.device != device:
@@ -433,14 +438,18 @@ def collect_moments(
     for moments in hooks.moments.values():
         # Of the whole run, also for a module (an expert) that only later batches reached.
         moments.loss_terms.fill_(counts["loss_terms"])
-    if hooks.unmasked:
+    warn_of_padding(sorted(hooks.unmasked))
+    return hooks, counts
+
+
+def warn_of_padding(unmasked: list[str]) -> None:
+    if unmasked:
         warnings.warn(
-            f"{some(sorted(hooks.unmasked))}: the rows of their inputs do not follow the batch's "
+            f"{some(unmasked)}: the rows of their inputs do not follow the batch's "
             "attention_mask, so padding counts there like any token; expected batches without "
             "padding (of one sample, say)",
-            stacklevel=3,
+            stacklevel=4,
         )
-    return hooks, counts
 
 
 def _backward(loss: Tensor, factor: float, index: int, retain_graph: bool = False) -> None:
