@@ -58,7 +58,7 @@ SMALL = {
     "vocab_size": models.VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
@@ -91,6 +91,20 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         Qwen3MoeConfig(**MOE, num_experts=4, moe_intermediate_size=16, head_dim=16)
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def disk_in_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block is written before the next begins: what a test finds does not depend on time."""
+    if request.node.name == "test_killed_at_random":
+        return
+    behind = Blockwise._is_behind
+
+    def waits(run: Blockwise) -> bool:
+        run._wait_written()
+        return behind(run)
+
+    monkeypatch.setattr(Blockwise, "_is_behind", waits)
 
 
 @pytest.fixture(autouse=True)
@@ -303,7 +317,7 @@ BOUNDARY = sum(
 
 @pytest.mark.parametrize(
     ("arenas", "scratch", "stride", "on_disk"),
-    [(LAYERS + 4, False, 1, 0), (4, True, 1, LAYERS), (6, True, 1, 3), (8, False, 2, 0)],
+    [(LAYERS + 5, False, 1, 0), (5, True, 1, LAYERS), (7, True, 1, 3), (9, False, 2, 0)],
     ids=["host", "disk", "half", "recomputed"],
 )
 def test_where_block_inputs_go_makes_no_difference(
@@ -435,7 +449,7 @@ def block_files(run: Path) -> dict[str, tuple[int, int]]:
     """What tells whether a file was written again."""
     return {
         path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
-        for path in run.glob("block-*.safetensors")
+        for path in run.glob("blocks-*.safetensors")
     }
 
 
@@ -560,10 +574,36 @@ def test_a_full_disk_is_said_and_the_run_goes_on(
     assert_same_adapter(tmp_path / "out", tmp_path / "whole")
 
 
+def test_a_slow_disk_does_not_hold_up_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that were done meanwhile are finished together, and a resumed run knows them."""
+    initialize(folder, tmp_path / "whole")
+    asked = 0
+
+    def is_behind(run: Blockwise) -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            run._wait_written()
+        return asked < 3
+
+    monkeypatch.setattr(Blockwise, "_is_behind", is_behind)
+    end = interrupt(monkeypatch, Crash(), after=2)  # the head's gradients, and block 2's
+    with pytest.raises(Crash):
+        initialize(folder, tmp_path / "out")
+    end()
+    run = tmp_path / "out.filet-run"
+    assert [path.name for path in run.glob("blocks-*")] == ["blocks-4-2.safetensors"]
+    assert [path.name for path in run.glob("gradient-*")] == ["gradient-1.raw"]
+    initialize(folder, tmp_path / "out")
+    assert_same_adapter(tmp_path / "out", tmp_path / "whole")
+
+
 def test_a_full_scratch_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), after=1)
     with pytest.raises(OSError, match="No space left"):
-        initialize(folder, tmp_path / "out", host_memory=4 * BOUNDARY, scratch=tmp_path / "scratch")
+        initialize(folder, tmp_path / "out", host_memory=5 * BOUNDARY, scratch=tmp_path / "scratch")
     assert not (tmp_path / "out.filet-run").exists()  # there was nothing to go on from
     assert not list((tmp_path / "scratch").iterdir())
 

@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,9 +77,10 @@ _IGNORED = -100
 _LOGITS = 2**27
 # A float16 gradient is scaled so that the largest number of a boundary is at 2⁴ (see walk.py).
 _FP16_EXPONENT = 4
-# Arenas that a sweep works with, besides those kept: what goes in and what comes out of a block,
-# and one more of each that is still on its way to or from the disk.
-_WORKING = 4
+# Arenas that a sweep works with, besides those kept: in reverse the inputs of a block, those of the
+# next on their way from the disk, the gradients of its outputs and inputs, and gradients on their
+# way to the disk.
+_WORKING = 5
 # Batches whose work the host has handed to a GPU and not seen finished.
 _IN_FLIGHT = 2
 # After a gradient in its file: what it is multiplied by, and its largest number where that matters.
@@ -446,6 +448,17 @@ class _Batch:
         return self.inputs["input_ids"].numel()
 
 
+@dataclass(eq=False)
+class _Finished:
+    """A block's results: A, B, energies and indices by module, and the report's other columns."""
+
+    block: int
+    tensors: dict[str, Tensor]
+    modules: list[dict[str, Any]]
+    left_default: dict[str, str]
+    unmasked: list[str]
+
+
 class Blockwise:
     """One run: :meth:`sweep` over the blocks, then :meth:`write` the adapter.
 
@@ -516,6 +529,8 @@ class Blockwise:
         self._candidates: dict[str, Tensor] = {}
         self._in_flight: collections.deque[Any] = collections.deque()
         self._writing: Future[None] | None = None
+        self._being_written: Arena | None = None
+        self._pending: list[_Finished] = []
         self._stack = contextlib.ExitStack()
         self._output = ThreadPoolExecutor(1, "filet output")
 
@@ -574,7 +589,7 @@ class Blockwise:
             shutil.rmtree(self.folder)
 
     def _results(self) -> list[Path]:
-        return [*self.folder.glob("gradient-*.raw"), *self.folder.glob("block-*.safetensors")]
+        return [*self.folder.glob("gradient-*.raw"), *self.folder.glob("blocks-*.safetensors")]
 
     # The run folder.
 
@@ -592,15 +607,20 @@ class Blockwise:
             with replaced(path, durable=True) as beside:
                 beside.write_text(json.dumps(self.manifest, indent=1))
         self.top = self.number - 1  # the next block of the reverse sweep
-        while self.top >= self.first and self._block_file(self.top).is_file():
-            self.top -= 1
+        for _, last in self._block_files():
+            self.top = last - 1
         # A gradient that a finished block has used up, or that no block can use.
         for each in self.folder.glob("gradient-*.raw"):
             if each != self._gradient_file(self.top):
                 each.unlink()
 
-    def _block_file(self, block: int) -> Path:
-        return self.folder / f"block-{block}.safetensors"
+    def _block_files(self) -> Iterator[tuple[Path, int]]:
+        """The files of finished blocks in the order of the reverse sweep, and their last block."""
+        block = self.number - 1
+        while found := list(self.folder.glob(f"blocks-{block}-*.safetensors")):
+            last = int(found[0].stem.rpartition("-")[2])
+            yield found[0], last
+            block = last - 1
 
     def _gradient_file(self, block: int) -> Path:
         """The gradient with respect to a block's output."""
@@ -610,15 +630,28 @@ class Blockwise:
         with replaced(self._gradient_file(block), durable=True) as beside:
             arena.save(beside, _TRAILER.pack(*scales))
 
-    def _save_block(
-        self, block: int, gradient: Arena | None, scales: tuple[float, float], content: bytes
+    def _save_blocks(
+        self, blocks: Sequence[_Finished], gradient: Arena | None, scales: tuple[float, float]
     ) -> None:
-        """The gradient for the block below first: a block that is there is finished."""
+        """Blocks in the order of the reverse sweep, and what the next one needs.
+
+        That first: blocks that are there are finished. One file, so that they are so together.
+        """
+        last = blocks[-1].block
         if gradient is not None:
-            self._save_gradient(block - 1, gradient, scales)
-        with replaced(self._block_file(block), durable=True) as beside:
-            beside.write_bytes(content)
-        self._gradient_file(block).unlink(missing_ok=True)
+            self._save_gradient(last - 1, gradient, scales)
+        tensors = {key: value for each in blocks for key, value in each.tensors.items()}
+        metadata = {
+            "format": _BLOCK_FORMAT,
+            "modules": json.dumps([row for each in blocks for row in each.modules]),
+            "left_default": json.dumps({k: v for b in blocks for k, v in b.left_default.items()}),
+            "unmasked": json.dumps([name for each in blocks for name in each.unmasked]),
+        }
+        path = self.folder / f"blocks-{blocks[0].block}-{last}.safetensors"
+        with replaced(path, durable=True) as beside:
+            beside.write_bytes(save(tensors, metadata))
+        for each in blocks:
+            self._gradient_file(each.block).unlink(missing_ok=True)
 
     # The sweeps.
 
@@ -677,7 +710,8 @@ class Blockwise:
         self.calls: list[Calls] = []
         arena: Arena | None = None
         seconds = 0.0
-        for _ in self.stream.run([self.other_weights]):
+        with closing(self.stream.run([self.other_weights])) as loaded:
+            next(loaded)
             for index, batch in enumerate(self.batches):
                 inputs = self._on_device(batch)
                 hidden, calls = self.parts.capture(inputs)
@@ -795,8 +829,8 @@ class Blockwise:
         """Blocks in ascending order; keeps their inputs; returns the last one's outputs."""
         progress = self._progress("FILet forward", len(blocks))
         groups = [self.block_weights[block] for block in blocks]
-        with progress:
-            for block, _ in zip(blocks, self.stream.run(groups), strict=True):
+        with progress, closing(self.stream.run(groups)) as loaded:
+            for block, _ in zip(blocks, loaded, strict=True):
                 for name, target in self.of_block[block].items():
                     self._candidates[name] = (target.weight != 0).any(0).sum()
                 made = self._run_forward(block, arena, progress)
@@ -831,18 +865,18 @@ class Blockwise:
             self.scale = 2.0**_FP16_EXPONENT
         peak = torch.zeros((), device=self.device)
         progress = self._progress("FILet head", 1)
-        with progress:
-            for _ in self.stream.run([self.other_weights]):
-                for index, batch in enumerate(self.batches):
-                    (rows,) = self.copies.fetch([hidden], index, []).ready()
-                    gradient = self._loss_gradient(batch, rows)
-                    if self.half:
-                        peak = torch.maximum(peak, gradient.abs().amax())
-                    self._store(gradient, gradients, index)
-                    self._advance(progress, self.number, index)
+        with progress, closing(self.stream.run([self.other_weights])) as loaded:
+            next(loaded)
+            for index, batch in enumerate(self.batches):
+                (rows,) = self.copies.fetch([hidden], index, []).ready()
+                gradient = self._loss_gradient(batch, rows)
+                if self.half:
+                    peak = torch.maximum(peak, gradient.abs().amax())
+                self._store(gradient, gradients, index)
+                self._advance(progress, self.number, index)
         self.peak = float(peak)
         self.pool.put(hidden)
-        self._write(self._save_gradient, self.top, gradients, (self.scale, self.peak))
+        self._write(gradients, self._save_gradient, self.top, gradients, (self.scale, self.peak))
         return gradients
 
     def _loss_gradient(self, batch: _Batch, hidden: Tensor) -> Tensor:
@@ -888,8 +922,8 @@ class Blockwise:
         steps = self._steps()
         groups = [self.block_weights[block] for _, block in steps]
         progress = self._progress("FILet reverse", len(steps))
-        with progress:
-            for number, _ in zip(range(len(steps)), self.stream.run(groups), strict=True):
+        with progress, closing(self.stream.run(groups)) as loaded:
+            for number in loaded:
                 again, block = steps[number]
                 arena = self._timed_take(block)
                 if number + 1 < len(steps) and steps[number + 1][1] != block:
@@ -901,6 +935,9 @@ class Blockwise:
                     continue
                 gradients = self._reverse_block(block, arena, gradients, progress)
             self._wait_written()
+            if self._pending:
+                self._save_blocks(self._pending, None, (self.scale, self.peak))
+                self._pending = []
 
     def _steps(self) -> list[tuple[bool, int]]:
         """(recompute its output only, block) in the order of the reverse sweep."""
@@ -948,10 +985,21 @@ class Blockwise:
         hooks.finish()
         hooks.check_finite("one of the batches")
         self.peak = float(peak) if self.half else 0.0
-        content = self._finished(self.of_block[block], hooks)
-        self._write(self._save_block, block, made, (self.scale, self.peak), content)
-        self.pool.put(gradients)  # the write that read them has been waited for
-        return gradients if made is None else made
+        self._pending.append(self._finished(block, hooks))
+        if gradients is self._being_written:
+            assert self._writing is not None
+            self._writing.add_done_callback(lambda _: self.pool.put(gradients))
+        else:
+            self.pool.put(gradients)
+        # A disk that is behind does not hold up the computation: until it has caught up, blocks
+        # wait here to be finished together.
+        if made is None:
+            return gradients
+        if not self._is_behind():
+            scales = (self.scale, self.peak)
+            self._write(made, self._save_blocks, self._pending, made, scales)
+            self._pending = []
+        return made
 
     def _backward(
         self,
@@ -981,15 +1029,15 @@ class Blockwise:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def _finished(self, targets: Mapping[str, Target], hooks: MomentHooks) -> bytes:
-        """A, B, energies and choices of a block's modules, as the content of a safetensors file."""
+    def _finished(self, block: int, hooks: MomentHooks) -> _Finished:
+        """A, B, energies and choices of a block's modules."""
         config = self.config
         tensors: dict[str, Tensor] = {}
         modules: list[dict[str, Any]] = []
         left_default: dict[str, str] = {}
         for moments in hooks.moments.values():
             moments.loss_terms.fill_(self.counts["loss_terms"])
-        for name, target in targets.items():
+        for name, target in self.of_block[block].items():
             if name not in hooks.moments:  # an expert that no token was routed to
                 left_default[name] = "it saw no token"
                 continue
@@ -1025,25 +1073,28 @@ class Blockwise:
                     "residual_error": error,
                 }
             )
-        metadata = {
-            "format": _BLOCK_FORMAT,
-            "modules": json.dumps(modules),
-            "left_default": json.dumps(left_default),
-            "unmasked": json.dumps(sorted(hooks.unmasked)),
-        }
-        return save({key: value.cpu() for key, value in tensors.items()}, metadata)
+        on_host = {key: value.cpu() for key, value in tensors.items()}
+        return _Finished(block, on_host, modules, left_default, sorted(hooks.unmasked))
 
-    def _write(self, job: Callable[..., None], *arguments: Any) -> None:
-        """Have it written beside the computation, after what was given before is there."""
-        self._wait_written()
+    def _write(self, arena: Arena, job: Callable[..., None], *arguments: Any) -> None:
+        """Have it written beside the computation; ``arena`` is being read for that."""
+        self._being_written = arena
         self._writing = self._output.submit(job, *arguments)
+
+    def _is_behind(self) -> bool:
+        """Whether what was given to be written is not yet; raises what went wrong with it."""
+        if self._writing is None:
+            return False
+        if not self._writing.done():
+            return True
+        self._writing.result()
+        return False
 
     def _wait_written(self) -> None:
         if self._writing is not None:
             start = time.perf_counter()
             self._writing.result()
             self.waited_for_disk += time.perf_counter() - start
-            self._writing = None
 
     # Before the run, and during it.
 
@@ -1075,7 +1126,8 @@ class Blockwise:
         """The first block with targets on the largest batch, to refuse early and to plan."""
         block, index = self.first, self._largest()
         start = time.perf_counter()
-        for _ in self.stream.run([self.block_weights[block]]):
+        with closing(self.stream.run([self.block_weights[block]])) as loaded:
+            next(loaded)
             loading = self._clock() - start
             for _ in range(self._rounds):
                 fetched = self.copies.fetch([arena], index, self.calls[index].of(block))
@@ -1152,16 +1204,20 @@ class Blockwise:
         start = time.perf_counter()
         layers: dict[str, Layer] = {}
         reports: dict[str, ModuleReport] = {}
-        left_default = dict(self.unsupported)
+        left: dict[str, str] = dict(self.unsupported)
         unmasked: list[str] = []
-        for block in range(self.first, self.number):
-            metadata = self._read_block(block, layers, reports)
-            left_default |= json.loads(metadata["left_default"])
+        for path, _ in self._block_files():
+            metadata = self._read_blocks(path, layers, reports)
+            left |= json.loads(metadata["left_default"])
             unmasked += json.loads(metadata["unmasked"])
         if not layers:
             raise ValueError(
                 "no module saw a token and its gradient; expected data that reaches at least one"
             )
+        # In the model's order.
+        layers = {name: layers[name] for name in self.targets if name in layers}
+        order = [*self.unsupported, *self.targets]
+        left_default = {name: left[name] for name in order if name in left}
         for name, layer in layers.items():
             target = self.targets[name]
             for factor, value in ((target.A, layer.A0), (target.B, layer.B0)):
@@ -1173,7 +1229,7 @@ class Blockwise:
         self.seconds["writing"] = time.perf_counter() - start
         devices = {self.device} if self.device.type == "cuda" else set()
         report = FiletReport(
-            modules=reports,
+            modules={name: reports[name] for name in layers},
             left_default=left_default,
             seconds=self.seconds,
             peak_memory=peak_memory(devices),
@@ -1183,14 +1239,13 @@ class Blockwise:
         _write_folder(self.peft_model, report, output)
         return report
 
-    def _read_block(
+    def _read_blocks(
         self,
-        block: int,
+        path: Path,
         layers: dict[str, Layer],
         reports: dict[str, ModuleReport],
     ) -> dict[str, str]:
-        """Add a block's modules; returns what else its file says."""
-        path = self._block_file(block)
+        """Add the modules of a file of blocks; returns what else it says."""
         with safe_open(str(path), framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
             if metadata.get("format") != _BLOCK_FORMAT:

@@ -15,7 +15,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -290,7 +290,7 @@ class WeightStream:
             self._events.clear()
         return self.waited
 
-    def run(self, groups: Sequence[Sequence[Entry]]) -> Iterator[int]:
+    def run(self, groups: Sequence[Sequence[Entry]]) -> Generator[int, None, None]:
         """Yields each group's index with its weights in the model; they leave it afterwards."""
         if not groups:
             return
