@@ -81,6 +81,8 @@ _FP16_EXPONENT = 4
 # next on their way from the disk, the gradients of its outputs and inputs, and gradients on their
 # way to the disk.
 _WORKING = 5
+# What is timed before the run is done so often; the first time compiles and sets up.
+_ROUNDS = 2
 # Batches whose work the host has handed to a GPU and not seen finished.
 _IN_FLIGHT = 2
 # After a gradient in its file: what it is multiplied by, and its largest number where that matters.
@@ -908,7 +910,7 @@ class Blockwise:
         index = self._largest()
         self.scale = 1.0
         seconds = 0.0
-        for _ in range(self._rounds):
+        for _ in range(_ROUNDS):
             start = self._clock()
             (rows,) = self.copies.fetch([arena], index, []).ready()
             self._loss_gradient(self.batches[index], rows)
@@ -1098,10 +1100,6 @@ class Blockwise:
 
     # Before the run, and during it.
 
-    @property
-    def _rounds(self) -> int:
-        return 2 if self.device.type == "cuda" else 1  # the first compiles and sets up
-
     def _clock(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -1129,7 +1127,7 @@ class Blockwise:
         with closing(self.stream.run([self.block_weights[block]])) as loaded:
             next(loaded)
             loading = self._clock() - start
-            for _ in range(self._rounds):
+            for _ in range(_ROUNDS):
                 fetched = self.copies.fetch([arena], index, self.calls[index].of(block))
                 hidden, *leaves = fetched.ready()
                 self.scale = 1.0
@@ -1138,12 +1136,13 @@ class Blockwise:
                     self.parts.run_block(block, hidden, self.calls[index], leaves)
                 times.append(self._clock())
                 with MomentHooks(self.of_block[block], self.config) as hooks:
-                    self._backward(block, index, hidden, torch.ones_like(hidden), leaves, hooks)
+                    self._backward(
+                        block, index, hidden, torch.full_like(hidden, 2**-6), leaves, hooks
+                    )
                 times.append(self._clock())
                 hooks.finish()
-                for name, target in self.of_block[block].items():
-                    if name in hooks.moments:
-                        fisher_energies(target.weight, hooks.moments[name])
+                hooks.check_finite(f"batch {index} (counted from 0)")
+                self._finished(block, hooks)
                 del hooks
                 times.append(self._clock())
         forward, reverse, finish = (b - a for a, b in itertools.pairwise(times))
