@@ -189,10 +189,10 @@ def assert_same_adapter(one: Path, other: Path) -> None:
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*keep PEFT's default")
 @pytest.mark.parametrize("kind", MODELS)
 def test_equals_the_engine_in_memory(
-    kind: str, folders: Callable[[str], Path], tmp_path: Path
+    kind: str, folders: Callable[[str], Path], tmp_path: Path, device: torch.device
 ) -> None:
     reports = {
-        engine: initialize(folders(kind), tmp_path / engine, engine)
+        engine: initialize(folders(kind), tmp_path / engine, engine, device=device)
         for engine in ("memory", "blockwise")
     }
     assert_equal(reports["blockwise"], reports["memory"], 1e-5)
@@ -251,7 +251,7 @@ def test_targets_in_some_blocks(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)])
-def test_real_model(dtype: torch.dtype, rel: float, tmp_path: Path) -> None:
+def test_real_model(dtype: torch.dtype, rel: float, tmp_path: Path, device: torch.device) -> None:
     folder = smollm2.prepare()
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(100, 40000, (2, 24), generator=generator)
@@ -259,7 +259,7 @@ def test_real_model(dtype: torch.dtype, rel: float, tmp_path: Path) -> None:
     chosen = lora(r=8, layers_to_transform=[27, 29], target_modules=["v_proj", "up_proj"])
     reports = [
         initialize(
-            folder, tmp_path / engine, engine, batches=data, dtype=dtype,
+            folder, tmp_path / engine, engine, batches=data, device=device, dtype=dtype,
             lora_config=copy.deepcopy(chosen),
         )
         for engine in ("memory", "blockwise")
@@ -321,10 +321,18 @@ BOUNDARY = sum(
     ids=["host", "disk", "half", "recomputed"],
 )
 def test_where_block_inputs_go_makes_no_difference(
-    arenas: int, scratch: bool, stride: int, on_disk: int, folder: Path, tmp_path: Path
+    arenas: int,
+    scratch: bool,
+    stride: int,
+    on_disk: int,
+    folder: Path,
+    tmp_path: Path,
+    device: torch.device,
 ) -> None:
     place = tmp_path / "scratch" if scratch else None
-    with run_of(folder, tmp_path, host_memory=arenas * BOUNDARY, scratch=place) as run:
+    with run_of(
+        folder, tmp_path, host_memory=arenas * BOUNDARY, scratch=place, device=device
+    ) as run:
         run.sweep()
         report = run.write(tmp_path / "out")
         assert run.plan is not None
@@ -333,8 +341,9 @@ def test_where_block_inputs_go_makes_no_difference(
         assert run.plan.scratch_bytes == on_disk * BOUNDARY
         assert run.plan.host_bytes >= run.pool.made * BOUNDARY
     assert not scratch or not (tmp_path / "scratch").exists()
-    assert_equal(report, initialize(folder, tmp_path / "memory", "memory"), 1e-5)
-    assert_same_adapter(tmp_path / "out", tmp_path / "memory")
+    assert_equal(report, initialize(folder, tmp_path / "memory", "memory", device=device), 1e-5)
+    assert device.type != "cpu" or run.plan.device_bytes == 0
+    assert device.type != "cuda" or run.plan.device_bytes > 0
 
 
 @pytest.mark.parametrize("disk", [0, 1, 5])

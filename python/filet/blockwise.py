@@ -16,6 +16,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -140,8 +141,8 @@ def initialize_folder(
         show_progress_bar: also says the plan beforehand: GPU and host memory, disk, time.
 
     Returns:
-        :class:`FiletReport`, which is also in the folder. ``seconds`` are of this call (a resumed
-        one does less), ``"waiting for weights"`` and ``"waiting for disk"`` part of the others.
+        :class:`FiletReport`, which is also in the folder. ``seconds`` are of this call: a resumed
+        one does less.
 
     Deterministic: bitwise the same for the same arguments on the same machine, killed or not.
 
@@ -170,7 +171,6 @@ def initialize_folder(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     if device.type == "cuda":
-        torch.cuda.init()
         device = torch.device("cuda", device.index or 0)
     if engine == "auto":
         engine = choose_engine(
@@ -485,6 +485,7 @@ class Blockwise:
     ) -> None:
         if device.type == "cuda":
             torch.cuda.init()  # what preserved() makes deterministic depends on it
+            device = torch.device("cuda", device.index or 0)
         self.config = config
         self.device = device
         self.folder = run_folder
@@ -754,12 +755,14 @@ class Blockwise:
         )
         free = shutil.disk_usage(self.folder).free
         if free < self.run_bytes:
-            raise OSError(28, f"{_gib(self.run_bytes)} needed, {_gib(free)} free", str(self.folder))
+            text = f"{_gib(self.run_bytes)} needed, {_gib(free)} free"
+            raise OSError(errno.ENOSPC, text, str(self.folder))
         self.pool = ArenaPool(self.layout, self.keeping.arenas, self.device)
         self.inputs = BlockInputs(self.pool, self.scratch)
         # The disk's thread may wait for an arena, the output's may read one.
         stack.callback(self.pool.close)
         stack.callback(self.inputs.close)
+        stack.callback(self.pool.stop)
         stack.callback(self._settle_output)
         return self.pool.get()
 

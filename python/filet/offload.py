@@ -6,6 +6,7 @@ On a GPU it is pinned, and copies to and from it run on streams of their own bes
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Sequence
@@ -117,7 +118,7 @@ class ArenaPool:
         self.limit = limit
         self.made = 0
         self._device = device
-        self._free: queue.Queue[Arena] = queue.Queue()
+        self._free: queue.Queue[Arena | None] = queue.Queue()
         self._arenas: list[Arena] = []
         self._maker = ThreadPoolExecutor(1, "filet pinning")
         self._next: Future[Arena] | None = None
@@ -126,16 +127,24 @@ class ArenaPool:
     def get(self) -> Arena:
         """A free arena. Waits for one where the limit is reached."""
         with self._lock:  # the disk's thread takes arenas too
-            try:
-                return self._free.get_nowait()
-            except queue.Empty:
-                pass
+            with contextlib.suppress(queue.Empty):
+                return self._given(self._free.get_nowait())
             making = self._next
             if making is None and self.made < self.limit:
                 making = self._ahead()
             ahead = making is not None and self._device.type == "cuda" and self.made < self.limit
             self._next = self._ahead() if ahead else None
-        return self._free.get() if making is None else making.result()
+        return self._given(self._free.get()) if making is None else making.result()
+
+    def _given(self, arena: Arena | None) -> Arena:
+        if arena is None:
+            self._free.put(None)  # for whoever else waits
+            raise RuntimeError("the run has ended")
+        return arena
+
+    def stop(self) -> None:
+        """Let nobody wait for an arena any more."""
+        self._free.put(None)
 
     def put(self, arena: Arena) -> None:
         self._free.put(arena)
