@@ -19,7 +19,8 @@ FILET_SMOLLM2 ?= build/models/smollm2-135m
 MODEL := $(FILET_SMOLLM2)/config.json
 DEMO := build/demo
 
-.PHONY: help demo test bench bench-methods bench-model bench-syrk bench-quadform accuracy lint clean
+.PHONY: help demo test bench bench-methods bench-model bench-syrk bench-quadform bench-blockwise
+.PHONY: accuracy lint clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -49,6 +50,9 @@ bench-syrk: $(INSTALLED)  ## compare the second moments with the library's produ
 
 bench-quadform: $(INSTALLED)  ## compare the quadratic forms with the library's product, on a GPU
 	$(BIN)/python benchmarks/bench_quadform.py --output build/bench
+
+bench-blockwise: $(INSTALLED)  ## a block of Llama-3-70B, in and out of a GPU
+	$(BIN)/python benchmarks/bench_blockwise.py
 
 accuracy: $(INSTALLED) $(MODEL)  ## print the accuracy table of the README
 	$(BIN)/python benchmarks/accuracy.py --model $(FILET_SMOLLM2)

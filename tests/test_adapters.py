@@ -982,8 +982,8 @@ class _Failing:
 
 
 PLACES = {
-    "a factor": (adapters, "_assign", 5),
-    "a residual": (adapters, "_write_residual", 3),
+    "a factor": (adapters, "assign", 5),
+    "a residual": (adapters, "write_residual", 3),
     "the twin": (PeftModel, "add_adapter", 1),
     "a layer of the twin": (LoraModel, "_create_and_replace", 3),
     "switching the twin on": (LoraModel, "set_adapter", 3),
@@ -1065,9 +1065,9 @@ def test_restore_base_that_fails_leaves_everything_as_it_was(
 def test_factors_on_the_meta_device_go_back_there(monkeypatch: pytest.MonkeyPatch) -> None:
     config = LoraConfig(r=4, target_modules=TARGETS, lora_bias=True)
     model = get_peft_model(llama(), config, low_cpu_mem_usage=True)
-    failing = _Failing(adapters._write_residual, 3, KeyboardInterrupt(), after=True)
+    failing = _Failing(adapters.write_residual, 3, KeyboardInterrupt(), after=True)
     with monkeypatch.context() as patch:
-        patch.setattr(adapters, "_write_residual", failing)
+        patch.setattr(adapters, "write_residual", failing)
         with pytest.raises(KeyboardInterrupt):
             initialise(model, "residual")
     assert {p.device.type for key, p in model.named_parameters() if "lora_" in key} == {"meta"}

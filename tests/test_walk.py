@@ -581,9 +581,9 @@ def test_y_and_h_are_handed_on(
 ) -> None:
     """What a GPU does, on every device, against the products formed once more; padding included."""
     c = case(kind)
-    monkeypatch.setattr("filet.walk._HANDS_ON", set())
+    monkeypatch.setattr("filet.walk.HANDS_ON", set())
     expected = energies_of(peft_of(c, device, dtype), loader(c.samples), share_inputs=False)
-    monkeypatch.setattr("filet.walk._HANDS_ON", {"cpu", "cuda"})
+    monkeypatch.setattr("filet.walk.HANDS_ON", {"cpu", "cuda"})
     taken: dict[str, int] = {}
     for name in ("take_y", "take_h"):
         plain = getattr(MomentHooks, name)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from filet.adapters import FiletCallback, load, restore_base, save_as_lora
+    from filet.blockwise import initialize_folder
     from filet.config import FiletConfig
     from filet.initialize import apply_statistics, initialize_lora_filet_weights
     from filet.memory import OutOfMemoryError
@@ -26,6 +27,7 @@ __all__ = [
     "apply_statistics",
     "collect_statistics",
     "estimate",
+    "initialize_folder",
     "initialize_lora_filet_weights",
     "load",
     "restore_base",
@@ -34,6 +36,7 @@ __all__ = [
 
 _MODULES = {
     "adapters": ("FiletCallback", "load", "restore_base", "save_as_lora"),
+    "blockwise": ("initialize_folder",),
     "config": ("FiletConfig",),
     "initialize": ("apply_statistics", "initialize_lora_filet_weights"),
     "memory": ("OutOfMemoryError",),

@@ -41,11 +41,13 @@ __all__ = [
     "FiletCallback",
     "Layer",
     "adapter_states",
+    "assign",
     "commit",
     "load",
     "restore_base",
     "save_as_lora",
     "twin_name",
+    "write_residual",
 ]
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -156,12 +158,12 @@ def commit(
     try:
         for name, layer in layers.items():
             target = targets[name]
-            _assign(target.A, layer.A0, undo)
-            _assign(target.B, layer.B0, undo)
+            assign(target.A, layer.A0, undo)
+            assign(target.B, layer.B0, undo)
             if base == "residual":
                 layer.original = original(name)
                 undo.append(partial(target.parameter.data.copy_, layer.original))
-                errors[name] = _write_residual(target.weight, layer, target.scaling)
+                errors[name] = write_residual(target.weight, layer, target.scaling)
         if twin_before is not None or twin is not None:
             undo.append(partial(_set_twin, peft_model, adapter_name, targets, twin_before))
             _set_twin(peft_model, adapter_name, targets, twin)
@@ -182,7 +184,7 @@ def commit(
     )
 
 
-def _write_residual(weight: Tensor, layer: Layer, scale: float) -> Tensor:
+def write_residual(weight: Tensor, layer: Layer, scale: float) -> Tensor:
     """W ← W_res in place; returns the error in units of W's rounding, without waiting for it."""
     residual = residual_weight(weight, layer.A0, layer.B0, scale)
     # The error is one of rounding to W's dtype: what is measured with need only be much finer.
@@ -197,7 +199,7 @@ def _write_residual(weight: Tensor, layer: Layer, scale: float) -> Tensor:
     return torch.where(unit > 0, difference / unit, 0)
 
 
-def _assign(module: nn.Linear, factor: Tensor, undo: list[Any]) -> None:
+def assign(module: nn.Linear, factor: Tensor, undo: list[Any]) -> None:
     """Put a factor into A or B, a bias to 0, and on ``undo`` what reverts it."""
     values = {"weight": factor}
     if module.bias is not None:

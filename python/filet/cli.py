@@ -15,17 +15,17 @@ import dataclasses
 import gc
 import importlib.util
 import os
-import shutil
+import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from filet.files import PLOT_FILE, inside, staged
+
 __all__ = ["main"]
 
-PLOT_FILE = "energies.png"
 SCALINGS = ("fisher", "singular", "constant-min", "constant-max")
 
 _DESCRIPTION = """\
@@ -166,7 +166,9 @@ def _parser() -> argparse.ArgumentParser:
         "into them, or leave them and add a frozen second adapter. The saved adapter is the "
         "same; untouched also works where a weight is used twice (default: residual)",
     )
-    _add_run(init.add_argument_group("running"), overwrite="replace an adapter that is there")
+    running = init.add_argument_group("running")
+    _add_run(running, overwrite="replace an adapter that is there")
+    _add_engine(running)
     init.set_defaults(run=_init, check=_check_init)
 
     stats = commands.add_parser(
@@ -333,6 +335,30 @@ def _add_run(group: argparse._ArgumentGroup, *, overwrite: str) -> None:
     _add_debug(group)
 
 
+def _add_engine(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--engine",
+        choices=("auto", "memory", "blockwise"),
+        default="auto",
+        help="memory: the whole model at once; blockwise: a block at a time from its safetensors "
+        "shards, for models larger than the GPU, and resumed by the same command when killed "
+        "(default: auto, memory where the model fits)",
+    )
+    group.add_argument(
+        "--host-memory",
+        type=_bytes,
+        metavar="SIZE",
+        help="blockwise: host memory for what goes between the blocks, 64G say; what does not fit "
+        "is put on --scratch or computed again (default: half of what is free)",
+    )
+    group.add_argument(
+        "--scratch",
+        type=Path,
+        metavar="DIR",
+        help="blockwise: folder on a fast disk for what host memory does not hold",
+    )
+
+
 def _add_debug(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -357,6 +383,17 @@ def _seed(text: str) -> int:
     return value
 
 
+def _bytes(text: str) -> int:
+    """``64G``, ``1.5T``, ``500M``, or a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    size = 0
+    if match:
+        size = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"must be a size like 64G or 500M, got {text!r}")
+    return size
+
+
 def _samples(text: str) -> int | None:
     """A positive number, or None for ``all``."""
     return None if text == "all" else _positive(text)
@@ -373,6 +410,12 @@ def _passes(text: str) -> int | str:
 def _check_init(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.statistics is not None and args.save_statistics is not None:
         parser.error("init: --save-statistics has nothing to save with --statistics")
+    if args.statistics is not None or args.save_statistics is not None:
+        if args.engine == "blockwise":
+            parser.error("init: --engine blockwise keeps no statistics of the whole model")
+        args.engine = "memory"
+    if args.engine == "memory" and (args.host_memory is not None or args.scratch is not None):
+        parser.error("init: --host-memory and --scratch are for --engine blockwise")
     _check_fields(args, parser)
 
 
@@ -405,7 +448,7 @@ def _init(args: argparse.Namespace) -> None:
     _check_folder_output(args.output, args.overwrite, inputs)
     if args.save_statistics is not None:
         _check_file_output(args.save_statistics, args.overwrite, inputs, option="--save-statistics")
-        if _inside(args.save_statistics, args.output):
+        if inside(args.save_statistics, args.output):
             raise ValueError("--save-statistics must not lie in the folder that --output creates")
     draw = importlib.util.find_spec("matplotlib") is not None
     if not draw:
@@ -416,6 +459,26 @@ def _init(args: argparse.Namespace) -> None:
 
     config = _config(args)
     encoded = None if args.data is None else _load_data(args)
+    if _engine(args) == "blockwise":
+        with _own_code(args):
+            report = filet.initialize_folder(
+                args.model,
+                _micro_batches(args, encoded),
+                args.output,
+                _lora_config(args, rank=args.rank, alpha=args.alpha),
+                config,
+                engine="blockwise",
+                dtype=_dtype(args),
+                device=_device(args),
+                host_memory=args.host_memory,
+                scratch=args.scratch,
+                trust_remote_code=args.trust_remote_code,
+                overwrite=args.overwrite,
+                show_progress_bar=not args.no_progress,
+            )
+        _print(report.table())
+        _print(f"{'written':<14}{args.output}")
+        return
     statistics = None if args.statistics is None else filet.Statistics.load(args.statistics)
     peft_model = _load_peft_model(args, rank=args.rank, alpha=args.alpha)
     if encoded is not None:
@@ -429,17 +492,17 @@ def _init(args: argparse.Namespace) -> None:
     elif args.save_statistics is not None:
         statistics = _run(args, peft_model, encoded, config, filet.collect_statistics)
         # Before they are applied: an error in that does not cost the pass.
-        with _staged(args.save_statistics) as staged:
-            statistics.save(staged)
+        with staged(args.save_statistics) as place:
+            statistics.save(place)
         report = filet.apply_statistics(peft_model, statistics, config=config)
     else:
         report = _run(args, peft_model, encoded, config, filet.initialize_lora_filet_weights)
-    with _staged(args.output) as staged:
-        staged.mkdir()
-        filet.save_as_lora(peft_model, staged)
-        report.save(staged)
+    with staged(args.output) as place:
+        place.mkdir()
+        filet.save_as_lora(peft_model, place)
+        report.save(place)
         if draw and report.modules:
-            report.plot(staged / PLOT_FILE)
+            report.plot(place / PLOT_FILE)
     _print(report.table())
     _print(f"{'written':<14}{args.output}")
 
@@ -465,8 +528,8 @@ def _stats(args: argparse.Namespace) -> None:
         # The rank does not enter the statistics: 1 costs least.
         peft_model = _load_peft_model(args, rank=1, alpha=1)
         statistics = _run(args, peft_model, encoded, _config(args), filet.collect_statistics)
-    with _staged(args.output) as staged:
-        statistics.save(staged)
+    with staged(args.output) as place:
+        statistics.save(place)
     _print(f"{'written':<14}{args.output}")
 
 
@@ -521,6 +584,16 @@ def _run(
         warnings.warn(f"{message}. Starting again with --batch-size {size}", stacklevel=1)
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _micro_batches(args: argparse.Namespace, encoded: Any) -> list[dict[str, Any]]:
+    """What goes through a block at a time: 4096 tokens, where the size is left to us."""
+    from filet.plan import CPU_TOKENS
+
+    size = args.batch_size
+    if size == "auto":
+        size = max(1, CPU_TOKENS // max(len(ids) for ids, _ in encoded.rows))
+    return list(encoded.batches(size, by_length=True))
 
 
 # -- model and data --------------------------------------------------------------------------------
@@ -588,18 +661,14 @@ def _load_data(args: argparse.Namespace) -> Any:
 def _load_peft_model(args: argparse.Namespace, *, rank: int, alpha: int | None) -> Any:
     """The model with a default LoRA adapter on its targets."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device")
+    device = _device(args)
     transformers = _transformers(args)
     with _own_code(args):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(args.model),
-            dtype=args.dtype if args.dtype == "auto" else getattr(torch, args.dtype),
+            dtype=_dtype(args),
             local_files_only=True,
             trust_remote_code=args.trust_remote_code,
             use_safetensors=None if args.allow_pickle else True,
@@ -608,16 +677,57 @@ def _load_peft_model(args: argparse.Namespace, *, rank: int, alpha: int | None) 
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.train()  # it checkpoints in this mode only; dropout is off in the pass
-    targets = args.target_modules
     torch.manual_seed(args.seed)  # modules that keep PEFT's default get the same A every time
-    lora = LoraConfig(
+    return get_peft_model(model, _lora_config(args, rank=rank, alpha=alpha))
+
+
+def _engine(args: argparse.Namespace) -> str:
+    """The engine, chosen by what the device holds where it is left to us."""
+    if args.engine != "auto" or (args.allow_pickle and not any(args.model.glob("*.safetensors"))):
+        return "blockwise" if args.engine == "blockwise" else "memory"
+    import torch
+
+    from filet.blockwise import choose_engine
+
+    _transformers(args)
+    with _own_code(args):
+        return choose_engine(
+            args.model,
+            _lora_config(args, rank=1, alpha=1),
+            torch.device(_device(args)),
+            dtype=_dtype(args),
+            trust_remote_code=args.trust_remote_code,
+        )
+
+
+def _device(args: argparse.Namespace) -> str:
+    import torch
+
+    device: str = args.device
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device")
+    return device
+
+
+def _dtype(args: argparse.Namespace) -> Any:
+    import torch
+
+    return args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
+def _lora_config(args: argparse.Namespace, *, rank: int, alpha: int | None) -> Any:
+    from peft import LoraConfig
+
+    targets = args.target_modules
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
         use_rslora=getattr(args, "rslora", False),
         target_modules="all-linear" if targets == ["all-linear"] else targets,
     )
-    return get_peft_model(model, lora)
 
 
 @contextlib.contextmanager
@@ -648,10 +758,6 @@ def _transformers(args: argparse.Namespace) -> Any:
 # -- output ----------------------------------------------------------------------------------------
 
 
-def _inside(path: str | os.PathLike[str], folder: Path) -> bool:
-    return Path(path).resolve().is_relative_to(folder.resolve())
-
-
 def _check_folder_output(output: Path, overwrite: bool, inputs: Sequence[Path | None]) -> None:
     """Refuse, before any work, an output folder that would destroy something."""
     if output.exists() and not output.is_dir():
@@ -663,7 +769,7 @@ def _check_folder_output(output: Path, overwrite: bool, inputs: Sequence[Path | 
     if not (output / "adapter_config.json").is_file():
         raise ValueError(f"--output: {output} holds no adapter; --overwrite replaces only adapters")
     for path in inputs:
-        if path is not None and _inside(path, output):
+        if path is not None and inside(path, output):
             raise ValueError(f"--output: {output} holds {path}, which is read")
 
 
@@ -679,40 +785,6 @@ def _check_file_output(
         raise ValueError(f"{option}: {output} exists; --overwrite replaces it")
     if any(path is not None and output.resolve() == path.resolve() for path in inputs):
         raise ValueError(f"{option}: {output} is also read")
-
-
-@contextlib.contextmanager
-def _staged(output: Path) -> Iterator[Path]:
-    """A path to write a file or a folder to, which takes the place of ``output`` at the end.
-
-    It lies in a temporary folder beside ``output``, on the same disk. When the block raises, the
-    temporary folder is removed and whatever ``output`` was before is untouched; otherwise the old
-    one is put aside, the new one renamed into place, and the old one removed.
-    """
-    output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        staged = workspace / output.name
-        try:
-            yield staged
-        except OSError as error:
-            if error.strerror and (error.filename is None or _inside(error.filename, workspace)):
-                # A full disk, say: name the destination, not the temporary folder.
-                raise OSError(error.errno, error.strerror, str(output)) from error
-            raise
-        if output.is_dir():
-            aside = workspace / f"{output.name}.old"
-            os.rename(output, aside)
-            try:
-                os.rename(staged, output)
-            except BaseException:
-                os.rename(aside, output)
-                raise
-        else:
-            os.replace(staged, output)
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
 
 
 # -- messages --------------------------------------------------------------------------------------

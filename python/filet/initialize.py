@@ -29,7 +29,14 @@ from filet.transfer import values
 from filet.walk import ForwardFn, some
 from filet_kernels import Moments, SecondMoment, fisher_energies, lora_factors, select
 
-__all__ = ["apply_statistics", "check_applicable", "initialize_lora_filet_weights"]
+__all__ = [
+    "apply_statistics",
+    "check_applicable",
+    "initialize_lora_filet_weights",
+    "materialise_rest",
+    "nothing_seen",
+    "warn_of",
+]
 
 _AHEAD = 7  # modules whose energies a GPU computes while the host chooses: a block's
 
@@ -172,11 +179,7 @@ def _apply(
     sides = [(statistics.moments[n].input, statistics.moments[n].output) for n in targets]
     counts = values([side.count for both in sides for side in both])
     tokens = dict(zip(targets, zip(counts[::2], counts[1::2], strict=True), strict=True))
-    for name, (inputs, outputs) in tokens.items():
-        if not inputs:
-            left_default[name] = "it saw no token"
-        elif not outputs:
-            left_default[name] = "no gradient reached it"
+    left_default |= {n: why for n, both in tokens.items() if (why := nothing_seen(*both))}
     seen = {name: target for name, target in targets.items() if name not in left_default}
     for name, energies in _energies(seen, statistics, config):
         target, moments = targets[name], statistics.moments[name]
@@ -205,10 +208,10 @@ def _apply(
         )
     selected = time.perf_counter()
     errors = commit(peft_model, adapter_name, targets, layers, config.base, original)
-    _materialise_rest(peft_model, adapter_name, config.seed)
+    materialise_rest(peft_model, adapter_name, config.seed)
     written = time.perf_counter()
     devices = {t.weight.device for t in targets.values() if t.weight.device.type == "cuda"}
-    _warn(left_default, layers)
+    warn_of(left_default, layers)
     return FiletReport(
         modules={
             name: dataclasses.replace(report, residual_error=errors[name])
@@ -259,6 +262,13 @@ def _energies(
         yield arrived()
 
 
+def nothing_seen(inputs: int, outputs: int) -> str | None:
+    """Why moments of so many tokens on either side choose nothing, or None."""
+    if not inputs:
+        return "it saw no token"
+    return None if outputs else "no gradient reached it"
+
+
 def _moved(moments: Moments, device: torch.device) -> Moments:
     """The moments on the weight's device (statistics from a file are on the CPU)."""
     if moments.input.sum.device == device == moments.output.sum.device:
@@ -271,14 +281,16 @@ def _moved(moments: Moments, device: torch.device) -> Moments:
     return Moments(moved(moments.input), moved(moments.output), moments.shape, loss_terms)
 
 
-def _materialise_rest(peft_model: PeftModel, adapter_name: str, seed: int) -> None:
+def materialise_rest(peft_model: PeftModel, adapter_name: str, seed: int) -> None:
     """Give PEFT's default initialisation to adapter weights that are still on the meta device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for layer in peft_model.base_model.model.modules():
             if not isinstance(layer, LoraLayer):
                 continue
-            device = layer.get_base_layer().weight.device
+            device = next(layer.get_base_layer().parameters()).device  # experts have no weight
+            if device.type == "meta":  # of a model that is never whole
+                device = torch.device("cpu")
             waiting = False
             for factors in (layer.lora_A, layer.lora_B):
                 if adapter_name in factors and factors[adapter_name].weight.device.type == "meta":
@@ -295,7 +307,7 @@ def _materialise_rest(peft_model: PeftModel, adapter_name: str, seed: int) -> No
                 layer.reset_lora_parameters(adapter_name, True)
 
 
-def _warn(left_default: dict[str, str], layers: dict[str, Layer]) -> None:
+def warn_of(left_default: dict[str, str], layers: dict[str, Layer]) -> None:
     if left_default:
         shown = [f"{name} ({reason})" for name, reason in left_default.items()]
         warnings.warn(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from filet.config import FiletConfig
 from filet.targets import Target
-from filet.walk import ForwardFn, _batch_size, _map, collect_moments
+from filet.walk import ForwardFn, _map, collect_moments, samples_in
 from filet_kernels import Moments, SecondMoment
 
 __all__ = ["Batches", "blocks", "collect_in_passes", "groups", "moment_bytes"]
@@ -38,12 +38,12 @@ class Batches:
 
     def first(self) -> Any:
         """The first batch with a sample in it, None without any; iterating starts over with it."""
-        while not any(map(_batch_size, self._kept)):
+        while not any(map(samples_in, self._kept)):
             read = [_on_host(batch) for batch in itertools.islice(self._source, 1)]
             if not read:
                 return None
             self._kept += read
-        return next(batch for batch in self._kept if _batch_size(batch))
+        return next(batch for batch in self._kept if samples_in(batch))
 
     def __iter__(self) -> Iterator[Any]:
         yield from self._kept

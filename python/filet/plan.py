@@ -28,12 +28,12 @@ from filet.passes import blocks, groups, moment_bytes
 from filet.targets import Target, check_peft_model, check_targets, find_targets
 from filet.walk import (
     ForwardFn,
-    _batch_size,
     _bound,
-    _first_samples,
     _tensors,
     collect_moments,
+    first_samples,
     preserved,
+    samples_in,
 )
 
 __all__ = ["CPU_TOKENS", "DevicePlan", "Plan", "estimate", "passes_that_fit"]
@@ -240,7 +240,7 @@ def passes_that_fit(
     ]
     if all(small):
         return 1
-    size = _batch_size(batch)
+    size = samples_in(batch)
     plan = _plan(peft_model, targets, batch, config, forward_fn, size, None)
     for d in plan.devices:
         least = min(d.moments_at_a_time.values()) + (d.fixed or 0) + (d.per_sample or 0)
@@ -267,7 +267,7 @@ def _plan(
     batch_size: int | Literal["auto"],
     tokens: int | None,
 ) -> Plan:
-    given = _batch_size(batch)
+    given = samples_in(batch)
     sizes = (1, 2) if given > 1 and not _is_compiled(peft_model) else (given, given)
     gpus = _gpus(peft_model)
     free = {device: available(device) for device in gpus}
@@ -385,7 +385,7 @@ def _probe(
                 collect_moments(
                     peft_model,
                     targets,
-                    [_first_samples(batch, size)],
+                    [first_samples(batch, size)],
                     everything,
                     forward_fn,
                     show_progress_bar=False,

@@ -82,9 +82,12 @@ def check_peft_model(peft_model: object, adapter_name: str) -> PeftModel:
 
 
 def find_targets(
-    peft_model: PeftModel, adapter_name: str
+    peft_model: PeftModel, adapter_name: str, *, loaded: bool = True
 ) -> tuple[dict[str, Target], dict[str, str]]:
-    """The adapter's layers that can be initialised, and for each of the others the reason."""
+    """The adapter's layers that can be initialised, and for each of the others the reason.
+
+    ``loaded=False`` takes weights on the meta device as well: they come later.
+    """
     targets: dict[str, Target] = {}
     unsupported: dict[str, str] = {}
     for name, layer in peft_model.base_model.model.named_modules():
@@ -92,7 +95,7 @@ def find_targets(
             continue
         if adapter_name not in {*layer.lora_A, *layer.lora_embedding_A}:
             continue
-        reason = _unsupported(layer, adapter_name)
+        reason = _unsupported(layer, adapter_name, loaded)
         if reason is None:
             targets[name] = Target(name, layer, adapter_name)
         else:
@@ -100,7 +103,7 @@ def find_targets(
     return targets, unsupported
 
 
-def _unsupported(layer: LoraLayer, adapter_name: str) -> str | None:
+def _unsupported(layer: LoraLayer, adapter_name: str, loaded: bool) -> str | None:
     base = layer.get_base_layer()
     kind = type(base).__name__
     if adapter_name in layer.lora_variant:
@@ -111,7 +114,7 @@ def _unsupported(layer: LoraLayer, adapter_name: str) -> str | None:
         return (
             f"the weight of this {kind} is {base.weight.dtype}: quantised, which is not supported"
         )
-    if base.weight.device.type == "meta":
+    if loaded and base.weight.device.type == "meta":
         raise ValueError(
             "a base weight is on the meta device (not loaded, or offloaded by device_map); "
             "load the model onto real devices before initialising it"

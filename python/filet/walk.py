@@ -32,7 +32,19 @@ from filet.targets import Target
 from filet_kernels import Moments, SecondMoment, syrk_
 from filet_kernels.rounded import rounded_and_scaled
 
-__all__ = ["ForwardFn", "collect_moments", "empty_moments", "preserved", "some"]
+__all__ = [
+    "HANDS_ON",
+    "ForwardFn",
+    "MomentHooks",
+    "collect_moments",
+    "empty_moments",
+    "first_samples",
+    "preserved",
+    "samples_in",
+    "some",
+    "token_masks",
+    "warn_of_padding",
+]
 
 ForwardFn = Callable[[Any, Any], Any]
 
@@ -43,7 +55,7 @@ _FP16_PEAK = 2.0**4
 _FP16_ROOM = 2.0**5
 
 # Where a linear layer in bfloat16 or float16 hands y and h on before it rounds them.
-_HANDS_ON = {"cuda"}
+HANDS_ON = {"cuda"}
 
 # They enter their moments as float16, each column scaled by a power of two that puts the largest
 # number of the first batch at 2². That leaves 2¹⁴ of room, and 11 bits to what is 2⁻¹⁶ of that.
@@ -54,7 +66,7 @@ _UNROUNDED_EXPONENT = 2
 class _Awaited:
     """The check of a batch, on its way to the host."""
 
-    index: int
+    where: str
     checks: list[tuple[str, SecondMoment]]
     places: list[list[int]]  # in checks, of each kind of moment
     fine: list[
@@ -96,6 +108,7 @@ class MomentHooks:
         self.moments: dict[str, Moments] = {}
         self.shared_input: dict[str, str] = {}  # module -> the module whose input moment it uses
         self.phase = "idle"  # "forward" | "backward" | "probe"
+        self.counting = True  # False: the products of a forward that counts, but no moment of them
         self.gradient_scale = 1.0  # what g and h of this batch are multiplied by
         self.half = False  # a target gave float16, and so will its gradient be
         self.peaks: list[Tensor] = []  # of a probe: max |g| of each gradient that arrived
@@ -155,11 +168,25 @@ class MomentHooks:
 
         By then the answer has arrived, so that the GPU need not run dry for it.
         """
+        self.check_sharing(index)
+        self.judge()
+        self._awaited = self._check(f"batch {index} (counted from 0)")
+        if all(event is None for _, event in self._awaited.fine):
+            self.judge()
+
+    def check_sharing(self, index: int) -> None:
+        """Raise where modules that shared an input did not in this batch. No synchronisation."""
         for follower, leader in self.shared_input.items():
             if self._calls.get(follower, 0) != self._calls.get(leader, 0):
                 raise _sharing_broke(follower, leader, index)
         self._seen.clear()
+
+    def check_finite(self, where: str) -> None:
+        """Raise for a NaN or infinity in any moment. One device synchronisation a device."""
+        self._awaited = self._check(where)
         self.judge()
+
+    def _check(self, where: str) -> _Awaited:
         names = list(self.moments)
         # The first module of the forward, then the first of the backward, is where it began.
         checks = [(name, self.moments[name].input) for name in names]
@@ -174,9 +201,7 @@ class MomentHooks:
             diagonals = torch.stack([checks[p][1].sum.diagonal() for p in of_kind.values()])
             fine.append(_to_host(diagonals.isfinite().all(1)))
         places = [list(of_kind.values()) for of_kind in alike.values()]
-        self._awaited = _Awaited(index, checks, places, fine)
-        if all(event is None for _, event in fine):
-            self.judge()
+        return _Awaited(where, checks, places, fine)
 
     def judge(self) -> None:
         """Raise for the last batch whose check has not been looked at."""
@@ -194,7 +219,7 @@ class MomentHooks:
                 moment.space, "the gradient it received"
             )
             raise FloatingPointError(
-                f"{name}: {where} has a NaN or infinity in batch {awaited.index} (counted from 0); "
+                f"{name}: {where} has a NaN or infinity in {awaited.where}; "
                 "expected finite values (check that batch, and the model's dtype)"
             )
 
@@ -231,7 +256,7 @@ class MomentHooks:
             moments is not None
             and (moments.input.space == "y" or moments.output.space == "h")
             and target.base in self._replaced
-            and x.device.type in _HANDS_ON
+            and x.device.type in HANDS_ON
             and x.device == weight.device
             and x.dtype == weight.dtype
             and x.dtype in (torch.bfloat16, torch.float16)
@@ -266,6 +291,8 @@ class MomentHooks:
         alpha: float = 1.0,
     ) -> Tensor:
         """Adds the rows v to a moment, scaled; returns v + bias in ``dtype``."""
+        if not self.counting:
+            return (v if bias is None else v + bias).to(dtype)
         if id(moment) not in self._scales and v.numel():
             rows, weights = self._rows(target, v.abs())
             if weights is not None:
@@ -320,6 +347,8 @@ class MomentHooks:
             self._add(target, output, v, alpha=self.gradient_scale**-2)
 
     def _add(self, target: Target, moment: SecondMoment, v: Tensor, *, alpha: float = 1.0) -> None:
+        if not self.counting:
+            return
         rows, weights = self._rows(target, v)
         count = rows.shape[:-1].numel()
         if weights is not None:
@@ -470,13 +499,13 @@ def collect_moments(
         named_shortage("pass", lambda: _place(hooks, index, batch)),
     ):
         for index, batch in enumerate(dataloader):
-            size = _batch_size(batch)
+            size = samples_in(batch)
             if config.samples is not None:
                 size = min(size, config.samples - counts["samples"])
-                batch = _first_samples(batch, size)
+                batch = first_samples(batch, size)
             if size == 0:
                 continue
-            masks, tokens = _token_masks(batch, size, is_encoder_decoder)
+            masks, tokens = token_masks(batch, size, is_encoder_decoder)
             host = summed_loss.without_padded_terms(batch)
             batch = _to_device(host, device)
             hooks.start_batch(masks)
@@ -510,14 +539,18 @@ def collect_moments(
     for moments in hooks.moments.values():
         # Of the whole run, also for a module (an expert) that only later batches reached.
         moments.loss_terms.fill_(counts["loss_terms"])
-    if hooks.unmasked:
+    warn_of_padding(sorted(hooks.unmasked))
+    return hooks, counts
+
+
+def warn_of_padding(unmasked: list[str]) -> None:
+    if unmasked:
         warnings.warn(
-            f"{some(sorted(hooks.unmasked))}: the rows of their inputs do not follow the batch's "
+            f"{some(unmasked)}: the rows of their inputs do not follow the batch's "
             "attention_mask, so padding counts there like any token; expected batches without "
             "padding (of one sample, say)",
             stacklevel=4,
         )
-    return hooks, counts
 
 
 _PHASES = {
@@ -534,7 +567,7 @@ def _place(hooks: MomentHooks, index: int, batch: Any) -> str:
     ids = next((t for t in _tensors(batch) if t.dim() > 1 and not t.is_floating_point()), None)
     length = "" if ids is None else f" × {ids.shape[1]} tokens"
     place = _PHASES[hooks.phase].format(index)
-    samples = _batch_size(batch)
+    samples = samples_in(batch)
     return f"{place} (counted from 0, {samples} sample{'s' * (samples != 1)}{length})"
 
 
@@ -616,7 +649,7 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _batch_size(batch: Any) -> int:
+def samples_in(batch: Any) -> int:
     size = next((t.shape[0] for t in _tensors(batch) if t.dim() > 0), None)
     if size is None:
         raise TypeError(
@@ -635,8 +668,8 @@ def _map(batch: Any, function: Callable[[Any], Any]) -> Any:
     return function(batch)
 
 
-def _first_samples(batch: Any, size: int) -> Any:
-    full = _batch_size(batch)
+def first_samples(batch: Any, size: int) -> Any:
+    full = samples_in(batch)
     if size >= full:
         return batch
 
@@ -651,7 +684,7 @@ def _to_device(batch: Any, device: torch.device) -> Any:
     return _map(batch, lambda v: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v)
 
 
-def _token_masks(
+def token_masks(
     batch: Any, size: int, is_encoder_decoder: bool
 ) -> tuple[dict[str, Tensor | None], int]:
     """Masks (B, T) of the tokens that count, by side, and how many tokens the batch has."""

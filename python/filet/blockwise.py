@@ -1,0 +1,1381 @@
+"""FILet initialisation of a model larger than the GPU: layers outer, batches inner.
+
+Forward sweep: block after block is loaded from the shards, every batch goes through it without a
+graph, and each block's inputs go to host memory or disk. Then the head and the loss, some rows at a
+time. Reverse sweep: a block is loaded again, recomputed with a graph for every batch, and given the
+gradient of what follows it; its moments are finished, its A and B chosen and written, and it goes.
+The recomputation sees the same weights and inputs as the forward sweep and every operation is
+deterministic, so it takes the same path: the same experts, for a router.
+
+What the reverse sweep has finished lies in a folder beside the output, with the gradient that the
+next block needs: a run that was killed goes on there (docs/blockwise.md).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from filet import walk
+from filet.adapters import AdapterState, Layer, adapter_states, assign, save_as_lora, write_residual
+from filet.config import FiletConfig
+from filet.files import PLOT_FILE, replaced, staged
+from filet.initialize import materialise_rest, nothing_seen, warn_of
+from filet.loss import SummedLoss, drawn
+from filet.offload import Arena, ArenaPool, BlockInputs, Copies, Fetched, Layout
+from filet.parts import Calls, Parts, described
+from filet.report import FiletReport, ModuleReport
+from filet.shards import Entry, ShardedWeights, WeightSource, WeightStream, entries, size_of
+from filet.statistics import peak_memory
+from filet.targets import Target, check_targets, find_targets, fingerprints
+from filet.walk import MomentHooks, first_samples, preserved, samples_in, token_masks
+from filet_kernels import cross_entropy_, fisher_energies, lora_factors, select
+
+__all__ = [
+    "Blockwise",
+    "Engine",
+    "Plan",
+    "Unsupported",
+    "choose_engine",
+    "empty_model",
+    "initialize_folder",
+]
+
+Engine = Literal["auto", "memory", "blockwise"]
+
+_ADAPTER = "default"
+_FORMAT = "filet-run-1"
+_BLOCK_FORMAT = "filet-block-1"
+_MANIFEST = "manifest.json"
+_IGNORED = -100
+
+# Logits that exist at a time: 2²⁷, 0.25 GiB in bfloat16 and four times that for the loss.
+_LOGITS = 2**27
+# A float16 gradient is scaled so that the largest number of a boundary is at 2⁴ (see walk.py).
+_FP16_EXPONENT = 4
+# Arenas that a sweep works with, besides those kept: in reverse the inputs of a block, those of the
+# next on their way from the disk, the gradients of its outputs and inputs, and gradients on their
+# way to the disk.
+_WORKING = 5
+# What is timed before the run is done so often; the first time compiles and sets up.
+_ROUNDS = 2
+# Batches whose work the host has handed to a GPU and not seen finished.
+_IN_FLIGHT = 2
+# After a gradient in its file: what it is multiplied by, and its largest number where that matters.
+_TRAILER = struct.Struct("<dd")
+# Of what is free on the scratch disk, this share is used.
+_DISK_SHARE = 0.9
+
+
+# The public function.
+
+
+def initialize_folder(
+    model: str | os.PathLike[str],
+    batches: Iterable[Mapping[str, Any]],
+    output: str | os.PathLike[str],
+    lora_config: LoraConfig,
+    config: FiletConfig | None = None,
+    *,
+    engine: Engine = "auto",
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    device: torch.device | str | None = None,
+    host_memory: int | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    show_progress_bar: bool = True,
+) -> FiletReport:
+    """Initialise a LoRA adapter with FILet for the model in a folder, and write it to another.
+
+    The result is what :func:`filet.initialize_lora_filet_weights` and :func:`filet.save_as_lora`
+    give; ``filet.load(base_model, output)`` trains on it. With ``engine="blockwise"`` the model is
+    never whole in memory: its blocks come from the safetensors shards one by one, twice. A run that
+    was killed goes on at its last finished block when it is called again with the same arguments:
+    it keeps its state in ``<output>.filet-run`` until the adapter is written.
+
+    Args:
+        model: local folder of a causal language model: config.json and safetensors weights.
+        batches: dicts of ``input_ids``, ``labels``, and what else the model takes
+            (``attention_mask``, ``position_ids``), each a CPU tensor of (samples, tokens). Read to
+            ``config.samples``. What goes through a block at once is one batch.
+        output: folder to create, with the adapter and ``filet_report.safetensors``.
+        lora_config: :class:`peft.LoraConfig`: rank, alpha, patterns, rslora, targets. The blockwise
+            engine takes linear layers inside the blocks only.
+        config: :class:`FiletConfig`, the paper's settings by default. The blockwise engine computes
+            the loss itself, the cross-entropy of the next token: ``loss_reduction`` has no use.
+        engine: "memory" loads the whole model onto ``device``; "blockwise" never does; "auto" takes
+            "memory" where weights and statistics fit there with room to spare.
+        dtype: of the weights in memory, "auto" for what the folder says.
+        device: where to compute; a GPU if there is one, by default.
+        host_memory: bytes of host memory for block inputs and gradients; half of what is available
+            by default. What does not fit goes to ``scratch``, or is recomputed.
+        scratch: folder on a fast disk for block inputs; 90 % of what is free there may be used.
+        trust_remote_code: run Python code that lies in the model's folder.
+        overwrite: replace an adapter that is at ``output``.
+        show_progress_bar: also says the plan beforehand: GPU and host memory, disk, time.
+
+    Returns:
+        :class:`FiletReport`, which is also in the folder. ``seconds`` are of this call: a resumed
+        one does less.
+
+    Deterministic: bitwise the same for the same arguments on the same machine, killed or not.
+
+    Raises:
+        ValueError: an argument that does not fit; a model that the blockwise engine does not do
+            (quantised, encoder-decoder, no safetensors, blocks that hand on more than one tensor
+            or share weights; targets outside the blocks), before any block is computed; a run
+            folder of other data or settings, naming the first difference.
+        FloatingPointError: NaN or infinity, naming the module.
+        OSError: a full disk, say. What was finished stays, and the same call goes on there.
+    """
+    config = config or FiletConfig()
+    if engine not in ("auto", "memory", "blockwise"):
+        raise ValueError(f"engine={engine!r}; expected 'auto', 'memory' or 'blockwise'")
+    if host_memory is not None and host_memory < 1:
+        raise ValueError(f"host_memory={host_memory}; expected a positive number of bytes")
+    folder, output = Path(model), Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if not overwrite:
+            raise ValueError(f"output={str(output)!r} exists; expected overwrite=True to replace")
+        if not (output / "adapter_config.json").is_file():
+            raise ValueError(
+                f"output={str(output)!r} holds no adapter; overwrite=True replaces only adapters"
+            )
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+    if engine == "auto":
+        engine = choose_engine(
+            folder, lora_config, device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    if engine == "memory":
+        return _in_memory(
+            folder, batches, output, lora_config, config, dtype, device, trust_remote_code,
+            show_progress_bar,
+        )  # fmt: skip
+    whole = empty_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    run_folder = output.parent / f"{output.name}.filet-run"
+    with contextlib.ExitStack() as stack:
+        scratch_folder = None
+        if scratch is not None:
+            # One name for one output: what a killed run has left there is replaced.
+            name = hashlib.blake2b(str(output.resolve()).encode(), digest_size=6).hexdigest()
+            scratch_folder = Path(scratch) / f"filet-scratch-{name}"
+        run = stack.enter_context(
+            Blockwise(
+                whole,
+                ShardedWeights(folder, whole),
+                batches,
+                lora_config,
+                config,
+                device=device,
+                run_folder=run_folder,
+                host_memory=host_memory,
+                scratch=scratch_folder,
+                show_progress_bar=show_progress_bar,
+            )
+        )
+        run.sweep()
+        report = run.write(output)
+    shutil.rmtree(run_folder)
+    return report
+
+
+def _in_memory(
+    folder: Path,
+    batches: Iterable[Mapping[str, Any]],
+    output: Path,
+    lora_config: LoraConfig,
+    config: FiletConfig,
+    dtype: Any,
+    device: torch.device,
+    trust_remote_code: bool,
+    show_progress_bar: bool,
+) -> FiletReport:
+    from transformers import AutoModelForCausalLM
+
+    from filet.initialize import initialize_lora_filet_weights
+
+    base = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+    ).to(device)
+    peft_model = get_peft_model(base, lora_config)
+    report = initialize_lora_filet_weights(
+        peft_model, batches, config, show_progress_bar=show_progress_bar
+    )
+    _write_folder(peft_model, report, output)
+    return report
+
+
+def _write_folder(peft_model: PeftModel, report: FiletReport, output: Path) -> None:
+    import importlib.util
+
+    with staged(output) as place:
+        place.mkdir()
+        save_as_lora(peft_model, place)
+        report.save(place)
+        if report.modules and importlib.util.find_spec("matplotlib") is not None:
+            report.plot(place / PLOT_FILE)
+
+
+class Unsupported(ValueError):
+    """A kind of model that the blockwise engine does not take."""
+
+
+def empty_model(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    trust_remote_code: bool = False,
+) -> Any:
+    """The causal language model of a folder without its weights: parameters on the meta device.
+
+    Buffers are real (rotary frequencies, say). Raises :class:`Unsupported` for what the blockwise
+    engine does not take, as far as config.json and the names of the files say it.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from filet.shards import shard_files
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no config.json in {folder}; expected the folder of a model")
+    own = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    settings = AutoConfig.from_pretrained(str(folder), **own)
+    if getattr(settings, "quantization_config", None) is not None:
+        raise Unsupported(
+            f"{folder} is quantised (quantization_config in config.json); expected weights in "
+            "float32, bfloat16 or float16"
+        )
+    if getattr(settings, "is_encoder_decoder", False):
+        raise Unsupported(
+            f"{folder} is an encoder-decoder; the blockwise engine takes decoders, "
+            "engine='memory' also others"
+        )
+    try:
+        files = shard_files(folder)
+    except FileNotFoundError as error:
+        raise Unsupported(str(error)) from error
+    if dtype == "auto":
+        dtype = getattr(settings, "dtype", None) or _dtype_of(files)
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            settings, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()  # again: the meta device parted them
+    return model.eval()
+
+
+def _dtype_of(files: Sequence[Path]) -> torch.dtype:
+    """That of the first floating weight, as transformers has it."""
+    for path in files:
+        with safe_open(str(path), framework="pt") as file:
+            for key in file.keys():
+                dtype = file.get_slice(key)[:0].dtype
+                if dtype.is_floating_point:
+                    return dtype
+    raise ValueError(f"{files[0].parent} has no floating weight")
+
+
+def choose_engine(
+    folder: str | os.PathLike[str],
+    lora_config: LoraConfig,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    trust_remote_code: bool = False,
+) -> Literal["memory", "blockwise"]:
+    """What "auto" is: "blockwise" where weights and second moments take more than 3/4 of a device.
+
+    Of its free memory, that is; the rest is for activations. A kind of model that the blockwise
+    engine does not take is "memory" in any case.
+    """
+    try:
+        model = empty_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Unsupported:
+        return "memory"
+    weights = size_of(entries(model))
+    peft_model = get_peft_model(model, lora_config, low_cpu_mem_usage=True)
+    targets, _ = find_targets(peft_model, _ADAPTER, loaded=False)
+    moments = sum(2 * 4 * min(target.weight.shape) ** 2 for target in targets.values())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
+    return "memory" if weights + moments <= 0.75 * free else "blockwise"
+
+
+def _available_memory() -> int:
+    """Bytes of host memory that can be had without swapping."""
+    with contextlib.suppress(FileNotFoundError), open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# The plan.
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need.
+
+    Memory and disk are exact sums of what is allocated there; the GPU's peak and the times are
+    measured on one block and one batch (the largest) before the run.
+    """
+
+    blocks: tuple[int, int]  # to sweep forward, to sweep in reverse
+    of: int  # blocks of the model
+    stride: int  # the inputs of every stride-th block are kept
+    on_disk: int  # boundaries whose values go to disk
+    device: str
+    device_bytes: int  # 0 on a CPU
+    host_bytes: int
+    scratch_bytes: int
+    run_bytes: int
+    seconds: dict[str, float]
+
+    def text(self) -> str:
+        forward, reverse = self.blocks
+        lines = [
+            f"plan          {forward} blocks forward, {reverse} in reverse, of {self.of}",
+            f"  host        {_gib(self.host_bytes)} for block inputs and gradients",
+            f"  disk        {_gib(self.run_bytes)} beside the output, "
+            f"{_gib(self.scratch_bytes)} of scratch",
+            f"  time        {sum(self.seconds.values()):,.0f} s: "
+            + ", ".join(f"{name} {value:,.0f} s" for name, value in self.seconds.items()),
+        ]
+        if self.device_bytes:
+            lines.insert(1, f"  {self.device:<12}{_gib(self.device_bytes)} at the peak")
+        if self.stride > 1:
+            lines.append(
+                f"  recomputed  the inputs of every {self.stride}th block are kept, the others "
+                "computed again: raise host_memory or give a scratch folder to avoid it"
+            )
+        return "\n".join(lines)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+@dataclass(frozen=True)
+class _Keeping:
+    """Which boundaries are kept, and where."""
+
+    stride: int
+    kept: tuple[int, ...]  # blocks whose inputs are, in ascending order
+    on_disk: frozenset[int]
+    arenas: int  # of host memory, at most
+
+    @classmethod
+    def choose(cls, first: int, last: int, host: int, disk: int, nbytes: int) -> _Keeping:
+        """For the reverse sweep over blocks ``last`` … ``first``.
+
+        ``host`` and ``disk`` are how many boundaries fit there. The smallest stride that fits.
+        """
+        number = last - first + 1
+        room = host - _WORKING
+        for stride in range(1, number + 1):
+            kept = tuple(range(first, last + 1, stride))
+            held = room - (stride - 1)  # the blocks between two kept ones, one stretch at a time
+            if held < 0 or len(kept) > held + disk:
+                continue
+            # Spread over the sweep, so that the disk has time.
+            written = max(0, len(kept) - held)
+            on_disk = frozenset(
+                block
+                for index, block in enumerate(kept)
+                if (index + 1) * written // len(kept) > index * written // len(kept)
+            )
+            arenas = _WORKING + len(kept) - written + stride - 1
+            return cls(stride, kept, on_disk, arenas)
+        best = min(-(-number // stride) + stride - 1 for stride in range(1, number + 1))
+        raise ValueError(
+            f"host_memory holds {host} of the block boundaries of {_gib(nbytes)} each, and the "
+            f"scratch folder {disk}; expected host_memory of at least "
+            f"{_gib((_WORKING + best) * nbytes)}, or {_gib(_WORKING * nbytes)} and a scratch "
+            f"folder with {_gib(number * nbytes / _DISK_SHARE)} free"
+        )
+
+
+# The engine.
+
+
+@dataclass(eq=False)
+class _Batch:
+    inputs: dict[str, Any]  # of the model, on the CPU, without labels
+    rows: Tensor  # positions (flattened) that predict a label
+    labels: Tensor  # the labels there
+    uniform: Tensor | None  # numbers (T, 1) that draw the labels, where they are drawn
+    mask: Tensor | None  # tokens that count, None for all
+    samples: int
+    tokens: int
+
+    @property
+    def positions(self) -> int:
+        return self.inputs["input_ids"].numel()
+
+
+@dataclass(eq=False)
+class _Finished:
+    """A block's results: A, B, energies and indices by module, and the report's other columns."""
+
+    block: int
+    tensors: dict[str, Tensor]
+    modules: list[dict[str, Any]]
+    left_default: dict[str, str]
+    unmasked: list[str]
+
+
+class Blockwise:
+    """One run: :meth:`sweep` over the blocks, then :meth:`write` the adapter.
+
+    ``source`` gives the weights of ``model`` (from :func:`empty_model`). ``run_folder`` and
+    ``scratch`` are created; a run folder that is there is resumed. A context manager: it holds a
+    lock on the run folder, threads and pinned memory.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        source: WeightSource,
+        batches: Iterable[Mapping[str, Any]],
+        lora_config: LoraConfig,
+        config: FiletConfig,
+        *,
+        device: torch.device,
+        run_folder: Path,
+        host_memory: int | None = None,
+        scratch: Path | None = None,
+        show_progress_bar: bool = True,
+    ) -> None:
+        if device.type == "cuda":
+            torch.cuda.init()  # what preserved() makes deterministic depends on it
+            device = torch.device("cuda", device.index or 0)
+        self.config = config
+        self.device = device
+        self.folder = run_folder
+        self.scratch = scratch
+        self.host_memory = host_memory or _available_memory() // 2
+        self.show = show_progress_bar
+        self.seconds: dict[str, float] = {}
+        self.waited_for_disk = 0.0
+        self.plan: Plan | None = None
+
+        weights = entries(model)  # before PEFT renames them
+        self.peft_model = get_peft_model(model, lora_config, low_cpu_mem_usage=True)
+        self.model = self.peft_model.base_model.model
+        self.targets, self.unsupported = find_targets(self.peft_model, _ADAPTER, loaded=False)
+        check_targets(self.targets, self.unsupported, _ADAPTER)
+        for name, target in self.targets.items():
+            if target.rank > target.weight.shape[1]:
+                raise ValueError(
+                    f"{name}: rank {target.rank} exceeds the {target.weight.shape[1]} columns of "
+                    f"W {tuple(target.weight.shape)}; expected a smaller r"
+                )
+        self.parts = Parts(self.model, self.targets)
+        self.number = len(self.parts.blocks)
+        self._part_weights(weights)
+        self.of_block: list[dict[str, Target]] = [{} for _ in range(self.number)]
+        for name, target in self.targets.items():
+            self.of_block[self._block_of(name)][name] = target
+        # Below the first block with a target no gradient is needed.
+        self.first = min(index for index, mine in enumerate(self.of_block) if mine)
+        for module in self.model.modules():
+            for key, value in module._buffers.items():
+                if value is not None and value.device.type != "meta":
+                    module._buffers[key] = value.to(device)
+
+        self.batches = _read(batches, config, self.model)
+        self.counts = {
+            "samples": sum(batch.samples for batch in self.batches),
+            "tokens": sum(batch.tokens for batch in self.batches),
+            "loss_terms": sum(batch.rows.numel() for batch in self.batches),
+        }
+        self.stream = WeightStream(source, device)
+        self.manifest = _manifest(source, self.batches, lora_config, config, weights, device)
+        self.masks = [None if b.mask is None else b.mask.to(device) for b in self.batches]
+        self._candidates: dict[str, Tensor] = {}
+        self._in_flight: collections.deque[Any] = collections.deque()
+        self._writing: Future[None] | None = None
+        self._being_written: Arena | None = None
+        self._pending: list[_Finished] = []
+        self._stack = contextlib.ExitStack()
+        self._output = ThreadPoolExecutor(1, "filet output")
+
+    def _part_weights(self, weights: Sequence[Entry]) -> None:
+        """Weights by block, and those of no block."""
+        self.block_weights: list[list[Entry]] = [[] for _ in range(self.number)]
+        self.other_weights: list[Entry] = []
+        targeted = {id(target.base) for target in self.targets.values()}
+        for entry in weights:
+            homes = {self._block_of(name) for name in entry.names}
+            if len(homes) > 1:
+                raise ValueError(
+                    f"a weight is shared between blocks ({', '.join(entry.names)}); the blockwise "
+                    "engine takes blocks with weights of their own"
+                )
+            if (
+                len(entry.names) > 1
+                and self.config.base == "residual"
+                and any(id(module) in targeted for module, _ in entry.places)
+            ):
+                raise ValueError(
+                    f"the weight of {entry.names[0]} is shared ({', '.join(entry.names)}), so "
+                    "writing its residual would change the other module too; expected "
+                    "FiletConfig(base='untouched'), or target_modules without it"
+                )
+            home = homes.pop()
+            (self.other_weights if home < 0 else self.block_weights[home]).append(entry)
+
+    def _block_of(self, name: str) -> int:
+        """The block a module or weight lies in, -1 for none."""
+        prefix = f"{self.parts.path}."
+        return int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else -1
+
+    def __enter__(self) -> Blockwise:
+        with contextlib.ExitStack() as stack:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((self.folder / "lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"{self.folder} is in use by another process; expected one at a time"
+                ) from error
+            self._resume()
+            if self.scratch is not None:
+                shutil.rmtree(self.scratch, ignore_errors=True)
+                self.scratch.mkdir(parents=True)
+                stack.callback(shutil.rmtree, self.scratch, ignore_errors=True)
+            stack.callback(self._output.shutdown, cancel_futures=True)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+        if not self._results():  # nothing to go on from
+            shutil.rmtree(self.folder)
+
+    def _results(self) -> list[Path]:
+        return [*self.folder.glob("gradient-*.raw"), *self.folder.glob("blocks-*.safetensors")]
+
+    # The run folder.
+
+    def _resume(self) -> None:
+        """Check that the folder is of this run, or begin one; find the block to go on with."""
+        path = self.folder / _MANIFEST
+        for left in self.folder.glob(".*"):  # by a kill while a file was written
+            left.unlink()
+        others = [each for each in self.folder.iterdir() if each.name != "lock"]
+        if others and not path.is_file():
+            raise ValueError(f"{self.folder} is there, but no run of filet; expected no folder")
+        if self._results():
+            _compare(json.loads(path.read_text()), self.manifest, self.folder)
+        else:
+            with replaced(path, durable=True) as beside:
+                beside.write_text(json.dumps(self.manifest, indent=1))
+        self.top = self.number - 1  # the next block of the reverse sweep
+        for _, last in self._block_files():
+            self.top = last - 1
+        # A gradient that a finished block has used up, or that no block can use.
+        for each in self.folder.glob("gradient-*.raw"):
+            if each != self._gradient_file(self.top):
+                each.unlink()
+
+    def _block_files(self) -> Iterator[tuple[Path, int]]:
+        """The files of finished blocks in the order of the reverse sweep, and their last block."""
+        block = self.number - 1
+        while found := list(self.folder.glob(f"blocks-{block}-*.safetensors")):
+            last = int(found[0].stem.rpartition("-")[2])
+            yield found[0], last
+            block = last - 1
+
+    def _gradient_file(self, block: int) -> Path:
+        """The gradient with respect to a block's output."""
+        return self.folder / f"gradient-{block}.raw"
+
+    def _save_gradient(self, block: int, arena: Arena, scales: tuple[float, float]) -> None:
+        with replaced(self._gradient_file(block), durable=True) as beside:
+            arena.save(beside, _TRAILER.pack(*scales))
+
+    def _save_blocks(
+        self, blocks: Sequence[_Finished], gradient: Arena | None, scales: tuple[float, float]
+    ) -> None:
+        """Blocks in the order of the reverse sweep, and what the next one needs.
+
+        That first: blocks that are there are finished. One file, so that they are so together.
+        """
+        last = blocks[-1].block
+        if gradient is not None:
+            self._save_gradient(last - 1, gradient, scales)
+        tensors = {key: value for each in blocks for key, value in each.tensors.items()}
+        metadata = {
+            "format": _BLOCK_FORMAT,
+            "modules": json.dumps([row for each in blocks for row in each.modules]),
+            "left_default": json.dumps({k: v for b in blocks for k, v in b.left_default.items()}),
+            "unmasked": json.dumps([name for each in blocks for name in each.unmasked]),
+        }
+        path = self.folder / f"blocks-{blocks[0].block}-{last}.safetensors"
+        with replaced(path, durable=True) as beside:
+            beside.write_bytes(save(tensors, metadata))
+        for each in blocks:
+            self._gradient_file(each.block).unlink(missing_ok=True)
+
+    # The sweeps.
+
+    def sweep(self) -> None:
+        """Finish every block that is not yet. What is finished survives an exception."""
+        if self.top < self.first:
+            return
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(preserved(self.peft_model))
+            self.copies = Copies(self.device)
+            resumed = self._gradient_file(self.top)
+            start = time.perf_counter()
+            self._reset_peak()
+            hidden, head_seconds = self._capture(stack, head=not resumed.is_file())
+            head_bytes = self._reset_peak()
+            self._rehearse(hidden, head_seconds, head_bytes)
+            start = self._passed("preparing", start)
+            if resumed.is_file():
+                hidden = self._forward(hidden, range(self.top))
+                self._keep(self.top, hidden)
+                gradient = self.pool.get()
+                self.scale, self.peak = _TRAILER.unpack(gradient.load(resumed, _TRAILER.size))
+                start = self._passed("forward", start)
+            else:
+                hidden = self._forward(hidden, range(self.top + 1))
+                self._check_candidates()
+                start = self._passed("forward", start)
+                gradient = self._head(hidden)
+                start = self._passed("head", start)
+            self._reverse(gradient)
+            self._passed("reverse", start)
+        if self.show:
+            _say(
+                f"waited        {self.stream.settle():.1f} s for weights, "
+                f"{self.waited_for_disk:.1f} s for the disk"
+            )
+
+    def _passed(self, phase: str, start: float) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - start
+        return now
+
+    def _on_device(self, batch: _Batch) -> dict[str, Any]:
+        return {
+            key: value.to(self.device) if isinstance(value, Tensor) else value
+            for key, value in batch.inputs.items()
+        }
+
+    def _capture(self, stack: contextlib.ExitStack, head: bool) -> tuple[Arena, float]:
+        """The first block's inputs of every batch, and what all blocks are called with.
+
+        Also how long the head takes for all batches, from the largest one.
+        """
+        self.calls: list[Calls] = []
+        arena: Arena | None = None
+        seconds = 0.0
+        with closing(self.stream.run([self.other_weights])) as loaded:
+            next(loaded)
+            for index, batch in enumerate(self.batches):
+                inputs = self._on_device(batch)
+                hidden, calls = self.parts.capture(inputs)
+                if arena is None:
+                    arena = self._make_room(hidden, stack)
+                expected = self.layout.shapes[index]
+                if hidden.shape != expected or hidden.dtype != self.layout.dtype:
+                    raise ValueError(
+                        f"the hidden states of batch {index} are {described(hidden)}; expected "
+                        f"{self.layout.dtype} {tuple(expected)}"
+                    )
+                self.calls.append(calls)
+                self.copies.store(hidden, arena, index)
+            if head:
+                seconds = self._time_head(arena)
+        assert arena is not None
+        return arena, seconds
+
+    def _make_room(self, hidden: Tensor, stack: contextlib.ExitStack) -> Arena:
+        """Decide what is kept where, now that the size of a boundary is known."""
+        width = hidden.shape[-1]
+        self.layout = Layout(
+            [torch.Size((*b.inputs["input_ids"].shape, width)) for b in self.batches], hidden.dtype
+        )
+        self.half = hidden.dtype == torch.float16
+        nbytes = self.layout.nbytes
+        disk = 0
+        if self.scratch is not None:
+            disk = int(shutil.disk_usage(self.scratch).free * _DISK_SHARE) // nbytes
+        self.keeping = _Keeping.choose(
+            self.first, self.top, self.host_memory // nbytes, disk, nbytes
+        )
+        # Two gradients at a time, and A, B and the energies of what is not finished.
+        self.run_bytes = 2 * (nbytes + _TRAILER.size) + sum(
+            4 * target.rank * sum(target.weight.shape) + 8 * target.weight.shape[1]
+            for mine in self.of_block[self.first : self.top + 1]
+            for target in mine.values()
+        )
+        free = shutil.disk_usage(self.folder).free
+        if free < self.run_bytes:
+            text = f"{_gib(self.run_bytes)} needed, {_gib(free)} free"
+            raise OSError(errno.ENOSPC, text, str(self.folder))
+        self.pool = ArenaPool(self.layout, self.keeping.arenas, self.device)
+        self.inputs = BlockInputs(self.pool, self.scratch)
+        # The disk's thread may wait for an arena, the output's may read one.
+        stack.callback(self.pool.close)
+        stack.callback(self.inputs.close)
+        stack.callback(self.pool.stop)
+        stack.callback(self._settle_output)
+        return self.pool.get()
+
+    def _settle_output(self) -> None:
+        if self._writing is not None:
+            self._writing.exception()
+
+    def _fetched(self, block: int, arenas: Sequence[Arena]) -> Iterator[tuple[int, list[Tensor]]]:
+        """Each batch's tensors on the device: the arenas' and the block's leaves; one ahead."""
+
+        def fetch(index: int) -> Fetched:
+            return self.copies.fetch(arenas, index, self.calls[index].of(block))
+
+        coming: Fetched | None = fetch(0)
+        for index in range(len(self.batches)):
+            assert coming is not None
+            now = coming
+            coming = fetch(index + 1) if index + 1 < len(self.batches) else None
+            yield index, now.ready()
+
+    def _throttle(self, event: Any) -> None:
+        """Keep the host at most so many batches ahead of a GPU: each holds memory there."""
+        if event is not None:
+            self._in_flight.append(event)
+            if len(self._in_flight) > _IN_FLIGHT:
+                self._in_flight.popleft().synchronize()
+
+    def _store(self, value: Tensor, arena: Arena, index: int) -> None:
+        self._throttle(self.copies.store(value, arena, index))
+
+    def _keep(self, block: int, arena: Arena) -> None:
+        """Put a block's inputs where the plan wants them, once everything of them is on its way."""
+        if block in self.keeping.on_disk:
+            self.inputs.write(block, arena)
+            self.inputs.release(block, arena)
+        elif block in self.keeping.kept or block > self.keeping.kept[-1]:
+            self.inputs.hold(block, arena)
+        else:
+            self.pool.put(arena)
+
+    @torch.no_grad()
+    def _run_forward(self, block: int, arena: Arena, progress: Any) -> Arena:
+        """A block over all batches; returns its outputs."""
+        made = self._timed_get()
+        with self._products(block) as start_batch:
+            for index, (hidden, *leaves) in self._fetched(block, [arena]):
+                start_batch()
+                output = self.parts.run_block(block, hidden, self.calls[index], leaves)
+                self._store(output, made, index)
+                self._advance(progress, block, index)
+        return made
+
+    @contextlib.contextmanager
+    def _products(self, block: int) -> Iterator[Callable[[], None]]:
+        """The forward runs by the products that the reverse sweep will run it by.
+
+        On a GPU the hooks that count form some outputs in float32 and round them themselves. A
+        rounding apart, the router of a mixture of experts would choose others now and then.
+        """
+        if self.device.type not in walk.HANDS_ON:
+            yield lambda: None
+            return
+        with MomentHooks(self.of_block[block], self.config) as hooks:
+            hooks.counting = False
+            hooks.phase = "forward"
+            yield lambda: hooks.start_batch({})
+
+    def _forward(self, arena: Arena, blocks: range) -> Arena:
+        """Blocks in ascending order; keeps their inputs; returns the last one's outputs."""
+        progress = self._progress("FILet forward", len(blocks))
+        groups = [self.block_weights[block] for block in blocks]
+        with progress, closing(self.stream.run(groups)) as loaded:
+            for block, _ in zip(blocks, loaded, strict=True):
+                for name, target in self.of_block[block].items():
+                    self._candidates[name] = (target.weight != 0).any(0).sum()
+                made = self._run_forward(block, arena, progress)
+                self._keep(block, arena)
+                self.inputs.check()
+                arena = made
+        return arena
+
+    def _timed_get(self) -> Arena:
+        start = time.perf_counter()
+        arena = self.pool.get()
+        self.waited_for_disk += time.perf_counter() - start
+        return arena
+
+    def _check_candidates(self) -> None:
+        for name, target in self.targets.items():
+            if name in self._candidates and target.rank > int(self._candidates[name]):
+                raise ValueError(
+                    f"{name}: rank {target.rank} exceeds its {int(self._candidates[name])} "
+                    f"candidate directions (non-zero columns of W {tuple(target.weight.shape)}); "
+                    "expected a smaller r, or rank_pattern for this module"
+                )
+        self._candidates.clear()
+
+    # The head.
+
+    def _head(self, hidden: Arena) -> Arena:
+        """Gradients of the summed loss with respect to the last block's outputs."""
+        gradients = self._timed_get()
+        self.scale, self.peak = 1.0, 0.0
+        if self.half:
+            self.scale = 2.0**_FP16_EXPONENT
+        peak = torch.zeros((), device=self.device)
+        progress = self._progress("FILet head", 1)
+        with progress, closing(self.stream.run([self.other_weights])) as loaded:
+            next(loaded)
+            for index, batch in enumerate(self.batches):
+                (rows,) = self.copies.fetch([hidden], index, []).ready()
+                gradient = self._loss_gradient(batch, rows)
+                if self.half:
+                    peak = torch.maximum(peak, gradient.abs().amax())
+                self._store(gradient, gradients, index)
+                self._advance(progress, self.number, index)
+        self.peak = float(peak)
+        self.pool.put(hidden)
+        self._write(gradients, self._save_gradient, self.top, gradients, (self.scale, self.peak))
+        return gradients
+
+    def _loss_gradient(self, batch: _Batch, hidden: Tensor) -> Tensor:
+        """Of the summed cross-entropy, times ``scale``, some rows of logits at a time."""
+        hidden = hidden.requires_grad_()
+        output = self.parts.epilogue(self._on_device(batch), hidden)
+        states = output.last_hidden_state
+        flat = states.detach().reshape(-1, states.shape[-1])
+        gradient = torch.zeros_like(flat)
+        rows, labels = batch.rows.to(self.device), batch.labels.to(self.device)
+        uniform = None if batch.uniform is None else batch.uniform.to(self.device)
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        step = max(1, _LOGITS // vocabulary)
+        for start in range(0, rows.numel(), step):
+            chunk = slice(start, start + step)
+            states_here = flat[rows[chunk]].requires_grad_()
+            logits = self.parts.logits(output, states_here)
+            with torch.no_grad():
+                of_logits = logits.clone()  # what the model did to them may need them
+                wanted = labels[chunk] if uniform is None else drawn(logits, uniform[chunk])
+                cross_entropy_(of_logits, wanted, scale=self.scale)
+            (part,) = torch.autograd.grad(logits, states_here, of_logits)
+            gradient.index_copy_(0, rows[chunk], part)
+        states.backward(gradient.view_as(states))
+        assert hidden.grad is not None
+        return hidden.grad
+
+    def _time_head(self, arena: Arena | None) -> float:
+        """Seconds for all batches, from the largest."""
+        assert arena is not None
+        index = self._largest()
+        self.scale = 1.0
+        seconds = 0.0
+        for _ in range(_ROUNDS):
+            start = self._clock()
+            (rows,) = self.copies.fetch([arena], index, []).ready()
+            self._loss_gradient(self.batches[index], rows)
+            seconds = self._clock() - start
+        return seconds * self._share(index)
+
+    # The reverse sweep.
+
+    def _reverse(self, gradients: Arena) -> None:
+        """Blocks in descending order: moments, energies, A and B."""
+        steps = self._steps()
+        groups = [self.block_weights[block] for _, block in steps]
+        progress = self._progress("FILet reverse", len(steps))
+        with progress, closing(self.stream.run(groups)) as loaded:
+            for number in loaded:
+                again, block = steps[number]
+                arena = self._timed_take(block)
+                if number + 1 < len(steps) and steps[number + 1][1] != block:
+                    self.inputs.ahead(steps[number + 1][1])
+                if again:
+                    made = self._run_forward(block, arena, progress)
+                    self.inputs.hold(block, arena)
+                    self.inputs.hold(block + 1, made)
+                    continue
+                gradients = self._reverse_block(block, arena, gradients, progress)
+            self._wait_written()
+            if self._pending:
+                self._save_blocks(self._pending, None, (self.scale, self.peak))
+                self._pending = []
+
+    def _steps(self) -> list[tuple[bool, int]]:
+        """(recompute its output only, block) in the order of the reverse sweep."""
+        steps: list[tuple[bool, int]] = []
+        end = self.top + 1
+        for start in reversed(self.keeping.kept):
+            if end <= self.top:  # of the last stretch the forward sweep kept everything
+                steps += [(True, block) for block in range(start, end - 1)]
+            steps += [(False, block) for block in range(end - 1, start - 1, -1)]
+            end = start
+        return steps
+
+    def _timed_take(self, block: int) -> Arena:
+        start = time.perf_counter()
+        arena = self.inputs.take(block)
+        self.waited_for_disk += time.perf_counter() - start
+        return arena
+
+    def _reverse_block(self, block: int, arena: Arena, gradients: Arena, progress: Any) -> Arena:
+        """Finish a block, given its inputs and the gradients of its outputs.
+
+        Returns the gradients of its inputs.
+        """
+        made = self._timed_get() if block > self.first else None
+        factor = 1.0
+        if self.half and self.peak > 0 and self.peak < float("inf"):
+            # What the block below gave may have grown or shrunk.
+            factor = 2.0 ** (_FP16_EXPONENT - torch.frexp(torch.tensor(self.peak)).exponent.item())
+        self.scale *= factor
+        peak = torch.zeros((), device=self.device)
+        with MomentHooks(self.of_block[block], self.config) as hooks:
+            for index, (hidden, gradient, *leaves) in self._fetched(block, [arena, gradients]):
+                if factor != 1.0:
+                    gradient = gradient * factor
+                hidden = self._backward(block, index, hidden, gradient, leaves, hooks)
+                if made is not None:
+                    assert hidden.grad is not None
+                    if self.half:
+                        peak = torch.maximum(peak, hidden.grad.abs().amax())
+                    self._store(hidden.grad, made, index)
+                else:
+                    self._throttle(self._recorded())
+                self._advance(progress, block, index)
+        self.pool.put(arena)
+        hooks.finish()
+        hooks.check_finite("one of the batches")
+        self.peak = float(peak) if self.half else 0.0
+        self._pending.append(self._finished(block, hooks))
+        if gradients is self._being_written:
+            assert self._writing is not None
+            self._writing.add_done_callback(lambda _: self.pool.put(gradients))
+        else:
+            self.pool.put(gradients)
+        # A disk that is behind does not hold up the computation: until it has caught up, blocks
+        # wait here to be finished together.
+        if made is None:
+            return gradients
+        if not self._is_behind():
+            scales = (self.scale, self.peak)
+            self._write(made, self._save_blocks, self._pending, made, scales)
+            self._pending = []
+        return made
+
+    def _backward(
+        self,
+        block: int,
+        index: int,
+        hidden: Tensor,
+        gradient: Tensor,
+        leaves: Sequence[Tensor],
+        hooks: MomentHooks,
+    ) -> Tensor:
+        """Recompute a block for a batch, and back; returns ``hidden``, which has its gradient."""
+        hooks.start_batch({"decoder": self.masks[index]})
+        hooks.phase = "forward"
+        hidden = hidden.requires_grad_()
+        output = self.parts.run_block(block, hidden, self.calls[index], leaves)
+        hooks.phase = "backward"
+        hooks.gradient_scale = self.scale
+        output.backward(gradient)
+        hooks.phase = "idle"
+        hooks.check_sharing(index)
+        return hidden
+
+    def _recorded(self) -> Any:
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _finished(self, block: int, hooks: MomentHooks) -> _Finished:
+        """A, B, energies and choices of a block's modules."""
+        config = self.config
+        tensors: dict[str, Tensor] = {}
+        modules: list[dict[str, Any]] = []
+        left_default: dict[str, str] = {}
+        for moments in hooks.moments.values():
+            moments.loss_terms.fill_(self.counts["loss_terms"])
+        hashes = fingerprints({n: target.weight for n, target in self.of_block[block].items()})
+        for name, target in self.of_block[block].items():
+            if name not in hooks.moments:  # an expert that no token was routed to
+                left_default[name] = "it saw no token"
+                continue
+            moments = hooks.moments[name]
+            tokens = int(moments.input.count), int(moments.output.count)
+            empty = nothing_seen(*tokens)
+            if empty is not None:
+                left_default[name] = empty
+                continue
+            weight = target.weight
+            energies = fisher_energies(weight, moments, normalization=config.normalization)
+            indices = select(energies, target.rank, config.select, seed=config.seed)
+            A, B = lora_factors(
+                weight, energies, indices, scaling=config.scaling, dtype=target.A.weight.dtype
+            )
+            layer = Layer(A, B, hashes[name])
+            error = 0.0
+            if config.base == "residual":
+                # Into the weights themselves: nobody reads them after this.
+                error = float(write_residual(weight, layer, target.scaling))
+            tensors |= {f"{name}.A": A, f"{name}.B": B}
+            tensors |= {f"{name}.energies": energies, f"{name}.indices": indices}
+            modules.append(
+                {
+                    "name": name,
+                    "fingerprint": layer.fingerprint,
+                    "shape": moments.shape,
+                    "rank": target.rank,
+                    "input_space": moments.input.space,
+                    "output_space": moments.output.space,
+                    "input_tokens": tokens[0],
+                    "output_tokens": tokens[1],
+                    "shared_input": hooks.shared_input.get(name),
+                    "residual_error": error,
+                }
+            )
+        on_host = {key: value.cpu() for key, value in tensors.items()}
+        return _Finished(block, on_host, modules, left_default, sorted(hooks.unmasked))
+
+    def _write(self, arena: Arena, job: Callable[..., None], *arguments: Any) -> None:
+        """Have it written beside the computation; ``arena`` is being read for that."""
+        self._being_written = arena
+        self._writing = self._output.submit(job, *arguments)
+
+    def _is_behind(self) -> bool:
+        """Whether what was given to be written is not yet; raises what went wrong with it."""
+        if self._writing is None:
+            return False
+        if not self._writing.done():
+            return True
+        self._writing.result()
+        return False
+
+    def _wait_written(self) -> None:
+        if self._writing is not None:
+            start = time.perf_counter()
+            self._writing.result()
+            self.waited_for_disk += time.perf_counter() - start
+
+    # Before the run, and during it.
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _largest(self) -> int:
+        return max(range(len(self.batches)), key=lambda index: self.batches[index].positions)
+
+    def _share(self, index: int) -> float:
+        """All batches' positions over those of one."""
+        return sum(batch.positions for batch in self.batches) / self.batches[index].positions
+
+    def _reset_peak(self) -> int:
+        """The peak of the GPU's memory since the last call, in bytes; 0 on a CPU."""
+        if self.device.type != "cuda":
+            return 0
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+    def _rehearse(self, arena: Arena, head_seconds: float, head_bytes: int) -> None:
+        """The first block with targets on the largest batch, to refuse early and to plan."""
+        block, index = self.first, self._largest()
+        start = time.perf_counter()
+        with closing(self.stream.run([self.block_weights[block]])) as loaded:
+            next(loaded)
+            loading = self._clock() - start
+            for _ in range(_ROUNDS):
+                fetched = self.copies.fetch([arena], index, self.calls[index].of(block))
+                hidden, *leaves = fetched.ready()
+                self.scale = 1.0
+                times = [self._clock()]
+                with torch.no_grad():
+                    self.parts.run_block(block, hidden, self.calls[index], leaves)
+                times.append(self._clock())
+                with MomentHooks(self.of_block[block], self.config) as hooks:
+                    self._backward(
+                        block, index, hidden, torch.full_like(hidden, 2**-6), leaves, hooks
+                    )
+                times.append(self._clock())
+                hooks.finish()
+                hooks.check_finite(f"batch {index} (counted from 0)")
+                self._finished(block, hooks)
+                del hooks
+                times.append(self._clock())
+        forward, reverse, finish = (b - a for a, b in itertools.pairwise(times))
+        resumed = self._gradient_file(self.top).is_file()
+        steps = self._steps()
+        backs = self.top - self.first + 1
+        forwards = self.top + (0 if resumed else 1)
+        again = len(steps) - backs
+        share = self._share(index)
+        largest = self.layout.shapes[index].numel() * self.layout.dtype.itemsize
+        device_bytes = 0
+        if self.device.type == "cuda":
+            # The second place for weights, and what is on its way in and out.
+            block_bytes = self._reset_peak() + max(map(size_of, self.block_weights)) + 4 * largest
+            device_bytes = max(block_bytes, head_bytes)
+        self.plan = Plan(
+            blocks=(forwards, backs),
+            of=self.number,
+            stride=self.keeping.stride,
+            on_disk=len(self.keeping.on_disk),
+            device=torch.cuda.get_device_name(self.device) if device_bytes else "cpu",
+            device_bytes=device_bytes,
+            host_bytes=self.keeping.arenas * self.layout.nbytes
+            + sum(leaf.nbytes for calls in self.calls for leaf in calls.leaves),
+            scratch_bytes=len(self.keeping.on_disk) * self.layout.nbytes,
+            run_bytes=self.run_bytes,
+            seconds={
+                "forward": forwards * max(forward * share, loading),
+                "head": head_seconds,
+                "reverse": backs * max(reverse * share + finish, loading)
+                + again * max(forward * share, loading),
+            },
+        )
+        if self.show:
+            _say(self.plan.text())
+
+    def _progress(self, what: str, blocks: int) -> Any:
+        self._done = 0
+        return tqdm(
+            total=blocks * len(self.batches), unit="batch", desc=what, disable=not self.show
+        )
+
+    def _advance(self, progress: Any, block: int, index: int) -> None:
+        self._done += self.batches[index].positions
+        progress.update()
+        elapsed = progress.format_dict["elapsed"]
+        if elapsed and self.show:
+            where = f"block {block + 1}/{self.number}" if block < self.number else "head"
+            text = f"{where}, {self._done / elapsed:,.0f} tokens/s a block"
+            if self.device.type == "cuda":
+                text += f", {_gib(torch.cuda.memory_allocated(self.device))}"
+            progress.set_postfix_str(text, refresh=False)
+
+    # The output.
+
+    def write(self, output: Path) -> FiletReport:
+        """The adapter's folder, from the blocks' files. Returns the report, which is in it."""
+        start = time.perf_counter()
+        layers: dict[str, Layer] = {}
+        reports: dict[str, ModuleReport] = {}
+        left: dict[str, str] = dict(self.unsupported)
+        unmasked: list[str] = []
+        for path, _ in self._block_files():
+            metadata = self._read_blocks(path, layers, reports)
+            left |= json.loads(metadata["left_default"])
+            unmasked += json.loads(metadata["unmasked"])
+        if not layers:
+            raise ValueError(
+                "no module saw a token and its gradient; expected data that reaches at least one"
+            )
+        # In the model's order.
+        layers = {name: layers[name] for name in self.targets if name in layers}
+        order = [*self.unsupported, *self.targets]
+        left_default = {name: left[name] for name in order if name in left}
+        for name, layer in layers.items():
+            target = self.targets[name]
+            for factor, value in ((target.A, layer.A0), (target.B, layer.B0)):
+                assign(factor, value, [])
+        materialise_rest(self.peft_model, _ADAPTER, self.config.seed)
+        adapter_states(self.peft_model)[_ADAPTER] = AdapterState(self.config.base, layers)
+        warn_of(left_default, layers)
+        walk.warn_of_padding(unmasked)
+        self.seconds["writing"] = time.perf_counter() - start
+        devices = {self.device} if self.device.type == "cuda" else set()
+        report = FiletReport(
+            modules={name: reports[name] for name in layers},
+            left_default=left_default,
+            seconds=self.seconds,
+            peak_memory=peak_memory(devices),
+            config=dataclasses.asdict(self.config),
+            **self.counts,
+        )
+        _write_folder(self.peft_model, report, output)
+        return report
+
+    def _read_blocks(
+        self,
+        path: Path,
+        layers: dict[str, Layer],
+        reports: dict[str, ModuleReport],
+    ) -> dict[str, str]:
+        """Add the modules of a file of blocks; returns what else it says."""
+        with safe_open(str(path), framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            if metadata.get("format") != _BLOCK_FORMAT:
+                raise ValueError(
+                    f"{path}: format {metadata.get('format')!r}; expected {_BLOCK_FORMAT!r}"
+                )
+            for row in json.loads(metadata["modules"]):
+                name = row["name"]
+                A, B, energies, indices = (
+                    file.get_tensor(f"{name}.{key}") for key in ("A", "B", "energies", "indices")
+                )
+                layers[name] = Layer(A, B, row.pop("fingerprint"))
+                row["shape"] = tuple(row["shape"])
+                reports[name] = ModuleReport(energies=energies, indices=indices, **row)
+        return metadata
+
+
+def _say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
+
+
+def _read(
+    batches: Iterable[Mapping[str, Any]], config: FiletConfig, model: nn.Module
+) -> list[_Batch]:
+    """The batches up to ``config.samples``, and which positions predict what."""
+    loss = SummedLoss(config, model)
+    if not loss.shift:
+        raise ValueError(
+            f"{type(model).__name__} is not a causal language model; the blockwise engine takes "
+            "those whose logits predict the next token"
+        )
+    result: list[_Batch] = []
+    samples = 0
+    for number, batch in enumerate(batches):
+        for key in ("input_ids", "labels"):
+            value = batch.get(key) if isinstance(batch, Mapping) else None
+            if not isinstance(value, Tensor) or value.dim() != 2:
+                raise TypeError(
+                    f"batch {number} has no {key} of shape (samples, tokens); expected a dict with "
+                    "input_ids and labels"
+                )
+        size = samples_in(batch)
+        if config.samples is not None:
+            size = min(size, config.samples - samples)
+            batch = first_samples(batch, size)
+        if size == 0:
+            continue
+        masks, tokens = token_masks(batch, size, False)
+        batch = {
+            key: value.cpu() if isinstance(value, Tensor) else value
+            for key, value in loss.without_padded_terms(batch).items()
+        }
+        labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=_IGNORED)
+        counted = labels != _IGNORED
+        uniform = None
+        if config.fisher == "sampled":
+            drawn = []
+            for index, row in enumerate(counted):
+                generator = torch.Generator().manual_seed(loss._sample_seed(batch, index))
+                drawn.append(
+                    torch.rand(int(row.sum()), 1, generator=generator, dtype=torch.float64)
+                )
+            uniform = torch.cat(drawn)
+        result.append(
+            _Batch(
+                inputs=batch,
+                rows=counted.flatten().nonzero().squeeze(1),
+                labels=labels[counted],
+                uniform=uniform,
+                mask=masks["decoder"],
+                samples=size,
+                tokens=tokens,
+            )
+        )
+        samples += size
+        if config.samples is not None and samples >= config.samples:
+            break
+    if not result:
+        raise ValueError("there was no sample; expected at least one")
+    return result
+
+
+def _manifest(
+    source: WeightSource,
+    batches: Sequence[_Batch],
+    lora_config: LoraConfig,
+    config: FiletConfig,
+    weights: Sequence[Entry],
+    device: torch.device,
+) -> dict[str, Any]:
+    """What the result depends on."""
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in batches:
+        tensors = {**batch.inputs, "rows": batch.rows, "labels": batch.labels}
+        for key, value in sorted(tensors.items()):
+            digest.update(f"{key}:{getattr(value, 'shape', value)}".encode())
+            if isinstance(value, Tensor):
+                digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    manifest = {
+        "format": _FORMAT,
+        "model": source.identity(),
+        "dtype": str(weights[0].dtype),
+        "device": device.type,
+        "data": digest.hexdigest(),
+        "settings": dataclasses.asdict(config),
+        "adapter": {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in lora_config.to_dict().items()
+            if key not in ("base_model_name_or_path", "auto_mapping", "peft_version")
+        },
+    }
+    # As it will be read back.
+    plain: dict[str, Any] = json.loads(json.dumps(manifest, default=str))
+    return plain
+
+
+def _compare(there: Any, now: Any, folder: Path, where: str = "") -> None:
+    """ValueError naming the first difference of two manifests."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        for key in [*now, *(key for key in there if key not in now)]:
+            _compare(there.get(key), now.get(key), folder, f"{where}{'.' if where else ''}{key}")
+    elif there != now:
+        raise ValueError(
+            f"{folder} holds a run that was not finished and that is not this one: {where} is "
+            f"{there!r} there and {now!r} now; expected the same to resume it, or the folder "
+            "removed to begin anew"
+        )

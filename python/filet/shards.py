@@ -1,0 +1,439 @@
+"""A model's weights from its safetensors shards, a group of them at a time, ahead of their use.
+
+The files are memory-mapped. A thread copies them through two pinned buffers to the device, into
+the one of two places that the group now computing does not use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+__all__ = ["Entry", "ShardedWeights", "WeightSource", "WeightStream", "entries", "size_of"]
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_ALIGNMENT = 256  # bytes: what the allocator itself gives, and TMA and vector loads ask for
+_PIECE = 2**27  # bytes of a pinned buffer
+_SAMPLES = 64  # pieces of 4 KiB of each file that enter its identity
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A weight (a parameter or persistent buffer) and everywhere the model keeps it.
+
+    ``dtype`` is what it has in memory. Tied weights are one entry with several names.
+    """
+
+    names: tuple[str, ...]
+    shape: torch.Size
+    dtype: torch.dtype
+    places: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+class WeightSource(Protocol):
+    """Where weights come from."""
+
+    def tensors(self, wanted: Sequence[Entry]) -> Iterator[tuple[Entry, Tensor]]:
+        """Each wanted entry once, in any order, with its values: on the CPU, of any dtype."""
+
+    def identity(self) -> dict[str, Any]:
+        """JSON-able; equal for equal weights."""
+
+
+def entries(model: nn.Module) -> list[Entry]:
+    """All weights of a model (on the meta device), tied ones once, in the model's order."""
+    # What transformers keeps in float32 in a model of half precision.
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    keep: set[str] = set()
+    if dtypes & {torch.float16, torch.bfloat16}:
+        keep |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if torch.float16 in dtypes:
+        keep |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    float32 = [re.compile(rf"(^|\.){re.escape(part)}(\.|$)") for part in keep]
+    found: dict[int, tuple[Tensor, list[str], list[tuple[nn.Module, str]]]] = {}
+    for path, module in model.named_modules():
+        own: dict[str, Tensor | None] = dict(module._parameters)
+        own |= {
+            key: value
+            for key, value in module._buffers.items()
+            if key not in module._non_persistent_buffers_set
+        }
+        for key, value in own.items():
+            if value is None:
+                continue
+            _, names, places = found.setdefault(id(value), (value, [], []))
+            names.append(f"{path}.{key}" if path else key)
+            places.append((module, key))
+    result = []
+    for value, names, places in found.values():
+        dtype = value.dtype
+        if dtype.is_floating_point and any(part.search(names[0]) for part in float32):
+            dtype = torch.float32
+        result.append(Entry(tuple(names), value.shape, dtype, tuple(places)))
+    return result
+
+
+def size_of(group: Sequence[Entry]) -> int:
+    """Bytes of a group in memory."""
+    return sum(-(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT for entry in group)
+
+
+class ShardedWeights:
+    """The safetensors files of a model's folder.
+
+    Names are those of ``model``, which is on the meta device: those in the files with the base
+    model's prefix added or dropped, and renamed, stacked or split (experts, say) as transformers
+    does it on loading.
+
+    Raises FileNotFoundError for a folder without safetensors weights, ValueError for a shard that
+    is missing, and for a weight that no file has or that has another shape; SafetensorError for a
+    damaged file.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], model: nn.Module) -> None:
+        self.folder = Path(folder)
+        self.files = shard_files(self.folder)
+        self._open = {path: safe_open(str(path), framework="pt") for path in self.files}
+        self._file_of: dict[str, Path] = {}
+        meta: dict[str, Tensor] = {}
+        for path, file in self._open.items():
+            for key in file.keys():
+                part = file.get_slice(key)
+                dtype = _DTYPES.get(part.get_dtype())
+                if dtype is None:
+                    raise ValueError(f"{path}: {key} is {part.get_dtype()}: quantised weights")
+                self._file_of[key] = path
+                meta[key] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+        self._model: Any = model
+        self._plain: dict[str, str] = {}  # name in the model -> key in the files
+        self._converted: dict[str, _Conversion] = {}
+        self._match(meta)
+        for entry in entries(model):
+            name = self._name(entry)
+            shape = self._shape(name, meta)
+            if shape != entry.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(shape)} in {self.folder}; expected "
+                    f"{tuple(entry.shape)}, as config.json describes it"
+                )
+
+    def _match(self, meta: dict[str, Tensor]) -> None:
+        """Which keys of the files make which weights of the model."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
+
+        transforms = get_model_conversion_mapping(self._model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        prefix = getattr(self._model, "base_model_prefix", "") or None
+        state = self._model.state_dict()
+        conversions: dict[str, _Conversion] = {}
+        for key in sorted(meta, key=_natural):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if pattern is None:
+                self._plain[name] = key
+            else:
+                conversion = conversions.setdefault(name, _Conversion(name, by_pattern[pattern]))
+                conversion.sources.append((key, pattern))
+        for conversion in conversions.values():
+            for name, made in conversion.run(self._model, meta.__getitem__).items():
+                self._converted[name] = conversion
+                conversion.shapes[name] = made.shape
+
+    def _name(self, entry: Entry) -> str:
+        """The one of an entry's names that the files know."""
+        for name in entry.names:
+            if name in self._plain or name in self._converted:
+                return name
+        raise ValueError(
+            f"{self.folder} has no weight for {entry.names[0]}; expected one in its safetensors "
+            "files"
+        )
+
+    def _shape(self, name: str, meta: dict[str, Tensor]) -> torch.Size:
+        if name in self._plain:
+            return meta[self._plain[name]].shape
+        return self._converted[name].shapes[name]
+
+    def _tensor(self, key: str) -> Tensor:
+        tensor: Tensor = self._open[self._file_of[key]].get_tensor(key)  # memory-mapped
+        return tensor
+
+    def tensors(self, wanted: Sequence[Entry]) -> Iterator[tuple[Entry, Tensor]]:
+        by_name = {self._name(entry): entry for entry in wanted}
+        while by_name:
+            name = next(iter(by_name))
+            if name in self._plain:
+                yield by_name.pop(name), self._tensor(self._plain[name])
+                continue
+            made = self._converted[name].run(self._model, self._tensor)
+            for each in [each for each in made if each in by_name]:
+                yield by_name.pop(each), made[each]
+
+    def identity(self) -> dict[str, Any]:
+        return {path.name: _file_identity(path) for path in [*self.files, *_configs(self.folder)]}
+
+
+@dataclass(eq=False)
+class _Conversion:
+    """One use of a transformers ``WeightConverter``: several keys of the files into weights."""
+
+    name: str
+    converter: Any
+
+    def __post_init__(self) -> None:
+        self.sources: list[tuple[str, str]] = []  # key in the files, pattern that it matched
+        self.shapes: dict[str, torch.Size] = {}
+
+    def run(self, model: Any, tensor: Any) -> dict[str, Tensor]:
+        converter = copy.deepcopy(self.converter)
+        for key, pattern in self.sources:
+            converter.add_tensor(self.name, key, pattern, tensor(key))
+        made = converter.convert(self.name, model=model, config=model.config)
+        return {
+            name: value[0] if isinstance(value, list) else value for name, value in made.items()
+        }
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder, by its index or the single one."""
+    index = folder / _INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{folder}: no file {missing[0]}, which {_INDEX} names")
+        return [folder / name for name in names]
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    raise FileNotFoundError(
+        f"no {_SINGLE} or {_INDEX} in {folder}; the blockwise engine reads safetensors weights only"
+    )
+
+
+def _configs(folder: Path) -> list[Path]:
+    return [folder / "config.json"]
+
+
+def _file_identity(path: Path) -> str:
+    """Size and hash of a file's beginning, end and pieces between, without reading all of it."""
+    size = path.stat().st_size
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        digest.update(file.read(2**20))  # of a shard, its header with every name and shape
+        for piece in range(_SAMPLES + 1):
+            file.seek(max(size - 4096, 0) * piece // _SAMPLES)
+            digest.update(file.read(4096))
+    return f"{size}:{digest.hexdigest()}"
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    """Sort key in which experts.2 comes before experts.10."""
+    return [(int(part) if part.isdigit() else -1, part) for part in key.split(".")]
+
+
+class WeightStream:
+    """Groups of weights on a device in turn, the next one loading while one is in use.
+
+    ``waited`` is how long the device (on a CPU: the caller) had nothing to do because weights were
+    not there, in seconds; on a GPU it is taken from events when :meth:`settle` is called.
+    """
+
+    def __init__(self, source: WeightSource, device: torch.device) -> None:
+        self.source = source
+        self.device = device
+        self.waited = 0.0
+        self._events: list[tuple[Any, Any]] = []
+
+    def settle(self) -> float:
+        """``waited``, after the device has done everything."""
+        if self._events:
+            torch.cuda.synchronize(self.device)
+            self.waited += sum(a.elapsed_time(b) for a, b in self._events) / 1000
+            self._events.clear()
+        return self.waited
+
+    def run(self, groups: Sequence[Sequence[Entry]]) -> Generator[int, None, None]:
+        """Yields each group's index with its weights in the model; they leave it afterwards."""
+        if not groups:
+            return
+        cuda = self.device.type == "cuda"
+        size = max(map(size_of, groups))
+        places = [
+            torch.empty(size, dtype=torch.uint8, device=self.device)
+            for _ in range(min(2, len(groups)))
+        ]
+        free: queue.Queue[Any] = queue.Queue()
+        for place in places:
+            event = None
+            if cuda:
+                event = torch.cuda.Event()
+                event.record()
+            free.put((place, event))
+        ready: queue.Queue[Any] = queue.Queue()
+        stream = torch.cuda.Stream(self.device) if cuda else None
+        loader = threading.Thread(
+            target=self._load, args=(groups, stream, free, ready), name="filet weights", daemon=True
+        )
+        loader.start()
+        try:
+            for index, group in enumerate(groups):
+                before = self._timestamp()
+                loaded = ready.get()
+                if isinstance(loaded, BaseException):
+                    raise loaded
+                place, event = loaded
+                if event is not None:
+                    torch.cuda.current_stream(self.device).wait_event(event)
+                self._count(before)
+                with _placed(group, place):
+                    yield index
+                event = None
+                if cuda:
+                    event = torch.cuda.Event()
+                    event.record()
+                free.put((place, event))
+        finally:
+            free.put(None)  # an end that comes early stops the loader
+            loader.join()
+            if stream is not None:  # before the places become somebody else's memory
+                torch.cuda.current_stream(self.device).wait_stream(stream)
+
+    def _timestamp(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _count(self, before: Any) -> None:
+        # Between the two events of a GPU's stream there is nothing but the wait for the weights,
+        # by the stream itself or by the host that had no work for it.
+        after = self._timestamp()
+        if self.device.type == "cuda":
+            self._events.append((before, after))
+        else:
+            self.waited += after - before
+
+    def _load(
+        self,
+        groups: Sequence[Sequence[Entry]],
+        stream: Any,
+        free: queue.Queue[Any],
+        ready: queue.Queue[Any],
+    ) -> None:
+        try:
+            with contextlib.ExitStack() as stack:
+                staging = None
+                if stream is not None:
+                    stack.enter_context(torch.cuda.device(self.device))
+                    stack.enter_context(torch.cuda.stream(stream))
+                    staging = _Staging()
+                for group in groups:
+                    taken = free.get()
+                    if taken is None:
+                        return
+                    place, event = taken
+                    if event is not None:
+                        torch.cuda.current_stream(self.device).wait_event(event)
+                    views = dict(zip(map(id, group), _views(group, place), strict=True))
+                    for entry, values in self.source.tensors(group):
+                        view = views.pop(id(entry))
+                        if staging is None:
+                            view.copy_(values)
+                        else:
+                            staging.send(values, view)
+                    assert not views  # the source gave every entry
+                    if staging is not None:
+                        event = torch.cuda.Event()
+                        event.record()
+                    ready.put((place, event))
+        except BaseException as error:
+            ready.put(error)
+
+
+class _Staging:
+    """Two pinned buffers between pageable memory and a GPU's current stream."""
+
+    def __init__(self) -> None:
+        self._buffers = [torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._events: list[Any] = [None, None]
+        self._next = 0
+
+    def send(self, values: Tensor, view: Tensor) -> None:
+        source, goal = values.reshape(-1), view.view(-1)
+        step = _PIECE // view.element_size()
+        for start in range(0, goal.numel(), step):
+            piece = goal[start : start + step]
+            index, self._next = self._next, 1 - self._next
+            if self._events[index] is not None:
+                self._events[index].synchronize()
+            staged = self._buffers[index].view(view.dtype)[: piece.numel()]
+            staged.copy_(source[start : start + step])
+            piece.copy_(staged, non_blocking=True)
+            self._events[index] = torch.cuda.Event()
+            self._events[index].record()
+
+
+def _views(group: Sequence[Entry], place: Tensor) -> list[Tensor]:
+    views, offset = [], 0
+    for entry in group:
+        raw = place[offset : offset + entry.nbytes]
+        views.append(raw.view(entry.dtype).view(entry.shape))
+        offset += -(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return views
+
+
+@contextlib.contextmanager
+def _placed(group: Sequence[Entry], place: Tensor) -> Iterator[None]:
+    """The model's weights of this group are in ``place``; afterwards what they were before."""
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for entry, view in zip(group, _views(group, place), strict=True):
+            value = nn.Parameter(view, requires_grad=False)
+            for module, key in entry.places:
+                parameter = key in module._parameters
+                own: dict[str, Any] = module._parameters if parameter else module._buffers
+                undo.append((own, key, own[key]))
+                own[key] = value if parameter else view
+        yield
+    finally:
+        for own, key, old in reversed(undo):
+            own[key] = old
