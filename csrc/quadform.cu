@@ -6,6 +6,9 @@
 // taken into it, is scaled by its own largest element. All this is exact. V is packed and multiplied
 // some columns at a time.
 //
+// Fast, on Hopper: the products' kernel packs most of S itself (csrc/quadform_sm90.cu); only the block
+// rows that its first tasks need are packed before it.
+//
 // Every kernel but the first is launched while the one before still runs, and waits for its results.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -14,6 +17,7 @@
 #include "filet/host.h"
 #include "filet/matrix.cuh"
 #include "filet/quadform.h"
+#include "filet/quadform_pack.cuh"
 #include "filet/quadform_tiles.h"
 #include "filet/triangle.cuh"
 
@@ -59,14 +63,6 @@ __device__ __forceinline__ float scale(float x, int e) {
     return x * __int_as_float((half + 127) << 23) * __int_as_float((rest + 127) << 23);
 }
 
-__device__ __forceinline__ void store_bf16(uint8_t* target, const float (&x)[UNIT]) {
-    uint32_t words[UNIT / 2];
-#pragma unroll
-    for (int i = 0; i < UNIT / 2; ++i)
-        words[i] = pack(__float2bfloat16(x[2 * i]), __float2bfloat16(x[2 * i + 1]));
-    *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 // x as fp16, and what is left in the next tiles, `piece_bytes` further on each.
 __device__ __forceinline__ void store_fp16(uint8_t* target, int pieces, int piece_bytes,
                                            float (&x)[UNIT]) {
@@ -82,11 +78,6 @@ __device__ __forceinline__ void store_fp16(uint8_t* target, int pieces, int piec
         *reinterpret_cast<uint4*>(target + piece * piece_bytes) =
             make_uint4(words[0], words[1], words[2], words[3]);
     }
-}
-
-// Where a unit of a box's row lies.
-__device__ __forceinline__ int swizzled(int row, int unit) {
-    return row * 128 + ((unit ^ (row & 7)) << 4);
 }
 
 __global__ void __launch_bounds__(THREADS)
@@ -137,15 +128,24 @@ __global__ void __launch_bounds__(THREADS) largest_kernel(const Matrix s, const 
     if (threadIdx.x < STEP && target < s.columns) atomicMax(scales.largest + target, columns[threadIdx.x]);
 }
 
-// The lower triangle of S in tiles. Accurate: scaled by the diagonal; `again`, where that was not
+// Fast: the tiles of S before `late_begin` and from `late_end` on; the counters become zero.
+__global__ void __launch_bounds__(THREADS)
+    start_fast_kernel(const Matrix s, int late_begin, int late_end, unsigned* counters, int count,
+                      uint8_t* tiles) {
+    follow();
+    if (blockIdx.x == 0)
+        for (int i = threadIdx.x; i < count; i += THREADS) counters[i] = 0;
+    const int tile = static_cast<int>(blockIdx.x);
+    pack_s_rows<false, S_REPEATS>(s, tile < late_begin ? tile : tile - late_begin + late_end,
+                                  threadIdx.x / 8, THREADS / 8, tiles);
+}
+
+// Accurate: the lower triangle of S in tiles, scaled by the diagonal; `again`, where that was not
 // enough, by the largest elements.
-template <bool ACCURATE>
 __global__ void __launch_bounds__(THREADS)
     pack_s_kernel(const Matrix s, const Scales scales, bool again, uint8_t* tiles) {
-    if (ACCURATE) {
-        follow();
-        if (again && !*scales.general) return;
-    }
+    follow();
+    if (again && !*scales.general) return;
     const int block_row = triangular_row(blockIdx.x / 2);
     const int step = blockIdx.x - block_row * (block_row + 1);
     const int unit = threadIdx.x % 8;
@@ -155,38 +155,30 @@ __global__ void __launch_bounds__(THREADS)
                       x);
     const unsigned* bits = again ? scales.largest : scales.diagonal;
     int column_exponent[UNIT];
-    if constexpr (ACCURATE) {
 #pragma unroll
-        for (int e = 0; e < UNIT; ++e)
-            column_exponent[e] = column + e < s.columns ? row_exponent(bits[column + e]) : 0;
-    }
+    for (int e = 0; e < UNIT; ++e)
+        column_exponent[e] = column + e < s.columns ? row_exponent(bits[column + e]) : 0;
     bool general = false;
 #pragma unroll
     for (int i = 0; i < S_REPEATS; ++i) {
         const int local = threadIdx.x / 8 + i * THREADS / 8;
         const int64_t row = static_cast<int64_t>(block_row) * TILE + local;
-        const int e_row = ACCURATE && row < s.rows ? row_exponent(bits[row]) : 0;
+        const int e_row = row < s.rows ? row_exponent(bits[row]) : 0;
 #pragma unroll
         for (int e = 0; e < UNIT; ++e) {
             const bool below = column + e < row;
             if (!below && column + e > row) {
                 x[i][e] = 0;
-            } else if constexpr (ACCURATE) {
+            } else {
                 x[i][e] = scale(x[i][e], HEADROOM - e_row - column_exponent[e]);
                 general |= fabsf(x[i][e]) > 1 << HEADROOM;
                 x[i][e] *= below ? 2 : 1;
-            } else {
-                x[i][e] *= below ? 2 : 1;
             }
         }
-        uint8_t* target = tiles + static_cast<int64_t>(blockIdx.x) * (ACCURATE ? 4 : 2) * BOX_BYTES +
-                          swizzled(local, unit);
-        if constexpr (ACCURATE)
-            store_fp16(target, 2, 2 * BOX_BYTES, x[i]);
-        else
-            store_bf16(target, x[i]);
+        store_fp16(tiles + static_cast<int64_t>(blockIdx.x) * 4 * BOX_BYTES + swizzled(local, unit), 2,
+                   2 * BOX_BYTES, x[i]);
     }
-    if (ACCURATE && general) *scales.general = 1;
+    if (general) *scales.general = 1;
 }
 
 // The exponent of the largest |v_i 2^e_i| of every column of V, plus 1.
@@ -286,7 +278,7 @@ struct Plan {
     int rows, v_pieces, columns;  // v_pieces: those stored; columns of a tile of V
     bool direct;                  // V is read where it is
     int64_t width, chunk;         // columns of `partial`; of V in one launch
-    int64_t partial, scales, exponents, s, v, bytes;  // offsets in the workspace
+    int64_t partial, scales, exponents, counters, s, v, bytes;  // offsets in the workspace
 
     explicit Plan(const FiletQuadform& args) {
         rows = static_cast<int>(up(args.n, TILE) / TILE);
@@ -304,6 +296,7 @@ struct Plan {
         partial = take(2 * rows * width * sizeof(float));
         scales = take(args.accurate ? (2 * args.n + 1) * sizeof(unsigned) : 0);
         exponents = take(args.accurate ? width * sizeof(int) : 0);
+        counters = take(args.accurate ? 0 : quadform_counters(rows) * sizeof(unsigned));
         const int64_t steps = 2 * rows;
         s = take(s_bytes);
         v = take(direct ? 0 : chunk / BOX * steps * v_pieces * BOX_BYTES);
@@ -359,21 +352,30 @@ extern "C" int filet_quadform(const FiletQuadform* args) {
     const Scales scales = {bits, bits + args->n, reinterpret_cast<int*>(bits + 2 * args->n)};
     int* exponents = args->accurate ? reinterpret_cast<int*>(workspace + plan.exponents) : nullptr;
     const Matrix s = matrix(args->s, 4, args->stride_s_row, args->stride_s_column, args->n, args->n);
-    const unsigned s_tiles = static_cast<unsigned>(plan.rows) * (plan.rows + 1);
+    auto* counters = reinterpret_cast<unsigned*>(workspace + plan.counters);
     uint8_t* tiles_s = workspace + plan.s;
+    const auto tiles_above = [](int row) { return row * (row + 1); };
+    int late_begin = plan.rows, late_end = plan.rows;  // block rows that the products' kernel packs
     int status;
     if (args->accurate) {
         const int64_t numbers = std::max(plan.width, args->n);
         start_kernel<<<static_cast<unsigned>(up(numbers, THREADS) / THREADS), THREADS, 0, stream>>>(
             s, scales, exponents, plan.width);
         status = cudaGetLastError();
-        if (!status)
-            status = launch_next(pack_s_kernel<true>, s_tiles, stream, s, scales, false, tiles_s);
-        if (!status) status = launch_next(largest_kernel, s_tiles, stream, s, scales);
-        if (!status)
-            status = launch_next(pack_s_kernel<true>, s_tiles, stream, s, scales, true, tiles_s);
+        const int grid = tiles_above(plan.rows);
+        if (!status) status = launch_next(pack_s_kernel, grid, stream, s, scales, false, tiles_s);
+        if (!status) status = launch_next(largest_kernel, grid, stream, s, scales);
+        if (!status) status = launch_next(pack_s_kernel, grid, stream, s, scales, true, tiles_s);
     } else {
-        pack_s_kernel<false><<<s_tiles, THREADS, 0, stream>>>(s, scales, false, tiles_s);
+        // Rows read 16 bytes at a time, and all 128 of them: the products cannot wait for more.
+        if (!args->portable && s.vector) {
+            late_begin = quadform_late_sm90(
+                plan.rows, static_cast<int>(std::min(plan.chunk, plan.width) / plan.columns));
+            late_end = std::max(late_begin, static_cast<int>(args->n / TILE));
+        }
+        const int begin = tiles_above(late_begin), end = tiles_above(late_end);
+        start_fast_kernel<<<tiles_above(plan.rows) - (end - begin), THREADS, 0, stream>>>(
+            s, begin, end, counters, static_cast<int>(quadform_counters(plan.rows)), tiles_s);
         status = cudaGetLastError();
     }
     for (int64_t column = 0; column < plan.width && !status; column += plan.chunk) {
@@ -394,6 +396,10 @@ extern "C" int filet_quadform(const FiletQuadform* args) {
             if (status) return status;
         }
         const QuadformTiles tiles = {tiles_s,
+                                     s,
+                                     late_begin,
+                                     column == 0 ? late_end : late_begin,
+                                     counters,
                                      plan.direct ? nullptr : workspace + plan.v,
                                      args->v,
                                      args->stride_v_row,

@@ -4,9 +4,15 @@
 // (accurate), whose elementwise product with V, summed over the 128 rows, is the block row's part of
 // vᵀSv. These rows of V are those of the last two steps, which are still in shared memory: P is
 // reduced in registers and never written. Two blocks of a cluster have the same block row and
-// multicast the tiles of S to each other. Clusters are persistent and take long tasks first; each
-// warpgroup writes the part of its 64 rows to a place of its own, so the result does not depend on
-// their order, and one can reduce while the other multiplies.
+// multicast the tiles of S to each other. Clusters are persistent, and each has its tasks from the
+// beginning; each warpgroup writes the part of its 64 rows to a place of its own, so the result does not
+// depend on their order, and one can reduce while the other multiplies.
+//
+// Fast: the idle warps of the producer's warpgroup pack S while the others multiply, short block rows
+// first, and the tasks are taken in that order too: a short one needs little of S, and the time it
+// takes is time to pack the next. These warps claim box after box from one counter, wait for nothing,
+// and run in every block until none is left. So whoever waits for a block row waits for warps that are
+// running, no matter how many of the clusters are: other streams' kernels may hold the rest of the GPU.
 //
 // Accurate: three products of pieces (two where V has one), the small ones first, summed over 64
 // columns from zero and rounded into the sum: the tensor cores cut off what they add below the last
@@ -16,6 +22,8 @@
 #include <cuda_runtime.h>
 
 #include "filet/host.h"
+#include "filet/matrix.cuh"
+#include "filet/quadform_pack.cuh"
 #include "filet/quadform_tiles.h"
 #include "filet/sm90.cuh"
 
@@ -37,6 +45,10 @@ struct Shape {
     static constexpr int V_BYTES = COLUMNS / BOX * BOX_BYTES;
     static constexpr int V_STORED = (V_PIECES == 1 ? 1 : QUADFORM_FP32_PIECES) * V_BYTES;
     static constexpr int V_OFFSET = S_PIECES * S_BYTES;
+    // Of a thread of the producer's warpgroup and of a consumer: 168 on average. Fast, where the former
+    // pack S, with less ptxas would not have four loads under way, and would spill.
+    static constexpr int PRODUCER_REGISTERS = ACCURATE ? 40 : 88;
+    static constexpr int CONSUMER_REGISTERS = ACCURATE ? 232 : 208;
     static constexpr int STAGE_BYTES = V_OFFSET + V_PIECES * V_BYTES;
     static constexpr int STAGES = STAGE_BYTES > 49152 ? 3 : 4;
     static constexpr int SUM_BYTES = 4 * COLUMNS * sizeof(float);  // of the warps of a warpgroup
@@ -46,12 +58,15 @@ struct Shape {
 };
 
 struct Problem {
-    const uint8_t* s;
+    uint8_t* s;
     const uint8_t* v;
     float* partial;
     int64_t stride_partial;
     int rows, pairs;  // block rows; pairs of tiles of V
     int group;        // block rows that are walked together, for reuse of V in L2
+    Matrix s_matrix;
+    int late_begin, late_end;  // fast: block rows that are packed here
+    unsigned* counters;        // fast: boxes handed out; of every block row, boxes packed
 };
 
 // Lets the next kernel start, and waits for the results of the one before.
@@ -60,8 +75,49 @@ __device__ __forceinline__ void follow() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
+// In the tiles of the block rows above one.
+__device__ __forceinline__ int boxes_above(int row) { return 2 * row * (row + 1); }
+
+// A warp packs boxes of S as long as there are any, in the order of the block rows.
+//
+// How a box reaches the bulk engine of any block: the stores of all lanes come before lane 0's release
+// (__syncwarp), and that before whatever follows an acquire that has seen the count (wait_packed).
+// Accesses of the engine are ordered with others only across a proxy fence. There is one at both ends:
+// after the stores, and before the first copy.
+__device__ __forceinline__ void pack_boxes(const Problem& problem) {
+    constexpr int ROWS = 64, COUNT = 4, ROW_STEP = 32 / 8;  // of a box; a lane's at a time; between them
+    const int lane = threadIdx.x % 32;
+    const int first = boxes_above(problem.late_begin), end = boxes_above(problem.late_end);
+    const auto claim = [&] { return lane == 0 ? atomicAdd(problem.counters, 1u) : 0u; };
+    unsigned next = first < end ? claim() : 0;
+    while (true) {
+        const int box = first + static_cast<int>(__shfl_sync(~0u, next, 0));
+        if (box >= end) break;
+        next = claim();  // on its way while this one is packed
+        const int tile = box / 2;
+#pragma unroll 1
+        for (int row = box % 2 * ROWS; row < (box % 2 + 1) * ROWS; row += COUNT * ROW_STEP)
+            pack_s_rows<true, COUNT>(problem.s_matrix, tile, row + lane / 8, ROW_STEP, problem.s);
+        fence_async_proxy_global();
+        __syncwarp();
+        if (lane == 0) add_release(problem.counters + 1 + quadform_block_row(tile), 1);
+    }
+}
+
+// Waits until a block row of S is in tiles that this thread may have copied.
+__device__ __forceinline__ void wait_packed(const Problem& problem, int row) {
+    if (row < problem.late_begin || row >= problem.late_end) return;  // before this kernel
+    const unsigned boxes = boxes_above(row + 1) - boxes_above(row);
+    while (load_acquire(problem.counters + 1 + row) != boxes) __nanosleep(100);
+    fence_async_proxy_global();
+}
+
+__host__ __device__ __forceinline__ int rounds_of(int rows, int pairs, int workers) {
+    return (rows * pairs + workers - 1) / workers;
+}
+
 // Task `round` of a worker: in descending order of the rows, dealt to and fro, so that the sums of
-// their lengths stay even.
+// their lengths are even. The last round may leave some workers out.
 __device__ __forceinline__ bool find_task(const Problem& problem, int round, int worker, int workers,
                                           int& row, int& pair) {
     const int task = round * workers + (round % 2 ? workers - 1 - worker : worker);
@@ -120,12 +176,18 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
     follow();
 
     const int group = static_cast<int>(threadIdx.x / WARPGROUP) - 1;  // -1: the producer
+    const int rounds = rounds_of(problem.rows, problem.pairs, workers);
+    const auto next_task = [&](int turn, int& row, int& pair) {
+        return find_task(problem, ACCURATE ? turn : rounds - 1 - turn, worker, workers, row, pair);
+    };
     Ring<S::STAGES> ring;
     int row, pair;
     if (group < 0) {
-        registers_down<40>();
+        registers_down<S::PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
-            for (int round = 0; find_task(problem, round, worker, workers, row, pair); ++round) {
+            for (int turn = 0; turn < rounds; ++turn) {
+                if (!next_task(turn, row, pair)) continue;
+                if constexpr (!ACCURATE) wait_packed(problem, row);
                 const int tile = 2 * pair + rank;
                 const uint8_t* s =
                     problem.s + static_cast<int64_t>(row) * (row + 1) * S::S_PIECES * S::S_BYTES;
@@ -154,14 +216,17 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
                     ring.next();
                 }
             }
+        } else if (!ACCURATE && threadIdx.x >= 32) {
+            pack_boxes(problem);
         }
         __syncwarp();
     } else {
-        registers_up<232>();
+        registers_up<S::CONSUMER_REGISTERS>();
         const int thread = threadIdx.x % WARPGROUP, lane = threadIdx.x % 32, warp = thread / 32;
         // Both blocks write into both blocks' stages: both are told of every stage that is free again.
         const uint32_t release = thread < 2 ? peer_address(empty, thread) : 0;
-        for (int round = 0; find_task(problem, round, worker, workers, row, pair); ++round) {
+        for (int turn = 0; turn < rounds; ++turn) {
+            if (!next_task(turn, row, pair)) continue;
             const int steps = 2 * (row + 1), mine = steps - (!ACCURATE && group == 0);
             std::conditional_t<ACCURATE, float[64], float[2][64]> d;
             float sum[ACCURATE ? 64 : 1];
@@ -257,7 +322,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
                 }
             }
             sum_over_rows(form, lane);
-            const uint32_t sums = smem + S::SUM_OFFSET + (group * 2 + round % 2) * S::SUM_BYTES;
+            const uint32_t sums = smem + S::SUM_OFFSET + (group * 2 + turn % 2) * S::SUM_BYTES;
             const int first = (lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2) * (COLUMNS / 32);
 #pragma unroll
             for (int k = 0; k < COLUMNS / 32; k += 2)
@@ -287,6 +352,15 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
     cluster_sync_relaxed();  // no block ends while the other still writes its shared memory
 }
 
+// Block rows that are walked together share V's columns in L2, but their lengths are dealt out less
+// evenly. Fast, effective TFLOP/s on an H100, of groups of 1, 4, 8, 33: n = p = 4096: 1211, 1174, 1153,
+// 813; 4096 × 14336: 1189, 1323, 1294, 1199; 8192: 1289, 1259, 1264, 1226; 14336: 845, 1013, 1078, 1311
+// (groups of 8 read 10.7 GB of V from memory there, which has 0.4). Measured with the longest tasks
+// first and S packed beforehand. Accurate, where products take longer, 1 is as good as any.
+int fast_group(int rows, int pairs, int workers) {
+    return rows > 96 ? std::max(workers / 2, 1) : 4 * pairs > workers ? 4 : 1;
+}
+
 template <bool ACCURATE, int V_PIECES>
 int launch(const QuadformTiles& tiles) {
     using S = Shape<ACCURATE, V_PIECES>;
@@ -301,17 +375,10 @@ int launch(const QuadformTiles& tiles) {
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SMEM_BYTES);
     if (status) return status;
     const int workers = multiprocessors() / 2, pairs = tiles.columns / 2;
-    // Block rows that are walked together share V's columns in L2, but their lengths are dealt out less
-    // evenly. Fast, effective TFLOP/s on an H100, of groups of 1, 4, 8, 33: n = p = 4096: 1211, 1174,
-    // 1153, 813; 4096 × 14336: 1189, 1323, 1294, 1199; 8192: 1289, 1259, 1264, 1226; 14336: 845, 1013,
-    // 1078, 1311 (groups of 8 read 10.7 GB of V from memory there, which has 0.4). Accurate, where
-    // products take longer, 1 is as good as any.
-    const int group = ACCURATE                 ? 1
-                      : tiles.rows > 96        ? workers / 2
-                      : 4 * pairs > workers    ? 4
-                                               : 1;
-    const Problem problem = {tiles.s,    tiles.v, tiles.partial, tiles.stride_partial,
-                             tiles.rows, pairs,   group};
+    const int group = ACCURATE ? 1 : fast_group(tiles.rows, pairs, workers);
+    const Problem problem = {tiles.s,          tiles.v,        tiles.partial, tiles.stride_partial,
+                             tiles.rows,       pairs,          group,         tiles.s_matrix,
+                             tiles.late_begin, tiles.late_end, tiles.counters};
     cudaLaunchAttribute early;
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
@@ -326,6 +393,18 @@ int launch(const QuadformTiles& tiles) {
 }
 
 }  // namespace
+
+int filet::quadform_late_sm90(int rows, int columns) {
+    const int workers = multiprocessors() / 2, pairs = columns / 2;
+    // A tile of S takes 16 ns at the memory's rate, about 40 behind the products (a guess from what its
+    // warps have under way), 11 in the products of a pair: with fewer pairs a kernel that only packs
+    // is done with S sooner than they are.
+    if (pairs < 4) return rows;
+    // A worker's first task is of the last round, or of that before; find_task says which row.
+    const int task = std::max(rounds_of(rows, pairs, workers) - 2, 0) * workers;
+    const int group = fast_group(rows, pairs, workers);
+    return rows - task / (group * pairs) * group;
+}
 
 int filet::quadform_sm90(const QuadformTiles& tiles) {
     if (!tiles.accurate) return launch<false, 1>(tiles);

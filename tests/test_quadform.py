@@ -290,6 +290,68 @@ def test_large(n, p, precision, device, backend):
         check(run(S, V, backend, precision), truth, magnitude, bound)
 
 
+@pytest.fixture
+def late(device, backend):
+    """n -> S, V, vᵀSv: most of S is packed while the products run (backend "cuda"), fast.
+
+    S and V are positive and of few bits: bfloat16 takes them as they are, and a box of S (64 × 64)
+    that is read too early costs 2e-3 of vᵀSv at these sizes.
+    """
+    if device.type == "cpu" or "cuda" not in backend:
+        pytest.skip("a kernel in CUDA C++")
+
+    def make(n):
+        generator = torch.Generator().manual_seed(n)
+        S = torch.randint(64, 128, (n, n), generator=generator).float().to(device)
+        V = torch.randint(64, 128, (n, 4608), generator=generator).bfloat16().to(device)
+        return poisoned(S), V, exact(S, V)[0]
+
+    return make
+
+
+BOX = 1e-4  # of vᵀSv: far less than a box, more than the tensor cores cut off in 2200 terms
+
+
+@pytest.mark.parametrize("n", [2048, 2100, 2101])  # the last has no rows of whole 16 bytes
+def test_packing_behind_the_products(n, late, backend):
+    """Over and over, in memory that held other tiles and counts; S packed before; V packed too."""
+    S, V, truth = late(n)
+    first = run(S, V, backend, "fast")
+    check(first, truth, truth, BOX)
+    for scale in (4.0, 0.25, 1.0):
+        assert torch.equal(run(scale * S, V, backend, "fast"), scale * first)
+    spread = torch.full((n, 2 * n), float("nan"), device=S.device)[:, ::2]
+    spread.copy_(S)
+    assert torch.equal(run(spread, V, backend, "fast"), first)
+    for v_dtype in (torch.float16, torch.float32):  # V is packed as well, some columns at a time
+        assert torch.equal(run(S, V.to(v_dtype), backend, "fast"), first)
+
+
+def test_packing_on_two_streams_and_in_graphs(late, backend):
+    """A kernel that needed all of its blocks at once would hang where two share the GPU."""
+    S, V, _ = late(2100)
+    expected = run(S, V, backend, "fast")
+    streams = [torch.cuda.Stream(), torch.cuda.Stream(priority=-1)]
+    scaled = [2 * S, 4 * S]
+    results = []
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for stream, matrix, scale in zip(streams, scaled, (2, 4), strict=True):
+            with torch.cuda.stream(stream):
+                results.append((run(matrix, V, backend, "fast"), scale))
+    torch.cuda.synchronize()
+    for result, scale in results:
+        assert torch.equal(result, scale * expected)
+    matrix = S.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run(matrix, V, backend, "fast")
+    for scale in (1, 8, 2):
+        matrix.copy_(scale * S)
+        graph.replay()
+        assert torch.equal(result, scale * expected)
+
+
 @pytest.mark.skipif(not TRITON, reason="Triton is not installed")
 @pytest.mark.parametrize("index", range(3))
 def test_every_triton_configuration(index, device):

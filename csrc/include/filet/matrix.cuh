@@ -29,23 +29,29 @@ __device__ __forceinline__ float to_float(__half x) {
     return __half2float(x);
 }
 
+// COUNT units, `stride` numbers apart, of a matrix whose rows can be read 16 bytes at a time.
+template <typename T, int COUNT>
+__device__ __forceinline__ void load_vectors(const T* source, int64_t stride, float (&x)[COUNT][UNIT]) {
+    constexpr int WORDS = UNIT * sizeof(T) / 16;
+    uint4 words[COUNT][WORDS];  // all under way before the first is used
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+#pragma unroll
+        for (int j = 0; j < WORDS; ++j)
+            words[i][j] = reinterpret_cast<const uint4*>(source + i * stride)[j];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+#pragma unroll
+        for (int e = 0; e < UNIT; ++e) x[i][e] = to_float(reinterpret_cast<const T*>(words[i])[e]);
+}
+
 // Units of the same columns in COUNT rows, `row_step` apart; zero outside of the matrix.
 template <typename T, int COUNT>
 __device__ __forceinline__ void load_units(const Matrix& m, int64_t row, int row_step, int64_t column,
                                            float (&x)[COUNT][UNIT]) {
     const T* source = static_cast<const T*>(m.data) + row * m.stride_row + column * m.stride_column;
     if (m.vector && row + (COUNT - 1) * row_step < m.rows && column + UNIT <= m.columns) {
-        constexpr int WORDS = UNIT * sizeof(T) / 16;
-        uint4 words[COUNT][WORDS];  // all under way before the first is used
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i)
-#pragma unroll
-            for (int j = 0; j < WORDS; ++j)
-                words[i][j] = reinterpret_cast<const uint4*>(source + i * row_step * m.stride_row)[j];
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i)
-#pragma unroll
-            for (int e = 0; e < UNIT; ++e) x[i][e] = to_float(reinterpret_cast<const T*>(words[i])[e]);
+        load_vectors(source, row_step * m.stride_row, x);
     } else {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i)

@@ -12,13 +12,18 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include "filet/matrix.cuh"
+
 namespace filet {
 
 constexpr int QUADFORM_FP32_PIECES = 3;
 constexpr int QUADFORM_TILE = 128, QUADFORM_STEP = 64, QUADFORM_BOX_BYTES = 64 * 128;
 
 struct QuadformTiles {
-    const uint8_t* s;
+    uint8_t* s;
+    Matrix s_matrix;           // S itself
+    int late_begin, late_end;  // block rows that are not in tiles yet: the kernel for 9.0 packs them
+    unsigned* counters;        // quadform_counters(rows); where there are such rows, zero
     const uint8_t* v;  // null: V itself is read, as bf16
     const void* v_matrix;
     int64_t stride_v, n, p;  // of V itself
@@ -33,6 +38,12 @@ struct QuadformTiles {
 // Columns of a tile of V; the kernel for 9.0 works on two tiles at a time.
 inline int quadform_columns_sm90(bool accurate) { return accurate ? 128 : 256; }
 constexpr int QUADFORM_COLUMNS_SM80 = 128;
+
+// The first block row that the kernel for 9.0, fast, may as well pack itself.
+int quadform_late_sm90(int rows, int columns);
+
+// Boxes of S handed out for packing; of every block row, boxes packed.
+inline int64_t quadform_counters(int rows) { return rows + 1; }
 
 int quadform_sm90(const QuadformTiles& tiles);
 int quadform_sm80(const QuadformTiles& tiles);

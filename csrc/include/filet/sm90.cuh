@@ -207,6 +207,18 @@ __device__ __forceinline__ void add_global(float* target, float x, float y) {
                  : "memory");
 }
 
+// One thread's news to another anywhere on the GPU: a count that is added to after what it counts, and
+// read before that is used.
+__device__ __forceinline__ void add_release(unsigned* count, unsigned x) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(count), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ unsigned load_acquire(const unsigned* count) {
+    unsigned x;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(count) : "memory");
+    return x;
+}
+
 // Ordinary accesses of shared memory before it and copies of the bulk engine (or wgmma) after it.
 __device__ __forceinline__ void fence_async_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -216,6 +228,11 @@ __device__ __forceinline__ void fence_async_shared() {
 // all that the thread has under way.
 __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+// The same for global memory alone, which costs no fence of the whole GPU.
+__device__ __forceinline__ void fence_async_proxy_global() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 template <int REGISTERS>
