@@ -560,7 +560,7 @@ namespace share {
 
 // The blocks with the same tile send each other their shares of their sums: what a block then adds up
 // lies in its own shared memory. Each half of a tile, a warpgroup's, goes its own way, and of it the
-// rows of a warp in PARTS pieces: as soon as they have been written, since sending takes longest.
+// rows of a warp in two pieces: as soon as they have been written, since sending takes longest.
 constexpr int MAX_SIZE = 8;  // blocks of a cluster
 constexpr int STAGES = 5, STAGE_BYTES = 2 * PANEL_BYTES;
 constexpr int UNITS = 64 * TILE / 4;  // of four floats, of half a tile
@@ -583,7 +583,7 @@ struct Share {
     }
 };
 
-template <typename T, int PARTS>
+template <typename T>
 __global__ void __launch_bounds__(THREADS, 1)
     syrk_kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_c,
                 const Problem problem, const Share share) {
@@ -685,21 +685,6 @@ __global__ void __launch_bounds__(THREADS, 1)
             previous = ring.stage;
             ring.next();
         }
-        float4 old[BATCH] = {};
-        const auto load_old = [&] {
-#pragma unroll
-            for (int i = 0; i < BATCH; ++i) {
-                const float* elements = problem.c + at[i];
-                if (before[i] >= 3) {
-                    old[i] = *reinterpret_cast<const float4*>(elements);
-                } else {
-                    if (before[i] >= 0) old[i].x = elements[0];
-                    if (before[i] >= 1) old[i].y = elements[1];
-                    if (before[i] >= 2) old[i].z = elements[2];
-                }
-            }
-        };
-        if (PARTS == 1) load_old();
         // The sums take the places of the stages that would be next, once both warpgroups have done
         // with those: they need not wait for each other's last products.
         if (group > 0) ring.next();
@@ -716,18 +701,28 @@ __global__ void __launch_bounds__(THREADS, 1)
                 store_shared(sums + (row + lane / 4) * (TILE * 4) + unit * 16 + lane % 2 * 8,
                              d[4 * i + 2 * half], d[4 * i + 2 * half + 1]);
             }
-            if (PARTS == 1 && half == 0) continue;
             fence_async_shared();
             __syncwarp();
-            const int piece = max(from, (PARTS == 1 ? row - 8 : row) * (TILE / 4));
+            const int piece = max(from, row * (TILE / 4));
             const int piece_end = min(to, (row + 8) * (TILE / 4));
             if (piece < piece_end)
                 bulk_push(target + (piece - from) * 16, sums + piece * 16, (piece_end - piece) * 16,
                           target_received);
             __syncwarp();
         }
-        // Not sooner: the fences above would wait for it.
-        if (PARTS == 2) load_old();
+        // C is read while the sums travel. Not sooner: the fences above would wait for it.
+        float4 old[BATCH] = {};
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const float* elements = problem.c + at[i];
+            if (before[i] >= 3) {
+                old[i] = *reinterpret_cast<const float4*>(elements);
+            } else {
+                if (before[i] >= 0) old[i].x = elements[0];
+                if (before[i] >= 1) old[i].y = elements[1];
+                if (before[i] >= 2) old[i].z = elements[2];
+            }
+        }
         named_sync(1 + group, WARPGROUP);
 
         // The block's own sums, the others' in the order of the blocks, and then to C.
@@ -794,13 +789,13 @@ cudaError_t cluster_config(Kernel kernel, int clusters, int blocks, int smem, cu
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
 }
 
-template <typename T, int PARTS>
+template <typename T>
 int launch_share(const FiletSyrk& args, const CUtensorMap& map_x, const CUtensorMap& map_c,
                  const Problem& problem) {
-    const auto kernel = share::syrk_kernel<T, PARTS>;
+    const auto kernel = share::syrk_kernel<T>;
     cudaLaunchConfig_t config;
     cudaLaunchAttribute cluster;
-    const int size = args.plan % 100 - 10;
+    const int size = args.plan - 10;
     const int status = cluster_config(kernel, share::tiles(args.n), size, share::SMEM_BYTES,
                                       static_cast<cudaStream_t>(args.stream), config, cluster);
     if (status) return status;
@@ -858,10 +853,7 @@ int launch(const FiletSyrk& args, CUtensorMapDataType type) {
                            args.stride_c, OUT_COLUMNS, 64);
     if (status) return status;
     if (args.plan > 11 && args.plan <= 10 + share::MAX_SIZE)
-        return launch_share<T, 2>(args, map_x, map_c, problem);
-    // To be timed against the above, then one of the two goes.
-    if (args.plan > 111 && args.plan <= 110 + share::MAX_SIZE)
-        return launch_share<T, 1>(args, map_x, map_c, problem);
+        return launch_share<T>(args, map_x, map_c, problem);
     if (args.plan == 4128)
         return launch_grid<T, grid::Shape<128, 2>>(args, type, map_x, map_c, problem);
     if (args.plan == 2160)
@@ -886,7 +878,7 @@ extern "C" int64_t filet_syrk_sm90_flags(void) {
 extern "C" int32_t filet_syrk_sm90_plan(int64_t n) {
     if (n > 4096) return 0;
     for (int size = share::MAX_SIZE; size > 1; --size)
-        if (fits(share::syrk_kernel<__nv_bfloat16, 2>, share::tiles(n), size, share::SMEM_BYTES))
+        if (fits(share::syrk_kernel<__nv_bfloat16>, share::tiles(n), size, share::SMEM_BYTES))
             return 10 + size;
     if (grid_fits<128, 2>(n)) return 4128;
     if (grid_fits<160, 1>(n)) return 2160;
