@@ -67,7 +67,11 @@ SMALL = {
 MOE = {**SMALL, "num_experts_per_tok": 2}
 LAYERS = 5
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # PEFT's, of patterns that it made itself for experts.
+    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match"),
+]
 
 # Sliding windows shorter than the samples: blocks of one model get different masks.
 MODELS: dict[str, Callable[[], nn.Module]] = {
