@@ -3,15 +3,17 @@
     make bench-blockwise
 
 The real thing, with random weights: some blocks and the head, 320 samples of 512 tokens. A host
-block or two stand for all blocks: they are copied through the same pinned buffers as shards in the
-page cache are, and cross the bus as often. What is said of 80 blocks is extrapolated: a block's
-seconds times 80, and the head. On a CPU it runs small shapes, whose times mean nothing.
+block or two stand for all blocks, made before anything is timed: they are copied through the same
+pinned buffers as shards in the page cache are, and cross the bus as often. What is said of 80
+blocks is extrapolated: a block's seconds, the median without the first block of each sweep, times
+80, and what comes once. On a CPU it runs small shapes, whose times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,12 +22,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from filet import FiletConfig
 from filet.blockwise import Blockwise
-from filet.shards import Entry
+from filet.shards import Entry, entries
 
 CUDA = torch.cuda.is_available()
 DEPTH = 80  # blocks of the real model
@@ -47,19 +49,22 @@ SMALL = {
 
 
 class Cycle:
-    """Random weights of a few blocks on the host, given for all blocks in turn."""
+    """Random weights on the host: a few blocks, given for all in turn, and all of the rest."""
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, model: nn.Module) -> None:
         self.blocks = blocks
         self._made: dict[str, Tensor] = {}
+        for entry in entries(model):
+            if self._key(entry) not in self._made:
+                self._made[self._key(entry)] = self._random(entry)
+
+    def _key(self, entry: Entry) -> str:
+        parts = entry.names[0].split(".")
+        return ".".join(str(int(p) % self.blocks) if p.isdigit() else p for p in parts)
 
     def tensors(self, wanted: Sequence[Entry]) -> Iterator[tuple[Entry, Tensor]]:
         for entry in wanted:
-            parts = entry.names[0].split(".")
-            key = ".".join(str(int(p) % self.blocks) if p.isdigit() else p for p in parts)
-            if key not in self._made:
-                self._made[key] = self._random(entry)
-            yield entry, self._made[key]
+            yield entry, self._made[self._key(entry)]
 
     def _random(self, entry: Entry) -> Tensor:
         if len(entry.shape) == 1:
@@ -91,7 +96,10 @@ def main() -> None:
     )  # fmt: skip
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    source = Cycle(args.cycle)
+    source = Cycle(args.cycle, model)
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     generator = torch.Generator().manual_seed(1)
     batches = []
     for _ in range(-(-args.samples // args.batch_size)):
@@ -112,28 +120,54 @@ def main() -> None:
         )  # fmt: skip
         with run:
             run.sweep()
-            waited = run.stream.settle()
+            arenas = run.pool.made
     assert run.plan is not None
     seconds = run.seconds
-    forward, reverse = (seconds[phase] / args.blocks for phase in ("forward", "reverse"))
-    whole = sum(seconds[phase] for phase in ("forward", "head", "reverse"))
-    print(f"forward          {forward:8.3f} s a block")
-    print(f"reverse          {reverse:8.3f} s a block")
-    print(f"both             {forward + reverse:8.3f} s a block (H100: floor {FLOOR}, goal 1.9)")
-    print(f"head             {seconds['head']:8.3f} s")
-    print(f"before the run   {seconds['preparing']:8.3f} s")
-    print(f"planned          {sum(run.plan.seconds.values()):8.3f} s, took {whole:.3f} s")
-    print(f"waited: weights  {waited:8.3f} s, {100 * waited / whole:.1f} % (the goal is 5)")
-    print(
-        f"waited: disk     {run.waited_for_disk:8.3f} s, {100 * run.waited_for_disk / whole:.1f} %"
-    )
+    sweeps = ("forward", "head", "reverse")
+    steady = {
+        sweep: statistics.median(each[1:] or each) for sweep, each in run.block_seconds.items()
+    }
+    both = sum(steady.values())
+    for sweep, each in run.block_seconds.items():
+        print(
+            f"{sweep:<17}{steady[sweep]:8.3f} s a block, steady; each: "
+            + " ".join(f"{value:.2f}" for value in each)
+        )
+    print(f"both             {both:8.3f} s a block, steady (H100: floor {FLOOR}, goal 1.9)")
+    whole = sum(seconds[sweep] for sweep in sweeps)
+    for sweep in sweeps:
+        print(
+            f"{sweep + ' in all':<17}{seconds[sweep]:8.3f} s "
+            f"(planned {run.plan.seconds[sweep]:.3f})"
+        )
+    planned = sum(run.plan.seconds.values())
+    off = 100 * (planned / whole - 1)
+    print(f"planned          {planned:8.3f} s, took {whole:.3f} s: {off:+.1f} % (within 15 wanted)")
+    goals = {"weights": " (the goal is 5)", "memory": " (page-locking, once)", "disk": ""}
+    for what, value in run.waited.items():
+        print(f"waited: {what:<9}{value:8.3f} s, {100 * value / whole:.1f} %{goals[what]}")
+    # What the blocks took beyond the steady seconds, and the head, grow with no block.
+    once = {
+        "preparing": seconds["preparing"],
+        "head": seconds["head"],
+        **{f"{s} besides": seconds[s] - args.blocks * steady[s] for s in ("forward", "reverse")},
+    }
+    print("once             " + ", ".join(f"{key} {value:.3f} s" for key, value in once.items()))
+    print(f"host memory      {arenas * run.layout.nbytes / 2**30:8.2f} GiB in {arenas} arenas")
     if CUDA:
         peak, planned = torch.cuda.max_memory_allocated(), run.plan.device_bytes
         print(
-            f"GPU memory       {peak / 2**30:8.2f} GiB at the peak (planned {planned / 2**30:.2f})"
+            f"GPU memory       {peak / 2**30:8.2f} GiB at the peak (planned {planned / 2**30:.2f}, "
+            "goal 20)"
         )
-    extrapolated = DEPTH * (forward + reverse) + seconds["head"]
-    print(f"extrapolated to {DEPTH} blocks: {extrapolated:.0f} s (not run)")
+    extrapolated = DEPTH * both + sum(once.values())
+    weights, boundary = run.waited["weights"], run.layout.nbytes / 2**30
+    print(
+        f"{DEPTH} blocks        {extrapolated:8.0f} s, extrapolated, not run: "
+        f"{DEPTH} × {both:.3f} s + {sum(once.values()):.3f} s once; the wait for weights, where it "
+        f"comes before each sweep only, would be {100 * weights / extrapolated:.1f} %; given room "
+        f"for {DEPTH} boundaries of {boundary:.2f} GiB, or a scratch disk that keeps up"
+    )
 
 
 if __name__ == "__main__":

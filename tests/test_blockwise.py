@@ -15,8 +15,10 @@ import random
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ from transformers import (
 import filet
 import models
 import smollm2
-from filet import FiletConfig, FiletReport, blockwise, offload, walk
+from filet import FiletConfig, FiletReport, blockwise, offload, shards, walk
 from filet.blockwise import Blockwise, empty_model, initialize_folder
 from filet.cli import main
 from filet.parts import Parts
@@ -97,16 +99,18 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+IS_BEHIND = Blockwise._is_behind
+
+
 @pytest.fixture(autouse=True)
 def disk_in_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block is written before the next begins: what a test finds does not depend on time."""
     if request.node.name == "test_killed_at_random":
         return
-    behind = Blockwise._is_behind
 
     def waits(run: Blockwise) -> bool:
         run._wait_written()
-        return behind(run)
+        return IS_BEHIND(run)
 
     monkeypatch.setattr(Blockwise, "_is_behind", waits)
 
@@ -346,6 +350,7 @@ def test_where_block_inputs_go_makes_no_difference(
         assert run.pool.made <= arenas
         assert run.plan.scratch_bytes == on_disk * BOUNDARY
         assert run.plan.host_bytes >= run.pool.made * BOUNDARY
+        assert [len(run.block_seconds[sweep]) for sweep in ("forward", "reverse")] == [LAYERS] * 2
     assert not scratch or not (tmp_path / "scratch").exists()
     assert_equal(report, initialize(folder, tmp_path / "memory", "memory", device=device), 1e-5)
     assert device.type != "cpu" or run.plan.device_bytes == 0
@@ -387,7 +392,7 @@ def test_the_plan_is_said_before_the_run(
     assert said.index(f"plan          {LAYERS} blocks forward, {LAYERS} in reverse") < said.index(
         "FILet forward"
     )
-    for word in ("host", "disk", "time", "tokens/s", "waited"):
+    for word in ("host", "disk", "time", "tokens/s", "waited", "page-locked"):
         assert word in said
 
 
@@ -615,6 +620,133 @@ def test_a_slow_disk_does_not_hold_up_the_run(
     assert_same_adapter(tmp_path / "out", tmp_path / "whole")
 
 
+def test_a_gradient_that_no_block_will_read_is_given_up(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk so slow that the first gradient is not there when all blocks are done."""
+    initialize(folder, tmp_path / "whole")
+    save = offload.Arena.save
+    written = []
+
+    def slow(
+        arena: offload.Arena, path: Path, trailer: bytes, abandon: threading.Event | None
+    ) -> None:
+        assert abandon is not None
+        assert abandon.wait(60)
+        written.append(path)
+        save(arena, path, trailer, abandon)
+
+    monkeypatch.setattr(offload.Arena, "save", slow)
+    monkeypatch.setattr(Blockwise, "_is_behind", IS_BEHIND)
+    with run_of(folder, tmp_path) as run:
+        run.sweep()
+        names = sorted(path.name for path in run.folder.iterdir())
+        assert names == [f"blocks-{LAYERS - 1}-0.safetensors", "lock", "manifest.json"]
+        run.write(tmp_path / "out")
+    assert len(written) == 1
+    assert_same_adapter(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_file_is_abandoned_between_two_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = offload.Layout([torch.Size((3, 1000))], torch.float32)
+    arena = offload.Arena(layout, False)
+    arena.views[0].copy_(torch.arange(3000.0).view(3, 1000))
+    monkeypatch.setattr(offload, "_PIECE", 4096)
+    path, abandon, synced = tmp_path / "file", threading.Event(), 0
+
+    def sync(_: int) -> None:
+        nonlocal synced
+        synced += 1
+        if synced == 2:
+            abandon.set()
+
+    arena.save(path, b"end", threading.Event())
+    again = offload.Arena(layout, False)
+    assert again.load(path, 3) == b"end"
+    assert torch.equal(again.views[0], arena.views[0])
+    monkeypatch.setattr(os, "fdatasync", sync)
+    with pytest.raises(offload.Abandoned):
+        arena.save(path, b"end", abandon)
+    assert path.stat().st_size == 2 * 4096
+
+
+LAYOUT = offload.Layout([torch.Size((2, 8))], torch.float32)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def arenas(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How many arenas have been made and freed."""
+    count = {"made": 0, "freed": 0}
+    make, free = offload.Arena.__init__, offload.Arena.free
+
+    def made(arena: offload.Arena, *args: Any) -> None:
+        make(arena, *args)
+        count["made"] += 1
+
+    def freed(arena: offload.Arena) -> None:
+        free(arena)
+        count["freed"] += 1
+
+    monkeypatch.setattr(offload.Arena, "__init__", made)
+    monkeypatch.setattr(offload.Arena, "free", freed)
+    return count
+
+
+def test_arenas_made_ahead(arenas: dict[str, int]) -> None:
+    pool = offload.ArenaPool(LAYOUT, 4, CPU, ahead=3)
+    with pool.paused():
+        before = arenas["made"]
+        assert before + pool.making == 3
+        assert arenas["made"] == before
+    got = [pool.get() for _ in range(4)]  # the last is made for it
+    assert len({id(arena) for arena in got}) == 4
+    assert pool.made == 4 and pool.seconds_left() == 0
+    # The limit is reached: whoever asks waits for one that comes back.
+    with ThreadPoolExecutor(2) as threads:
+        coming = [threads.submit(pool.get) for _ in range(2)]
+        pool.put(got[0])
+        pool.put(got[1])
+        assert {id(each.result(60)) for each in coming} == {id(got[0]), id(got[1])}
+        waiting = threads.submit(pool.get)
+        pool.stop()
+        with pytest.raises(RuntimeError, match="the run has ended"):
+            waiting.result(60)
+    pool.close()
+    assert arenas == {"made": 4, "freed": 4}
+
+
+def test_arenas_made_ahead_are_freed_after_an_exception(
+    folder: Path, tmp_path: Path, arenas: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = offload.ArenaPool.__init__
+
+    def ahead(pool: offload.ArenaPool, *args: Any) -> None:
+        init(pool, *args[:3], 4)
+
+    def fails(*_: Any) -> None:
+        raise Crash
+
+    monkeypatch.setattr(offload.ArenaPool, "__init__", ahead)
+    monkeypatch.setattr(Blockwise, "_rehearse", fails)
+    with pytest.raises(Crash):
+        initialize(folder, tmp_path / "out")
+    assert arenas["made"] == arenas["freed"] >= 1
+
+
+def test_an_arena_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("pinning failed")
+
+    monkeypatch.setattr(offload.Arena, "__init__", fails)
+    pool = offload.ArenaPool(LAYOUT, 2, CPU, ahead=1)
+    with pytest.raises(RuntimeError, match="pinning failed"):
+        pool.get()
+    pool.close()
+
+
 def test_a_full_scratch_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), after=1)
     with pytest.raises(OSError, match="No space left"):
@@ -821,15 +953,18 @@ def test_models_whose_blocks_are_no_chain(between: Callable[..., Any], message: 
 # Weights.
 
 
-def test_weights_come_and_go(folder: Path) -> None:
+def test_weights_come_and_go(
+    folder: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_PIECE", 2**10)  # several for a weight
     model = empty_model(folder)
     source = ShardedWeights(folder, model)
     expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     groups = [[entry] for entry in entries(model)]
-    stream = WeightStream(source, torch.device("cpu"))
+    stream = WeightStream(source, device)
     for index in stream.run(groups):
         for name in groups[index][0].names:
-            assert torch.equal(model.state_dict()[name], expected[name])
+            assert torch.equal(model.state_dict()[name].cpu(), expected[name])
         here = {name for name, value in model.state_dict().items() if not value.is_meta}
         assert here == {*groups[index][0].names}
     assert all(value.is_meta for value in model.state_dict().values())

@@ -25,6 +25,7 @@ import os
 import shutil
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,12 +48,13 @@ from filet.config import FiletConfig
 from filet.files import PLOT_FILE, replaced, staged
 from filet.initialize import materialise_rest, nothing_seen, warn_of
 from filet.loss import SummedLoss, drawn
-from filet.offload import Arena, ArenaPool, BlockInputs, Copies, Fetched, Layout
+from filet.offload import Abandoned, Arena, ArenaPool, BlockInputs, Copies, Fetched, Layout
 from filet.parts import Calls, Parts, described
 from filet.report import FiletReport, ModuleReport
 from filet.shards import Entry, ShardedWeights, WeightSource, WeightStream, entries, size_of
 from filet.statistics import peak_memory
 from filet.targets import Target, check_targets, find_targets, fingerprints
+from filet.transfer import values
 from filet.walk import MomentHooks, first_samples, preserved, samples_in, token_masks
 from filet_kernels import cross_entropy_, fisher_energies, lora_factors, select
 
@@ -84,6 +86,8 @@ _FP16_EXPONENT = 4
 _WORKING = 5
 # What is timed before the run is done so often; the first time compiles and sets up.
 _ROUNDS = 2
+# Batches that a GPU is timed on: of one alone, much would be the launch of its first kernels.
+_TIMED = 4
 # Batches whose work the host has handed to a GPU and not seen finished.
 _IN_FLIGHT = 2
 # After a gradient in its file: what it is multiplied by, and its largest number where that matters.
@@ -493,7 +497,11 @@ class Blockwise:
         self.host_memory = host_memory or _available_memory() // 2
         self.show = show_progress_bar
         self.seconds: dict[str, float] = {}
-        self.waited_for_disk = 0.0
+        # How long the computation of the sweeps waited: for weights; for host memory to be made
+        # (once each arena); for a disk.
+        self.waited = {"weights": 0.0, "memory": 0.0, "disk": 0.0}
+        # What each block took, by the host, which a GPU may be two batches behind.
+        self.block_seconds: dict[str, list[float]] = {"forward": [], "reverse": []}
         self.plan: Plan | None = None
 
         weights = entries(model)  # before PEFT renames them
@@ -534,6 +542,8 @@ class Blockwise:
         self._writing: Future[None] | None = None
         self._being_written: Arena | None = None
         self._pending: list[_Finished] = []
+        self._saving: list[_Finished] = []  # pending ones that are being written
+        self._useless = threading.Event()  # the gradient that is being written is
         self._stack = contextlib.ExitStack()
         self._output = ThreadPoolExecutor(1, "filet output")
 
@@ -631,7 +641,7 @@ class Blockwise:
 
     def _save_gradient(self, block: int, arena: Arena, scales: tuple[float, float]) -> None:
         with replaced(self._gradient_file(block), durable=True) as beside:
-            arena.save(beside, _TRAILER.pack(*scales))
+            arena.save(beside, _TRAILER.pack(*scales), self._useless)
 
     def _save_blocks(
         self, blocks: Sequence[_Finished], gradient: Arena | None, scales: tuple[float, float]
@@ -671,6 +681,7 @@ class Blockwise:
             hidden, head_seconds = self._capture(stack, head=not resumed.is_file())
             head_bytes = self._reset_peak()
             self._rehearse(hidden, head_seconds, head_bytes)
+            waited = self.stream.settle()
             start = self._passed("preparing", start)
             if resumed.is_file():
                 hidden = self._forward(hidden, range(self.top))
@@ -686,10 +697,12 @@ class Blockwise:
                 start = self._passed("head", start)
             self._reverse(gradient)
             self._passed("reverse", start)
+            self.waited["weights"] = self.stream.settle() - waited
         if self.show:
             _say(
-                f"waited        {self.stream.settle():.1f} s for weights, "
-                f"{self.waited_for_disk:.1f} s for the disk"
+                f"waited        {self.waited['weights']:.1f} s for weights, "
+                f"{self.waited['memory']:.1f} s for host memory to be page-locked, "
+                f"{self.waited['disk']:.1f} s for the disk"
             )
 
     def _passed(self, phase: str, start: float) -> float:
@@ -715,6 +728,7 @@ class Blockwise:
         seconds = 0.0
         with closing(self.stream.run([self.other_weights])) as loaded:
             next(loaded)
+            loading = self.stream.loading
             for index, batch in enumerate(self.batches):
                 inputs = self._on_device(batch)
                 hidden, calls = self.parts.capture(inputs)
@@ -729,7 +743,8 @@ class Blockwise:
                 self.calls.append(calls)
                 self.copies.store(hidden, arena, index)
             if head:
-                seconds = self._time_head(arena)
+                with self.pool.paused():
+                    seconds = self._time_head(arena) + loading
         assert arena is not None
         return arena, seconds
 
@@ -757,7 +772,11 @@ class Blockwise:
         if free < self.run_bytes:
             text = f"{_gib(self.run_bytes)} needed, {_gib(free)} free"
             raise OSError(errno.ENOSPC, text, str(self.folder))
-        self.pool = ArenaPool(self.layout, self.keeping.arenas, self.device)
+        ahead = 0
+        if self.device.type == "cuda":
+            # Without a scratch disk, two besides the inputs that are kept are all that is needed.
+            ahead = self.keeping.arenas - (0 if self.keeping.on_disk else _WORKING - 2)
+        self.pool = ArenaPool(self.layout, self.keeping.arenas, self.device, ahead)
         self.inputs = BlockInputs(self.pool, self.scratch)
         # The disk's thread may wait for an arena, the output's may read one.
         stack.callback(self.pool.close)
@@ -835,6 +854,7 @@ class Blockwise:
         progress = self._progress("FILet forward", len(blocks))
         groups = [self.block_weights[block] for block in blocks]
         with progress, closing(self.stream.run(groups)) as loaded:
+            start = time.perf_counter()
             for block, _ in zip(blocks, loaded, strict=True):
                 for name, target in self.of_block[block].items():
                     self._candidates[name] = (target.weight != 0).any(0).sum()
@@ -842,13 +862,25 @@ class Blockwise:
                 self._keep(block, arena)
                 self.inputs.check()
                 arena = made
+                start = self._took("forward", start)
         return arena
 
-    def _timed_get(self) -> Arena:
+    def _took(self, sweep: str, start: float) -> float:
+        now = time.perf_counter()
+        self.block_seconds[sweep].append(now - start)
+        return now
+
+    @contextlib.contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
         start = time.perf_counter()
-        arena = self.pool.get()
-        self.waited_for_disk += time.perf_counter() - start
-        return arena
+        try:
+            yield
+        finally:
+            self.waited[what] += time.perf_counter() - start
+
+    def _timed_get(self) -> Arena:
+        with self._waiting("memory" if self.pool.grows() else "disk"):
+            return self.pool.get()
 
     def _check_candidates(self) -> None:
         for name, target in self.targets.items():
@@ -912,15 +944,19 @@ class Blockwise:
     def _time_head(self, arena: Arena | None) -> float:
         """Seconds for all batches, from the largest."""
         assert arena is not None
-        index = self._largest()
+        index, timed = self._largest(), self._timed()
         self.scale = 1.0
         seconds = 0.0
         for _ in range(_ROUNDS):
             start = self._clock()
-            (rows,) = self.copies.fetch([arena], index, []).ready()
-            self._loss_gradient(self.batches[index], rows)
+            for _ in range(timed):
+                (rows,) = self.copies.fetch([arena], index, []).ready()
+                self._loss_gradient(self.batches[index], rows)
             seconds = self._clock() - start
-        return seconds * self._share(index)
+        return seconds * self._share(index) / timed
+
+    def _timed(self) -> int:
+        return min(_TIMED, len(self.batches)) if self.device.type == "cuda" else 1
 
     # The reverse sweep.
 
@@ -930,6 +966,7 @@ class Blockwise:
         groups = [self.block_weights[block] for _, block in steps]
         progress = self._progress("FILet reverse", len(steps))
         with progress, closing(self.stream.run(groups)) as loaded:
+            start = time.perf_counter()
             for number in loaded:
                 again, block = steps[number]
                 arena = self._timed_take(block)
@@ -941,9 +978,15 @@ class Blockwise:
                     self.inputs.hold(block + 1, made)
                     continue
                 gradients = self._reverse_block(block, arena, gradients, progress)
-            self._wait_written()
+                start = self._took("reverse", start)
+            self._useless.set()
+            try:
+                self._wait_written()
+            except Abandoned:
+                self._pending = self._saving + self._pending
             if self._pending:
-                self._save_blocks(self._pending, None, (self.scale, self.peak))
+                with self._waiting("disk"):
+                    self._save_blocks(self._pending, None, (self.scale, self.peak))
                 self._pending = []
 
     def _steps(self) -> list[tuple[bool, int]]:
@@ -958,10 +1001,8 @@ class Blockwise:
         return steps
 
     def _timed_take(self, block: int) -> Arena:
-        start = time.perf_counter()
-        arena = self.inputs.take(block)
-        self.waited_for_disk += time.perf_counter() - start
-        return arena
+        with self._waiting("disk"):
+            return self.inputs.take(block)
 
     def _reverse_block(self, block: int, arena: Arena, gradients: Arena, progress: Any) -> Arena:
         """Finish a block, given its inputs and the gradients of its outputs.
@@ -1004,8 +1045,8 @@ class Blockwise:
             return gradients
         if not self._is_behind():
             scales = (self.scale, self.peak)
-            self._write(made, self._save_blocks, self._pending, made, scales)
-            self._pending = []
+            self._saving, self._pending = self._pending, []
+            self._write(made, self._save_blocks, self._saving, made, scales)
         return made
 
     def _backward(
@@ -1039,35 +1080,43 @@ class Blockwise:
     def _finished(self, block: int, hooks: MomentHooks) -> _Finished:
         """A, B, energies and choices of a block's modules."""
         config = self.config
-        tensors: dict[str, Tensor] = {}
+        on_host: dict[str, Tensor] = {}
+        factors: dict[str, Tensor] = {}
         modules: list[dict[str, Any]] = []
+        errors: list[Tensor] = []
         left_default: dict[str, str] = {}
         for moments in hooks.moments.values():
             moments.loss_terms.fill_(self.counts["loss_terms"])
         hashes = fingerprints({n: target.weight for n, target in self.of_block[block].items()})
+        # A GPU has no work whenever its numbers are waited for. So this is done for all modules at
+        # a time: counts, energies (by which the host chooses), factors.
+        counts = values([m.count for moments in hooks.moments.values()
+                         for m in (moments.input, moments.output)])  # fmt: skip
+        seen = dict(zip(hooks.moments, zip(counts[::2], counts[1::2], strict=True), strict=True))
+        energies_of: dict[str, Tensor] = {}
         for name, target in self.of_block[block].items():
-            if name not in hooks.moments:  # an expert that no token was routed to
-                left_default[name] = "it saw no token"
-                continue
-            moments = hooks.moments[name]
-            tokens = int(moments.input.count), int(moments.output.count)
-            empty = nothing_seen(*tokens)
+            # An expert that no token was routed to has no moments.
+            empty = nothing_seen(*seen.get(name, (0, 0)))
             if empty is not None:
                 left_default[name] = empty
                 continue
+            energies_of[name] = fisher_energies(
+                target.weight, hooks.moments[name], normalization=config.normalization
+            )
+        energies_of = {name: energies.cpu() for name, energies in energies_of.items()}
+        for name, energies in energies_of.items():
+            target, moments, tokens = self.targets[name], hooks.moments[name], seen[name]
             weight = target.weight
-            energies = fisher_energies(weight, moments, normalization=config.normalization)
             indices = select(energies, target.rank, config.select, seed=config.seed)
             A, B = lora_factors(
                 weight, energies, indices, scaling=config.scaling, dtype=target.A.weight.dtype
             )
             layer = Layer(A, B, hashes[name])
-            error = 0.0
             if config.base == "residual":
                 # Into the weights themselves: nobody reads them after this.
-                error = float(write_residual(weight, layer, target.scaling))
-            tensors |= {f"{name}.A": A, f"{name}.B": B}
-            tensors |= {f"{name}.energies": energies, f"{name}.indices": indices}
+                errors.append(write_residual(weight, layer, target.scaling))
+            factors |= {f"{name}.A": A, f"{name}.B": B}
+            on_host |= {f"{name}.energies": energies, f"{name}.indices": indices}
             modules.append(
                 {
                     "name": name,
@@ -1079,10 +1128,12 @@ class Blockwise:
                     "input_tokens": tokens[0],
                     "output_tokens": tokens[1],
                     "shared_input": hooks.shared_input.get(name),
-                    "residual_error": error,
+                    "residual_error": 0.0,
                 }
             )
-        on_host = {key: value.cpu() for key, value in tensors.items()}
+        for row, error in zip(modules, values(errors), strict=bool(errors)):
+            row["residual_error"] = error
+        on_host |= {key: value.cpu() for key, value in factors.items()}
         return _Finished(block, on_host, modules, left_default, sorted(hooks.unmasked))
 
     def _write(self, arena: Arena, job: Callable[..., None], *arguments: Any) -> None:
@@ -1101,9 +1152,8 @@ class Blockwise:
 
     def _wait_written(self) -> None:
         if self._writing is not None:
-            start = time.perf_counter()
-            self._writing.result()
-            self.waited_for_disk += time.perf_counter() - start
+            with self._waiting("disk"):
+                self._writing.result()
 
     # Before the run, and during it.
 
@@ -1130,40 +1180,57 @@ class Blockwise:
     def _rehearse(self, arena: Arena, head_seconds: float, head_bytes: int) -> None:
         """The first block with targets on the largest batch, to refuse early and to plan."""
         block, index = self.first, self._largest()
-        start = time.perf_counter()
-        with closing(self.stream.run([self.block_weights[block]])) as loaded:
-            next(loaded)
-            loading = self._clock() - start
+        share, timed = self._share(index), self._timed()
+        self.scale = 1.0
+        # After another block: setting up the thread and its buffers is no part of loading.
+        groups = [self.block_weights[self.number - 1], self.block_weights[block]]
+        with contextlib.ExitStack() as stack:
+            loaded = stack.enter_context(closing(self.stream.run(groups)))
+            next(loaded), next(loaded)
+            loading = self.stream.loading
+            stack.enter_context(self.pool.paused())
+
+            def fetched() -> list[Tensor]:
+                return self.copies.fetch([arena], index, self.calls[index].of(block)).ready()
+
+            def back(hooks: MomentHooks) -> None:
+                hidden, *leaves = fetched()
+                gradient = torch.full_like(hidden, 2**-6)
+                self._backward(block, index, hidden, gradient, leaves, hooks)
+
             for _ in range(_ROUNDS):
-                fetched = self.copies.fetch([arena], index, self.calls[index].of(block))
-                hidden, *leaves = fetched.ready()
-                self.scale = 1.0
                 times = [self._clock()]
-                with torch.no_grad():
-                    self.parts.run_block(block, hidden, self.calls[index], leaves)
+                with torch.no_grad(), self._products(block) as start_batch:
+                    for _ in range(timed):
+                        start_batch()
+                        hidden, *leaves = fetched()
+                        self.parts.run_block(block, hidden, self.calls[index], leaves)
                 times.append(self._clock())
                 with MomentHooks(self.of_block[block], self.config) as hooks:
-                    self._backward(
-                        block, index, hidden, torch.full_like(hidden, 2**-6), leaves, hooks
-                    )
+                    back(hooks)  # which also makes the moments
+                    times.append(self._clock())
+                    for _ in range(timed):
+                        back(hooks)
                 times.append(self._clock())
                 hooks.finish()
                 hooks.check_finite(f"batch {index} (counted from 0)")
                 self._finished(block, hooks)
                 del hooks
                 times.append(self._clock())
-        forward, reverse, finish = (b - a for a, b in itertools.pairwise(times))
+        forward, begin, reverse, finish = (b - a for a, b in itertools.pairwise(times))
+        forward *= share / timed
+        reverse = begin + (share - 1) * reverse / timed + finish
         resumed = self._gradient_file(self.top).is_file()
         steps = self._steps()
         backs = self.top - self.first + 1
         forwards = self.top + (0 if resumed else 1)
         again = len(steps) - backs
-        share = self._share(index)
         largest = self.layout.shapes[index].numel() * self.layout.dtype.itemsize
         device_bytes = 0
         if self.device.type == "cuda":
-            # The second place for weights, and what is on its way in and out.
-            block_bytes = self._reset_peak() + max(map(size_of, self.block_weights)) + 4 * largest
+            # What larger weights need in both places, and what is on its way in and out.
+            more = max(map(size_of, self.block_weights)) - max(map(size_of, groups))
+            block_bytes = self._reset_peak() + 2 * more + 4 * largest
             device_bytes = max(block_bytes, head_bytes)
         self.plan = Plan(
             blocks=(forwards, backs),
@@ -1177,10 +1244,12 @@ class Blockwise:
             scratch_bytes=len(self.keeping.on_disk) * self.layout.nbytes,
             run_bytes=self.run_bytes,
             seconds={
-                "forward": forwards * max(forward * share, loading),
+                # Nothing hides the loading of the first block, and arenas may take longer.
+                "forward": max(
+                    loading + forwards * max(forward, loading), self.pool.seconds_left()
+                ),
                 "head": head_seconds,
-                "reverse": backs * max(reverse * share + finish, loading)
-                + again * max(forward * share, loading),
+                "reverse": loading + backs * max(reverse, loading) + again * max(forward, loading),
             },
         )
         if self.show:

@@ -6,10 +6,13 @@ On a GPU it is pinned, and copies to and from it run on streams of their own bes
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import queue
+import mmap
+import os
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Arena", "ArenaPool", "BlockInputs", "Copies", "Fetched", "Layout"]
+__all__ = ["Abandoned", "Arena", "ArenaPool", "BlockInputs", "Copies", "Fetched", "Layout"]
 
 _ALIGNMENT = 4096
+# What goes to a file at a time where that can be abandoned; synced each, for the sync of all of it
+# at the end could not.
+_PIECE = 2**28
+# Threads that make arenas: one touches the pages of its own while another locks them.
+_MAKERS = 2
+
+
+class Abandoned(Exception):
+    """A file was not written to the end, as was asked for."""
 
 
 class Layout:
@@ -48,9 +60,15 @@ class Arena:
     """Host memory for one tensor a batch, and the events of the copies that use it."""
 
     def __init__(self, layout: Layout, pinned: bool) -> None:
-        self.buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
         self._pinned = False
-        if pinned and layout.nbytes:
+        if not pinned:
+            self.buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
+        else:
+            memory = mmap.mmap(-1, layout.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            # In pages of 2 MiB there is less to touch and to lock. A wish: not all kernels can.
+            with contextlib.suppress(OSError):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self.buffer = torch.frombuffer(memory, dtype=torch.uint8)
             # Touched by all threads first: pinning alone would do that with one. Not the pinned
             # allocator of torch: it rounds up to a power of two.
             self.buffer.zero_()
@@ -81,12 +99,19 @@ class Arena:
             )
         return bytes(rest)
 
-    def save(self, path: Path, trailer: bytes = b"") -> None:
+    def save(
+        self, path: Path, trailer: bytes = b"", abandon: threading.Event | None = None
+    ) -> None:
+        """Write it to a file; :class:`Abandoned` soon after ``abandon`` is set."""
         self.wait_written()
         with path.open("wb", buffering=0) as file:
             whole = self._bytes()
-            while whole:  # a single write takes 2 GiB at most
-                whole = whole[file.write(whole) :]
+            while whole:
+                if abandon is not None and abandon.is_set():
+                    raise Abandoned
+                whole = whole[file.write(whole[:_PIECE]) :]
+                if abandon is not None:
+                    os.fdatasync(file.fileno())
             file.write(trailer)
 
     def _bytes(self) -> memoryview:
@@ -111,61 +136,118 @@ def _check(code: Any, size: int) -> None:
 
 
 class ArenaPool:
-    """Up to ``limit`` arenas, made when first needed; on a GPU one ahead, by a thread."""
+    """Up to ``limit`` arenas, made by threads: ``ahead`` of them at once, the others when needed.
 
-    def __init__(self, layout: Layout, limit: int, device: torch.device) -> None:
+    For a GPU their pages are locked, and that takes about as long as a block.
+    """
+
+    def __init__(self, layout: Layout, limit: int, device: torch.device, ahead: int = 0) -> None:
         self.layout = layout
         self.limit = limit
-        self.made = 0
+        self.made = 0  # or being made
+        self.making = 0
         self._device = device
-        self._free: queue.Queue[Arena | None] = queue.Queue()
+        self._seconds: list[float] = []  # that each one took
         self._arenas: list[Arena] = []
-        self._maker = ThreadPoolExecutor(1, "filet pinning")
-        self._next: Future[Arena] | None = None
-        self._lock = threading.Lock()
+        self._free: collections.deque[Arena] = collections.deque()
+        self._waiting = 0
+        self._busy = 0  # threads that make one right now
+        self._paused = False
+        self._stopped = False
+        self._error: BaseException | None = None
+        self._change = threading.Condition()  # over all of these; the disk's thread takes some too
+        self._makers = ThreadPoolExecutor(_MAKERS, "filet pinning")
+        with self._change:
+            for _ in range(min(ahead, limit)):
+                self._begin()
 
     def get(self) -> Arena:
         """A free arena. Waits for one where the limit is reached."""
-        with self._lock:  # the disk's thread takes arenas too
-            with contextlib.suppress(queue.Empty):
-                return self._given(self._free.get_nowait())
-            making = self._next
-            if making is None and self.made < self.limit:
-                making = self._ahead()
-            ahead = making is not None and self._device.type == "cuda" and self.made < self.limit
-            self._next = self._ahead() if ahead else None
-        return self._given(self._free.get()) if making is None else making.result()
+        with self._change:
+            self._waiting += 1
+            if len(self._free) + self.making < self._waiting and self.made < self.limit:
+                self._begin()
+            try:
+                self._change.wait_for(lambda: self._free or self._error or self._stopped)
+            finally:
+                self._waiting -= 1
+            if self._error is not None:
+                raise self._error
+            if not self._free:
+                raise RuntimeError("the run has ended")
+            return self._free.popleft()
 
-    def _given(self, arena: Arena | None) -> Arena:
-        if arena is None:
-            self._free.put(None)  # for whoever else waits
-            raise RuntimeError("the run has ended")
-        return arena
+    def grows(self) -> bool:
+        """Whether who waits for an arena waits for it to be made; else for one to come back."""
+        with self._change:
+            return self.making > 0 or self.made < self.limit
 
     def stop(self) -> None:
         """Let nobody wait for an arena any more."""
-        self._free.put(None)
+        with self._change:
+            self._stopped = True
+            self._change.notify_all()
 
     def put(self, arena: Arena) -> None:
-        self._free.put(arena)
+        with self._change:
+            self._free.append(arena)
+            self._change.notify_all()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """No arena is made inside, where something is timed: locking pages takes its share."""
+        with self._change:
+            self._paused = True
+            self._change.wait_for(lambda: not self._busy)
+        try:
+            yield
+        finally:
+            with self._change:
+                self._paused = False
+                self._change.notify_all()
+
+    def seconds_left(self) -> float:
+        """Until those begun are there, going by those that are."""
+        with self._change:
+            each = sum(self._seconds) / len(self._seconds) if self._seconds else 0.0
+            return each * self.making / _MAKERS
 
     def close(self) -> None:
-        self._maker.shutdown(wait=True, cancel_futures=True)
+        self.stop()
+        self._makers.shutdown(wait=True, cancel_futures=True)
         for arena in self._arenas:
             arena.free()
         self._arenas.clear()
 
-    def _ahead(self) -> Future[Arena]:
+    def _begin(self) -> None:
         self.made += 1
-        return self._maker.submit(self._make)
+        self.making += 1
+        self._makers.submit(self._make)
 
-    def _make(self) -> Arena:
-        cuda = self._device.type == "cuda"
-        if cuda:
-            torch.cuda.set_device(self._device)
-        arena = Arena(self.layout, cuda)
-        self._arenas.append(arena)
-        return arena
+    def _make(self) -> None:
+        with self._change:
+            self._change.wait_for(lambda: not self._paused or self._stopped)
+            if self._stopped:
+                return
+            self._busy += 1
+        arena, error = None, None
+        start = time.perf_counter()
+        try:
+            cuda = self._device.type == "cuda"
+            if cuda:
+                torch.cuda.set_device(self._device)
+            arena = Arena(self.layout, cuda)
+        except BaseException as raised:  # for whoever waits for it
+            error = raised
+        with self._change:
+            self._busy -= 1
+            self.making -= 1
+            self._error = self._error or error
+            if arena is not None:
+                self._seconds.append(time.perf_counter() - start)
+                self._arenas.append(arena)
+                self._free.append(arena)
+            self._change.notify_all()
 
 
 class Fetched:

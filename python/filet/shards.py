@@ -280,6 +280,7 @@ class WeightStream:
         self.source = source
         self.device = device
         self.waited = 0.0
+        self.loading = 0.0  # seconds that the loading thread took for the last group
         self._events: list[tuple[Any, Any]] = []
 
     def settle(self) -> float:
@@ -373,6 +374,7 @@ class WeightStream:
                     place, event = taken
                     if event is not None:
                         torch.cuda.current_stream(self.device).wait_event(event)
+                    start = time.perf_counter()
                     views = dict(zip(map(id, group), _views(group, place), strict=True))
                     for entry, values in self.source.tensors(group):
                         view = views.pop(id(entry))
@@ -384,6 +386,7 @@ class WeightStream:
                     if staging is not None:
                         event = torch.cuda.Event()
                         event.record()
+                    self.loading = time.perf_counter() - start
                     ready.put((place, event))
         except BaseException as error:
             ready.put(error)
@@ -406,6 +409,7 @@ class _Staging:
             if self._events[index] is not None:
                 self._events[index].synchronize()
             staged = self._buffers[index].view(view.dtype)[: piece.numel()]
+            # By all of torch's threads, also where that reads a mapped file's pages.
             staged.copy_(source[start : start + step])
             piece.copy_(staged, non_blocking=True)
             self._events[index] = torch.cuda.Event()
