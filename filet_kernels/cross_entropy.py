@@ -66,8 +66,7 @@ def _triton_unsupported(logits: Tensor) -> str | None:
 
 def backend_of(logits: Tensor, backend: str | None = None) -> str:
     """The implementation that :func:`cross_entropy_` uses for them: one of :data:`BACKENDS`."""
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend={backend!r}; expected None or one of {', '.join(BACKENDS)}")
+    _check_backend(backend)
     reason = _triton_unsupported(logits)
     if backend == "triton" and reason is not None:
         raise ValueError(f"backend='triton' does not support these operands: {reason}")
@@ -113,11 +112,16 @@ def cross_entropy_(
             backend that does not support the operands.
     """
     _check(logits, labels)
-    backend_of(logits, backend)
+    _check_backend(backend)
     losses: Tensor = torch.ops.filet_kernels.cross_entropy_(
         logits, labels, scale, ignore_index, backend
     )
     return losses
+
+
+def _check_backend(backend: str | None) -> None:
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend={backend!r}; expected None or one of {', '.join(BACKENDS)}")
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:

@@ -453,6 +453,12 @@ class Crash(Exception):
     pass
 
 
+# What they test knows no device; `make test` on a CPU runs them.
+forks = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="it forks, which autograd forbids once it has used a GPU"
+)
+
+
 def in_child(function: Callable[[], object]) -> multiprocessing.Process:
     """Run in a process of its own, which a signal can kill."""
 
@@ -503,6 +509,7 @@ def killed_at_rename(number: int, folder: Path, output: Path) -> int:
 CHEAP: dict[str, Any] = {"lora_config": lora(target_modules=["q_proj", "up_proj"])}
 
 
+@forks
 def test_killed_before_any_file_takes_its_place(folder: Path, tmp_path: Path) -> None:
     """A run is killed at its first file, goes on and is killed at its second, ..."""
     initialize(folder, tmp_path / "whole", **CHEAP)
@@ -525,6 +532,7 @@ def test_killed_before_any_file_takes_its_place(folder: Path, tmp_path: Path) ->
     assert not run.exists()
 
 
+@forks
 def test_killed_at_random(folder: Path, tmp_path: Path) -> None:
     output, run = tmp_path / "out", tmp_path / "out.filet-run"
     start = time.perf_counter()

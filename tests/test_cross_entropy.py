@@ -167,10 +167,11 @@ def test_the_same_as_the_library(dtype, device):
     loss.backward()
     losses = cross_entropy_(logits, labels)
     torch.testing.assert_close(losses.sum(), loss.detach(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(logits, z.grad, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    # float32: a GPU's exponentials are off by some units (3e-7 was seen).
+    rtol = max(torch.finfo(dtype).eps, 1e-6)
+    torch.testing.assert_close(logits, z.grad, rtol=rtol, atol=1e-7)
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_compiles(device):
     logits, labels = make(8, 40, torch.float32, device)
     torch.library.opcheck(

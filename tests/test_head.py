@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -207,10 +208,11 @@ def test_head_on_another_device(chunks: list[float]) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device beside the CPU")
     c = case("llama")
-    places = {"model": "cuda:0", "lm_head": "cpu"}
-    model = dispatch_model(copy.deepcopy(c.model), places, main_device="cuda:0", force_hooks=True)
+    model = copy.deepcopy(c.model).to("cuda")
+    model.lm_head.to("cpu")
+    # As a device map does it: the input moves to the weight.
+    add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="cpu"))
     peft_model = get_peft_model(model, LoraConfig(r=4, target_modules=c.targets))
-    peft_model.base_model.model.lm_head.to("cpu")
     assert_energies(energies_of(peft_model, loader(c.samples)), truth("llama"), FLOAT32)
     assert len(chunks) == 3
 
