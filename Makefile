@@ -20,7 +20,7 @@ MODEL := $(FILET_SMOLLM2)/config.json
 DEMO := build/demo
 
 .PHONY: help demo test bench bench-methods bench-model bench-syrk bench-quadform bench-blockwise
-.PHONY: accuracy lint clean
+.PHONY: accuracy lint sanitize clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -56,6 +56,10 @@ bench-blockwise: $(INSTALLED)  ## a block of Llama-3-70B, in and out of a GPU
 
 accuracy: $(INSTALLED) $(MODEL)  ## print the accuracy table of the README
 	$(BIN)/python benchmarks/accuracy.py --model $(FILET_SMOLLM2)
+
+sanitize: $(INSTALLED)  ## run the CUDA kernels under compute-sanitizer, on a GPU
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python tests/sanitize.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python tests/sanitize.py
 
 lint: $(INSTALLED)  ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -1,0 +1,68 @@
+"""Every CUDA kernel at small sizes, for compute-sanitizer; each is checked against float64.
+
+make sanitize
+"""
+
+from __future__ import annotations
+
+import torch
+
+from filet_kernels import Moments, fisher_energies
+from filet_kernels.extension import cuda_extension
+from filet_kernels.quadform import _cuda
+from filet_kernels.syrk import _turns
+
+SYRK_PLANS = (12, 13, 4128, 2160, 2192, 0)  # csrc/include/filet/syrk.h
+
+
+def syrk(n: int, tokens: int, plan: int) -> None:
+    X = torch.randn(tokens, n, device="cuda").bfloat16()
+    C = torch.zeros(n, n, device="cuda")
+    for _ in range(2):
+        cuda_extension().syrk_sm90(
+            c=C.data_ptr(), stride_c=n, x=X.data_ptr(), stride_x=n, n=n, tokens=tokens, alpha=1.0,
+            half=False, plan=plan, flags=_turns(X.device).data_ptr(),
+            stream=torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+    error = (C.double() - 2 * X.double().T @ X.double()).tril().abs().max()
+    assert error < 1e-3, f"syrk n={n}, T={tokens}, plan={plan}: error {error}"
+
+
+def quadform(n: int, p: int, dtype: torch.dtype, precision: str, portable: bool) -> None:
+    S, V = torch.randn(n, n, device="cuda"), torch.randn(n, p, device="cuda").to(dtype)
+    low = S.tril().double()
+    full, v = low + low.tril(-1).T, V.double()
+    error = (_cuda(S, V, precision, portable) - (v * (full @ v)).sum(0)).abs()
+    bound = (v.abs() * (full.abs() @ v.abs())).sum(0) * (5e-7 if precision == "accurate" else 2e-2)
+    assert (error <= bound).all(), f"quadform {n} × {p}, {dtype}, {precision}: error {error.max()}"
+
+
+def energies(m: int, n: int) -> None:
+    moments = Moments.zeros((m, n), device="cuda")
+    for side in (moments.input, moments.output):
+        side.update(torch.randn(300, side.sum.shape[0], device="cuda").bfloat16())
+    moments.loss_terms += 300
+    W = torch.randn(m, n, device="cuda").bfloat16()
+    truth = fisher_energies(W.double(), moments)
+    error = ((fisher_energies(W, moments) - truth) / truth).abs().max()
+    assert error < 1e-4, f"energies {m} × {n}: error {error}"
+
+
+def main() -> None:
+    for n, tokens in ((520, 150), (136, 70)):
+        for plan in SYRK_PLANS:
+            syrk(n, tokens, plan)
+    for dtype in (torch.bfloat16, torch.float32):
+        for precision in ("fast", "accurate"):
+            for portable in (False, True):
+                quadform(300, 200, dtype, precision, portable)
+    # So many tasks that S is packed behind the products (132 multiprocessors).
+    quadform(2056, 4608, torch.bfloat16, "fast", False)
+    energies(130, 264)
+    energies(264, 136)
+    torch.cuda.synchronize()
+    print("every CUDA kernel ran")
+
+
+if __name__ == "__main__":
+    main()
