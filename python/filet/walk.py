@@ -447,8 +447,13 @@ def _unrounded(v: Tensor, M: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _bound(method: Callable[..., Any], *first: Any) -> Callable[..., Any]:
-    """``method`` with its first arguments fixed, as a plain function that torch can hook."""
-    return lambda *args: method(*first, *args)
+    """``method`` with its first arguments fixed, as a plain function that torch can hook.
+
+    torch.compile leaves it alone: what a hook counts changes with every batch, and compiled anew
+    each time it would run into Dynamo's limit (18 s of a pass over one small Llama, then 9.5).
+    """
+    bound: Callable[..., Any] = torch.compiler.disable(lambda *args: method(*first, *args))
+    return bound
 
 
 def _sharing_broke(follower: str, leader: str, batch: int | None) -> RuntimeError:
