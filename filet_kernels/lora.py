@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from filet_kernels.product import exact_float32
+
 __all__ = ["Scaling", "Selection", "lora_factors", "residual_weight", "select"]
 
 Selection = Literal["min", "max", "random"]
@@ -135,4 +137,5 @@ def residual_weight(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         )
     compute = torch.float64 if W.dtype == torch.float64 else torch.float32
     A, B = A.detach().to(compute), B.detach().to(compute)
-    return torch.addmm(W.detach().to(compute), B, A, alpha=-scale).to(W.dtype)
+    with exact_float32():
+        return torch.addmm(W.detach().to(compute), B, A, alpha=-scale).to(W.dtype)

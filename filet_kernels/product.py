@@ -9,9 +9,11 @@ float16 matrices, two or one give what six, three or one of bfloat16 parts would
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ __all__ = [
     "SECOND_PART",
     "Split",
     "column_sums",
+    "exact_float32",
     "mirror_",
     "product",
     "slices",
@@ -42,6 +45,29 @@ _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of the exte
 SECOND_PART = 2.0**-11  # what second parts are to be multiplied by
 _LARGEST = 2.0**14  # power of two of the largest element
 _RESULT = _LARGEST**-2  # keeps products, and quadratic forms of them, in float32's range
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """float32 products of float32's precision, whatever is allowed outside (TF32, as a rule).
+
+    torch refuses to mix its two ways of setting that, so the one in use is kept to.
+    """
+    matmul: Any = torch.backends.cuda.matmul
+    try:
+        allowed = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by backend
+        allowed, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = allowed
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
 
 
 @dataclass(frozen=True)

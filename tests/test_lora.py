@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -121,3 +124,37 @@ def test_bad_input_is_named(layer):
         lora_factors(W, energies, indices)
     with pytest.raises(ValueError, match=r"expected \(r, 30\) and \(20, r\)"):
         residual_weight(W, torch.zeros(4, 30), torch.zeros(20, 5), 1.0)
+
+
+# In a process of its own: torch does not forget which way of allowing TF32 was used.
+ALLOWED = """
+import torch
+from filet_kernels import residual_weight
+matmul, addmm, seen = torch.backends.cuda.matmul, torch.addmm, []
+def watched(*args, **kwargs):
+    seen.append(matmul.allow_tf32)
+    return addmm(*args, **kwargs)
+torch.addmm = watched
+{allow}
+before = {state}
+residual_weight(torch.ones(3, 4), torch.ones(2, 4), torch.ones(3, 2), 1.0)
+assert seen == [False], seen
+assert {state} == before, ({state}, before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("allow", "state"),
+    [
+        ("", "matmul.allow_tf32"),
+        ("torch.set_float32_matmul_precision('high')", "torch.get_float32_matmul_precision()"),
+        ("matmul.allow_tf32 = True", "matmul.allow_tf32"),
+        ("matmul.fp32_precision = 'tf32'", "matmul.fp32_precision"),
+    ],
+)
+def test_tf32_stays_out(allow, state):
+    if "fp32_precision" in allow and torch.__version__ < "2.9":
+        pytest.skip("torch has had it since 2.9")
+    script = ALLOWED.format(allow=allow, state=state)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

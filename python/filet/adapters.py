@@ -35,6 +35,7 @@ from filet.files import replaced
 from filet.targets import Target, check_peft_model, check_targets, find_targets, fingerprints
 from filet.transfer import background_copies, values
 from filet_kernels import residual_weight
+from filet_kernels.product import exact_float32
 
 __all__ = [
     "AdapterState",
@@ -189,9 +190,10 @@ def write_residual(weight: Tensor, layer: Layer, scale: float) -> Tensor:
     residual = residual_weight(weight, layer.A0, layer.B0, scale)
     # The error is one of rounding to W's dtype: what is measured with need only be much finer.
     compute = torch.float32 if weight.element_size() == 2 else torch.float64
-    error = torch.addmm(
-        residual.to(compute), layer.B0.to(compute), layer.A0.to(compute), alpha=scale
-    )
+    with exact_float32():
+        error = torch.addmm(
+            residual.to(compute), layer.B0.to(compute), layer.A0.to(compute), alpha=scale
+        )
     error -= weight
     difference = torch.linalg.vector_norm(error, torch.inf)
     unit = torch.finfo(weight.dtype).eps / 2 * weight.abs().max().to(compute)

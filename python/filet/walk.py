@@ -30,6 +30,7 @@ from filet.loss import ModelLoss, SummedLoss
 from filet.memory import named_shortage
 from filet.targets import Target
 from filet_kernels import Moments, SecondMoment, syrk_
+from filet_kernels.product import exact_float32
 from filet_kernels.rounded import rounded_and_scaled
 
 __all__ = [
@@ -443,7 +444,8 @@ def _unrounded(v: Tensor, M: Tensor, dtype: torch.dtype) -> Tensor:
         if v.is_cuda and v.dtype == M.dtype and v.dtype in (torch.bfloat16, torch.float16):
             rows = torch.mm(v.reshape(-1, v.shape[-1]), M, out_dtype=dtype)
             return rows.view(*v.shape[:-1], M.shape[1])
-        return v.to(dtype) @ M.to(dtype)
+        with exact_float32():
+            return v.to(dtype) @ M.to(dtype)
 
 
 def _bound(method: Callable[..., Any], *first: Any) -> Callable[..., Any]:
