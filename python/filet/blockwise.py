@@ -47,7 +47,7 @@ from filet.adapters import AdapterState, Layer, adapter_states, assign, save_as_
 from filet.config import FiletConfig
 from filet.files import PLOT_FILE, replaced, staged
 from filet.initialize import materialise_rest, nothing_seen, warn_of
-from filet.loss import SummedLoss, drawn
+from filet.loss import IGNORED, SummedLoss, drawn
 from filet.offload import Abandoned, Arena, ArenaPool, BlockInputs, Copies, Fetched, Layout
 from filet.parts import Calls, Parts, described
 from filet.report import FiletReport, ModuleReport
@@ -74,7 +74,6 @@ _ADAPTER = "default"
 _FORMAT = "filet-run-1"
 _BLOCK_FORMAT = "filet-block-1"
 _MANIFEST = "manifest.json"
-_IGNORED = -100
 
 # Logits that exist at a time: 2²⁷, 0.25 GiB in bfloat16 and four times that for the loss.
 _LOGITS = 2**27
@@ -383,7 +382,7 @@ class Plan:
             + ", ".join(f"{name} {value:,.0f} s" for name, value in self.seconds.items()),
         ]
         if self.device_bytes:
-            lines.insert(1, f"  {self.device:<12}{_gib(self.device_bytes)} at the peak")
+            lines.insert(1, f"  {self.device:<11} {_gib(self.device_bytes)} at the peak")
         if self.stride > 1:
             lines.append(
                 f"  recomputed  the inputs of every {self.stride}th block are kept, the others "
@@ -1373,8 +1372,8 @@ def _read(
             key: value.cpu() if isinstance(value, Tensor) else value
             for key, value in loss.without_padded_terms(batch).items()
         }
-        labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=_IGNORED)
-        counted = labels != _IGNORED
+        labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+        counted = labels != IGNORED
         uniform = None
         if config.fisher == "sampled":
             drawn = []

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from torch import Tensor
 
 from filet.config import FiletConfig
 from filet.targets import Target
+from filet.transfer import background_copies
 from filet.walk import ForwardFn, _map, collect_moments, samples_in
-from filet_kernels import Moments, SecondMoment
+from filet_kernels import Moments
 
 __all__ = ["Batches", "blocks", "collect_in_passes", "groups", "moment_bytes"]
 
@@ -146,27 +146,17 @@ def collect_in_passes(
 
 
 def _moved_to_host(moments: dict[str, Moments]) -> dict[str, Moments]:
-    """The same moments on the CPU, those of shared inputs still shared.
-
-    Into pageable memory, by four threads: page-locked memory would stay with torch for good, as
-    much as all the moments.
-    """
+    """The same moments on the CPU, those of shared inputs still shared."""
     sides = {id(side): side for m in moments.values() for side in (m.input, m.output)}
-    for device in {side.sum.device for side in sides.values() if side.sum.is_cuda}:
-        torch.cuda.synchronize(device)  # the copies have streams of their own
-    with ThreadPoolExecutor(4) as pool:
-        moved = dict(zip(sides, pool.map(_side_to_host, sides.values()), strict=True))
+    sums = {str(key): side.sum for key, side in sides.items() if side.sum.is_cuda}
+    with background_copies(sums) as copied:
+        moved = {
+            key: dataclasses.replace(side, sum=copied(str(key)), count=side.count.cpu())
+            if side.sum.is_cuda
+            else side
+            for key, side in sides.items()
+        }
     return {
         name: Moments(moved[id(m.input)], moved[id(m.output)], m.shape, m.loss_terms.cpu())
         for name, m in moments.items()
     }
-
-
-def _side_to_host(side: SecondMoment) -> SecondMoment:
-    def copied(tensor: Tensor) -> Tensor:
-        if not tensor.is_cuda:
-            return tensor
-        with torch.cuda.device(tensor.device), torch.cuda.stream(torch.cuda.Stream()):
-            return tensor.cpu()
-
-    return dataclasses.replace(side, sum=copied(side.sum), count=copied(side.count))
