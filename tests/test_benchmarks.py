@@ -233,7 +233,8 @@ def test_bench_model(tmp_path, capsys, one_thread):
     written = rows(tmp_path / "model_tiny.csv")
     assert [row["what"] for row in written] == [
         "(a) bare forward and backward",
-        "floor: (a) + syrk_ alone",
+        "(a) with fused norms and gates",
+        "floor: that + syrk_ alone",
         "(b) collect_statistics",
         "(c) initialize",
         "(c) scaled to 320 samples",

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +23,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from filet.config import FiletConfig
+from filet.fused import has_hooks
 from filet.loss import IGNORED, SummedLoss, drawn, labels_of
 from filet_kernels import cross_entropy_
 
@@ -46,8 +46,6 @@ _KEYS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq
 
 
 _NOT_FINITE = "the logits of a batch are not finite"
-
-_HOOKS = re.compile("_(forward|backward).*_hooks")
 
 
 class _StandIn(nn.Module):
@@ -243,7 +241,7 @@ class HeadLoss:
         head = getattr(self.peft_model.base_model.model, "get_output_embeddings", lambda: None)()
         if type(head) is not nn.Linear:
             return f"its head is a {type(head).__name__}; expected nn.Linear without an adapter"
-        if any(hooks for name, hooks in vars(head).items() if _HOOKS.fullmatch(name)):
+        if has_hooks(head):
             return "its head has hooks"
         # A device map puts a forward there that moves the input to the weight, as is done here.
         if "forward" in vars(head) and not hasattr(head, "_hf_hook"):

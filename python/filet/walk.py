@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from filet.config import FiletConfig
+from filet.fused import fused
 from filet.head import ChunkedLoss, HeadLoss
 from filet.loss import ModelLoss, SummedLoss
 from filet.memory import named_shortage
@@ -733,9 +734,9 @@ def preserved(peft_model: PeftModel) -> Iterator[None]:
     """Everything of the model and the process that a pass changes, put back also on an exception.
 
     Inside: adapters off, all parameters frozen, dropout off, no key/value cache, gradients on,
-    deterministic algorithms on CUDA. Restored: training flags, requires_grad, which adapters are
-    active, the caches' settings, the random states of Python, NumPy and torch. ``.grad`` is never
-    touched: nothing that owns one asks for a gradient.
+    on CUDA deterministic algorithms, and norms and gates by fused kernels. Restored: training
+    flags, requires_grad, which adapters are active, the caches' settings, the random states of
+    Python, NumPy and torch. ``.grad`` is never touched: nothing that owns one asks for a gradient.
     """
     training = {module: module.training for module in peft_model.modules()}
     requires_grad = {p: p.requires_grad for p in peft_model.parameters()}
@@ -785,6 +786,7 @@ def preserved(peft_model: PeftModel) -> Iterator[None]:
                             setattr(module, name, 0.0)
             if use_cache is not None:
                 model_config.use_cache = False
+            stack.enter_context(fused(base_model))
             embeddings = _input_embeddings(base_model)
             if embeddings is not None:
                 # Reentrant checkpointing needs an input with gradient at its first block.
