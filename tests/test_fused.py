@@ -1,8 +1,9 @@
-"""The model's own norms and gates by fused kernels: which modules, and what comes out."""
+"""The model's own operations by fused kernels: which ones, and what comes out."""
 
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import filet.fused
 from filet.fused import fused
 from models import assert_energies, case, energies_of, llama, loader, peft_of
 
-NORMS, MLPS = {"RMSNorm"}, {"MLP"}
+NORMS, MLPS, TURNS = {"RMSNorm"}, {"MLP"}, {"rotary"}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -64,14 +65,14 @@ def run(m: nn.Module) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
-        ("Llama", NORMS | MLPS),
-        ("Mistral", NORMS | MLPS),
-        ("Qwen3", NORMS | MLPS),  # norms of queries and keys, too
-        ("Granite", NORMS | MLPS),
-        ("Phi3", NORMS),  # gate and up are one product
-        ("Olmo2", MLPS),  # rounds its norms once; in float32 that is the same
+        ("Llama", NORMS | MLPS | TURNS),
+        ("Mistral", NORMS | MLPS | TURNS),
+        ("Qwen3", NORMS | MLPS | TURNS),  # norms of queries and keys, too
+        ("Granite", NORMS | MLPS | TURNS),
+        ("Phi3", NORMS | TURNS),  # gate and up are one product
+        ("Olmo2", MLPS | TURNS),  # rounds its norms once; in float32 that is the same
         ("Cohere", MLPS),
-        ("Gemma2", set()),  # another norm, another gate
+        ("Gemma2", TURNS),  # another norm, another gate
         ("OPT", set()),
     ],
 )
@@ -80,6 +81,7 @@ def test_which_modules_and_the_same_model(
 ) -> None:
     m = opt(dtype, device) if name == "OPT" else model(name, dtype, device)
     expected = run(m)
+    before = vars(sys.modules[type(m).__module__]).get("apply_rotary_pos_emb")
     with fused(m):
         found_kinds = {
             kind
@@ -88,13 +90,16 @@ def test_which_modules_and_the_same_model(
             if type(module).__name__.endswith(kind)
         }
         count = len(replaced(m))
+        source = vars(sys.modules[type(m).__module__])
+        if source.get("apply_rotary_pos_emb") is not before:
+            found_kinds.add("rotary")
         found = run(m)
     if name == "Olmo2" and dtype == torch.float32:
-        kinds = NORMS | MLPS
+        kinds = kinds | NORMS
     assert found_kinds == kinds
     blocks = {"Llama": 2 * 3 + 1, "Qwen3": 2 * 5 + 1, "Phi3": 2 * 2 + 1, "Cohere": 2}
     assert name not in blocks or count == blocks[name]
-    assert not replaced(m)
+    assert not replaced(m) and source.get("apply_rotary_pos_emb") is before
     if device.type == "cpu":
         assert torch.equal(found[0], expected[0])
     for a, b in zip(found, expected, strict=True):
@@ -208,19 +213,19 @@ def test_a_pass_uses_them(
     """Energies against those of the model as it is; bitwise on a CPU but for the backward."""
     c = case("llama")
     calls: list[str] = []
-    for name in ("rms_norm", "swiglu"):
+    for name in ("rms_norm", "swiglu", "rotary"):
         function = getattr(filet.fused, name)
 
-        def count(*args: Any, name: str = name, function: Any = function, **kwargs: Any) -> Tensor:
+        def count(*args: Any, name: str = name, function: Any = function, **kwargs: Any) -> Any:
             calls.append(name)
-            result: Tensor = function(*args, **kwargs)
-            return result
+            return function(*args, **kwargs)
 
         monkeypatch.setattr(filet.fused, name, count)
     peft_model = peft_of(c, device, dtype)
     found = energies_of(peft_model, loader(c.samples))
     batches = calls.count("swiglu") / 2
     assert batches >= 2 and calls.count("rms_norm") == batches * 5
+    assert calls.count("rotary") == batches * 2
     assert not replaced(peft_model)
     monkeypatch.setattr(filet.fused, "FUSES_ON", set())
     calls.clear()
@@ -236,8 +241,8 @@ def test_torch_compile_runs_modules_as_they_are(
     m = llama(layers=1).to(device).eval().requires_grad_(False)
     ids = torch.arange(8, device=device).view(1, 8)
     expected = m(ids).logits
-    monkeypatch.setattr(filet.fused, "rms_norm", None)
-    monkeypatch.setattr(filet.fused, "swiglu", None)
+    for name in ("rms_norm", "swiglu", "rotary"):
+        monkeypatch.setattr(filet.fused, name, None)
     with fused(m):
         found = torch.compile(m, backend="eager", fullgraph=True)(ids).logits
         with pytest.raises(TypeError):

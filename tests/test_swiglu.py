@@ -69,7 +69,8 @@ def test_rounds_where_torch_rounds(dtype, device):
         for a, b in zip(found, usual, strict=True):
             assert (a == b).double().mean() > 0.99
     for a, b in zip(found, usual, strict=True):
-        assert torch.allclose(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        # Exponential and division are each within some units of float32's last place.
+        assert torch.allclose(a, b, rtol=max(2 * torch.finfo(dtype).eps, 2e-6), atol=1e-6)
 
 
 def test_strides_are_any_and_nothing_is_mutated(device):

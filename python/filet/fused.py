@@ -1,10 +1,10 @@
-"""The model's own norms and gates by fused kernels while a pass runs.
+"""The model's own norms, gates and position embeddings by fused kernels while a pass runs.
 
 Done one operation after the other, a third of the time of a transformer's forward and backward goes
-into elementwise operations (docs/performance.md). Two kinds of modules are replaced for the time of
-a pass, in any model that has them: RMSNorm, and the MLP down(silu(gate(x)) ⊙ up(x)). Which modules
-these are is not known by their names, only seen: a copy without the model's weights has to give bit
-by bit what the formula gives, on the CPU, in the module's dtype.
+into elementwise operations (docs/performance.md). Three things are replaced for the time of a pass,
+in any model that has them: RMSNorm, the MLP down(silu(gate(x)) ⊙ up(x)), and the function
+``apply_rotary_pos_emb`` of a module's source. What they compute is not known by their names, only
+seen: without the model's weights, on the CPU, each has to give bit by bit what the formula gives.
 
 The arithmetic is the model's own, rounded at the same places; sums within a row may be added in
 another order. What cannot be replaced runs as it is.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from filet_kernels.rms_norm import WIDEST, rms_norm, rms_norm_reference
+from filet_kernels.rotary import rotary, rotary_reference, unfit
 from filet_kernels.swiglu import swiglu, swiglu_reference
 from filet_kernels.syrk import _has_triton
 
@@ -34,6 +36,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _EPSILON = ("variance_epsilon", "eps")
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _HOOKS = re.compile("_(forward|backward).*_hooks")
+_ROTARY = "apply_rotary_pos_emb"
 _SEEN = (5, 24)  # shape of the numbers that a copy is shown
 
 
@@ -43,13 +46,22 @@ def has_hooks(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
-    """Inside: the norms and MLPs of ``model`` run by fused kernels, on a GPU.
+    """Inside: norms, MLPs and position embeddings of ``model`` run by fused kernels, on a GPU.
 
     Parameters must be frozen. Modules with a forward of their own (a device map's, say) are left
-    alone, and under torch.compile, which fuses by itself, all run as they are.
+    alone, and under torch.compile, which fuses by itself, all run as they are. The function of the
+    position embeddings is replaced in its module, for all models of the process; it computes the
+    same there.
     """
     known: dict[Any, bool] = {}  # kinds of modules, so that each is tried once
     replaced = []
+    functions = {
+        source: vars(source)[_ROTARY]
+        for source in {sys.modules.get(type(module).__module__) for module in model.modules()}
+        if source is not None and _is_rotary(vars(source).get(_ROTARY))
+    }
+    for source, function in functions.items():
+        setattr(source, _ROTARY, _rotary(function))
     for module in model.modules():
         if "forward" in vars(module):
             continue
@@ -62,6 +74,8 @@ def fused(model: nn.Module) -> Iterator[None]:
     finally:
         for module in replaced:
             del module.forward
+        for source, function in functions.items():
+            setattr(source, _ROTARY, function)
 
 
 def _norm(module: Any, known: dict[Any, bool]) -> Callable[..., Tensor] | None:
@@ -122,6 +136,15 @@ def _mlp(module: Any, known: dict[Any, bool]) -> Callable[..., Tensor] | None:
     return forward
 
 
+def _rotary(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def apply_rotary_pos_emb(*args: Any, **kwargs: Any) -> Any:
+        if len(args) != 4 or kwargs or not _fuses(args[0]) or unfit(*args) is not None:
+            return plain(*args, **kwargs)
+        return rotary(*args)
+
+    return apply_rotary_pos_emb
+
+
 def _fuses(x: Any) -> bool:
     return (
         not torch.compiler.is_compiling()
@@ -138,6 +161,24 @@ def _is_norm(module: Any, dtype: torch.dtype, eps: float) -> bool:
     twin = copy.copy(module)
     twin._parameters = {"weight": nn.Parameter(weight[0], requires_grad=False)}
     return _gives(twin, x, rms_norm_reference(x, weight[0], eps)[0])
+
+
+def _is_rotary(function: Any) -> bool:
+    if not callable(function):
+        return False
+    for dtype in _DTYPES:
+        q, k, cos, sin = (t.view(1, *_SEEN).expand(2, 3, -1, -1) for t in _numbers(4, dtype))
+        cos, sin = cos[:, 0], sin[:, 0]
+        expected = [rotary_reference(x, cos, sin) for x in (q, k)]
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            try:
+                found = function(q, k, cos, sin)
+                same = [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
+            except Exception:  # it wants other arguments, or another layout
+                return False
+        if not all(same):
+            return False
+    return True
 
 
 def _is_swiglu(module: Any, dtype: torch.dtype) -> bool:

@@ -1,0 +1,69 @@
+"""Triton kernel of :mod:`filet_kernels.rotary`; by itself, since Triton is optional."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["rotary_triton"]
+
+_TILE = 2048  # pairs of elements of a program
+
+
+@triton.jit
+def _kernel(
+    y_ptr, x_ptr, cos_ptr, sin_ptr, rows, heads, tokens, half,
+    stride_yb, stride_yh, stride_yt, stride_xb, stride_xh, stride_xt,
+    stride_cb, stride_ct, stride_sb, stride_st,
+    BACK: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    dtype = y_ptr.dtype.element_ty
+    # Heads run fastest: the heads of a token lie side by side, as a rule.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token, head = row // heads, row % heads
+    batch, token = token // tokens, token % tokens
+    column = tl.arange(0, HALF)[None, :]
+    here = (row < rows)[:, None] & (column < half)
+    x = (batch * stride_xb + head * stride_xh + token * stride_xt)[:, None] + column
+    y = (batch * stride_yb + head * stride_yh + token * stride_yt)[:, None] + column
+    c = (batch * stride_cb + token * stride_ct)[:, None] + column
+    s = (batch * stride_sb + token * stride_st)[:, None] + column
+    x1 = tl.load(x_ptr + x, mask=here, other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptr + x + half, mask=here, other=0.0).to(tl.float32)
+    cos1 = tl.load(cos_ptr + c, mask=here, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos_ptr + c + half, mask=here, other=0.0).to(tl.float32)
+    sin1 = tl.load(sin_ptr + s, mask=here, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin_ptr + s + half, mask=here, other=0.0).to(tl.float32)
+    # Both are rounded before they are added.
+    straight1, straight2 = (x1 * cos1).to(dtype), (x2 * cos2).to(dtype)
+    if BACK:
+        across1, across2 = (x2 * sin2).to(dtype), (-x1 * sin1).to(dtype)
+    else:
+        across1, across2 = (-x2 * sin1).to(dtype), (x1 * sin2).to(dtype)
+    y1 = straight1.to(tl.float32) + across1.to(tl.float32)
+    y2 = straight2.to(tl.float32) + across2.to(tl.float32)
+    tl.store(y_ptr + y, y1.to(dtype), mask=here)
+    tl.store(y_ptr + y + half, y2.to(dtype), mask=here)
+
+
+def rotary_triton(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    """See :func:`filet_kernels.rotary.rotary_reference`."""
+    x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
+    y = torch.empty_like(x)
+    if y.stride(-1) != 1:  # of an x that overlaps or has gaps
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    batch, heads, tokens, size = x.shape
+    rows, half = batch * heads * tokens, size // 2
+    if y.numel():
+        width = triton.next_power_of_2(half)
+        height = max(1, _TILE // width)
+        one = cos.shape[0] == 1
+        _kernel[(triton.cdiv(rows, height),)](
+            y, x, cos, sin, rows, heads, tokens, half,
+            *y.stride()[:3], *x.stride()[:3],
+            0 if one else cos.stride(0), cos.stride(1), 0 if one else sin.stride(0), sin.stride(1),
+            BACK=back, HALF=width, ROWS=height, num_warps=8,
+        )  # fmt: skip
+    return y
