@@ -362,7 +362,9 @@ class Plan:
 
     blocks: tuple[int, int]  # to sweep forward, to sweep in reverse
     of: int  # blocks of the model
-    stride: int  # the inputs of every stride-th block are kept
+    stride: int  # k: the inputs of every k-th block are kept
+    kept: int  # so many boundaries, of one for each block in reverse
+    recomputed: int  # blocks that the reverse sweep runs forward again, for the others
     on_disk: int  # boundaries whose values go to disk
     device: str
     device_bytes: int  # 0 on a CPU
@@ -385,8 +387,9 @@ class Plan:
             lines.insert(1, f"  {self.device:<11} {_gib(self.device_bytes)} at the peak")
         if self.stride > 1:
             lines.append(
-                f"  recomputed  the inputs of every {self.stride}th block are kept, the others "
-                "computed again: raise host_memory or give a scratch folder to avoid it"
+                f"  recomputed  {self.kept} of {reverse} boundaries are kept (k = {self.stride}), "
+                f"{self.recomputed} blocks computed once more for the others: raise host_memory "
+                "or give a scratch folder to avoid it"
             )
         return "\n".join(lines)
 
@@ -499,8 +502,10 @@ class Blockwise:
         # How long the computation of the sweeps waited: for weights; for host memory to be made
         # (once each arena); for a disk.
         self.waited = {"weights": 0.0, "memory": 0.0, "disk": 0.0}
-        # What each block took, by the host, which a GPU may be two batches behind.
-        self.block_seconds: dict[str, list[float]] = {"forward": [], "reverse": []}
+        # What each block took, by the host, which a GPU may be two batches behind. "recomputed" is
+        # a block's forward in the reverse sweep, for the inputs of the next ones.
+        kinds = ("forward", "recomputed", "reverse")
+        self.block_seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         self.plan: Plan | None = None
 
         weights = entries(model)  # before PEFT renames them
@@ -975,6 +980,7 @@ class Blockwise:
                     made = self._run_forward(block, arena, progress)
                     self.inputs.hold(block, arena)
                     self.inputs.hold(block + 1, made)
+                    start = self._took("recomputed", start)
                     continue
                 gradients = self._reverse_block(block, arena, gradients, progress)
                 start = self._took("reverse", start)
@@ -1235,6 +1241,8 @@ class Blockwise:
             blocks=(forwards, backs),
             of=self.number,
             stride=self.keeping.stride,
+            kept=len(self.keeping.kept),
+            recomputed=again,
             on_disk=len(self.keeping.on_disk),
             device=torch.cuda.get_device_name(self.device) if device_bytes else "cpu",
             device_bytes=device_bytes,
