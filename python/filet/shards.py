@@ -2,8 +2,9 @@
 
 A thread has the files read into two pinned buffers, by several threads at a time, and copies these
 to the device, into the one of two places that the group now computing does not use. The files are
-not memory-mapped: reads of some MiB by several threads keep a disk busy, where a page fault asks
-for a few pages, and a file that has become shorter is an exception instead of a signal.
+not memory-mapped: a disk that fails, or a file that has become shorter, is then an exception and
+not a signal, and nothing depends on what a kernel makes of page faults. From the page cache, one
+thread is as quick either way.
 """
 
 from __future__ import annotations
