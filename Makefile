@@ -52,7 +52,7 @@ bench-quadform: $(INSTALLED)  ## compare the quadratic forms with the library's 
 	$(BIN)/python benchmarks/bench_quadform.py --output build/bench
 
 bench-blockwise: $(INSTALLED)  ## a block of Llama-3-70B, in and out of a GPU
-	$(BIN)/python benchmarks/bench_blockwise.py
+	$(BIN)/python benchmarks/bench_blockwise.py $(BENCH_ARGS)
 
 accuracy: $(INSTALLED) $(MODEL)  ## print the accuracy table of the README
 	$(BIN)/python benchmarks/accuracy.py --model $(FILET_SMOLLM2)

@@ -1,33 +1,42 @@
 """The blockwise engine on Llama-3-70B's shapes: seconds a block, the head, memory, waiting.
 
     make bench-blockwise
+    make bench-blockwise BENCH_ARGS="--shards DIR"                          # from real files
+    make bench-blockwise BENCH_ARGS="--shards DIR --host-memory 26"         # some blocks recomputed
 
-The real thing, with random weights: some blocks and the head, 320 samples of 512 tokens. A host
-block or two stand for all blocks, made before anything is timed: they are copied through the same
-pinned buffers as shards in the page cache are, and cross the bus as often. What is said of 80
-blocks is extrapolated: a block's seconds, the median without the first block of each sweep, times
-80, and what comes once. On a CPU it runs small shapes, whose times mean nothing.
+The real thing, with random weights: some blocks and the head, 320 samples of 512 tokens. With
+``--shards`` they are a model's folder, written to DIR unless it is there, and read from the page
+cache as ``filet.initialize_folder`` reads any model. Without, a host block or two stand for all
+blocks, made before anything is timed: they are copied through the same pinned buffers, and cross
+the bus as often. What is said of 80 blocks is extrapolated: a block's seconds, the median without
+the first block of each sweep, times 80, and what comes once. On a CPU it runs small shapes, whose
+times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import platform
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from filet import FiletConfig
-from filet.blockwise import Blockwise
-from filet.shards import Entry, entries
+from filet.blockwise import Blockwise, empty_model
+from filet.shards import Entry, ShardedWeights, WeightSource, entries, shard_files, size_of
 
 CUDA = torch.cuda.is_available()
 DEPTH = 80  # blocks of the real model
@@ -46,6 +55,17 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+INDEX = "model.safetensors.index.json"
+WRITERS = 4  # shards that are made at a time, each of up to 2.1 GB in host memory and on the GPU
+READERS = 8
+
+
+def random(entry: Entry, seed: int) -> Tensor:
+    if len(entry.shape) == 1:
+        return torch.ones(entry.shape, dtype=entry.dtype)
+    generator = torch.Generator("cuda" if CUDA else "cpu").manual_seed(seed)
+    value = torch.empty(entry.shape, dtype=entry.dtype, device=generator.device)
+    return value.normal_(0, entry.shape[-1] ** -0.5, generator=generator).cpu()
 
 
 class Cycle:
@@ -56,7 +76,7 @@ class Cycle:
         self._made: dict[str, Tensor] = {}
         for entry in entries(model):
             if self._key(entry) not in self._made:
-                self._made[self._key(entry)] = self._random(entry)
+                self._made[self._key(entry)] = random(entry, len(self._made))
 
     def _key(self, entry: Entry) -> str:
         parts = entry.names[0].split(".")
@@ -66,108 +86,238 @@ class Cycle:
         for entry in wanted:
             yield entry, self._made[self._key(entry)]
 
-    def _random(self, entry: Entry) -> Tensor:
-        if len(entry.shape) == 1:
-            return torch.ones(entry.shape, dtype=entry.dtype)
-        generator = torch.Generator("cuda" if CUDA else "cpu").manual_seed(len(self._made))
-        value = torch.empty(entry.shape, dtype=entry.dtype, device=generator.device)
-        return value.normal_(0, entry.shape[-1] ** -0.5, generator=generator).cpu()
-
     def identity(self) -> dict[str, Any]:
         return {"random": self.blocks}
 
 
-def main() -> None:
+def write_model(folder: Path, config: LlamaConfig, model: nn.Module) -> None:
+    """Random weights of ``model`` as a folder that transformers loads, unless it is there.
+
+    A shard for each block, one for the embedding, one for the head. The index comes last: with it
+    the folder is complete.
+    """
+    settings = folder / "config.json"
+    if settings.is_file():
+        there = json.loads(settings.read_text())
+        for key in [*LARGE, "num_hidden_layers"]:
+            if there.get(key) != getattr(config, key):
+                raise SystemExit(
+                    f"{folder} holds a model with {key} = {there.get(key)}; expected "
+                    f"{getattr(config, key)}, or a folder that is not there"
+                )
+    elif folder.exists() and any(folder.iterdir()):
+        raise SystemExit(f"{folder} is not empty and holds no model; expected a new folder")
+    if (folder / INDEX).is_file():
+        print(f"shards           in {folder} already")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    parts: dict[str, list[Entry]] = {}
+    for entry in entries(model):
+        name = entry.names[0]
+        block = name.split(".")[2] if ".layers." in name else "head"
+        parts.setdefault("embedding" if "embed_tokens" in name else block, []).append(entry)
+    paths = [
+        folder / f"model-{number + 1:05}-of-{len(parts):05}.safetensors"
+        for number in range(len(parts))
+    ]
+
+    def write(number: int, part: Sequence[Entry]) -> None:
+        tensors = {
+            entry.names[0]: random(entry, 1000 * number + index) for index, entry in enumerate(part)
+        }
+        save_file(tensors, paths[number], {"format": "pt"})
+
+    def sync(path: Path) -> None:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        start = time.perf_counter()
+        list(pool.map(write, range(len(parts)), parts.values()))
+        written = time.perf_counter()
+        # What is still on its way to the disk would be in the way of what the run writes.
+        list(pool.map(sync, paths))
+        synced = time.perf_counter()
+    size = sum(path.stat().st_size for path in paths)
+    names = {
+        entry.names[0]: path.name
+        for path, part in zip(paths, parts.values(), strict=True)
+        for entry in part
+    }
+    index = {"metadata": {"total_size": size}, "weight_map": names}
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
+    print(
+        f"shards           {size / 1e9:8.1f} GB in {len(paths)} files made and written in "
+        f"{written - start:.1f} s, on the disk {synced - written:.1f} s later (not part of the run)"
+    )
+
+
+def read_once(folder: Path) -> None:
+    """Every shard, so that all are in the page cache."""
+
+    def read(path: Path) -> int:
+        buffer, size = bytearray(2**24), 0
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                size += count
+        return size
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for what in ("first", "again"):
+            start = time.perf_counter()
+            size = sum(pool.map(read, shard_files(folder)))
+            seconds = time.perf_counter() - start
+            print(
+                f"read {what:<12}{seconds:8.2f} s, {size / seconds / 1e9:.1f} GB/s by {READERS} "
+                "threads (not part of the run)"
+            )
+
+
+def token_batches(args: argparse.Namespace, vocabulary: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for _ in range(-(-args.samples // args.batch_size)):
+        ids = torch.randint(vocabulary, (args.batch_size, args.length), generator=generator)
+        batches.append({"input_ids": ids, "labels": ids})
+    return batches
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--blocks", type=int, default=8, help="blocks to run (default: 8)")
-    parser.add_argument("--cycle", type=int, default=2, help="blocks on the host (default: 2)")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--shards", type=Path, metavar="DIR",
+        help="read the weights from a model's folder, written to DIR if it is not there (18 GB "
+        "for 8 blocks)",
+    )  # fmt: skip
+    weights.add_argument("--cycle", type=int, default=2, help="blocks on the host (default: 2)")
     parser.add_argument("--samples", type=int, default=320 if CUDA else 16)
     parser.add_argument("--length", type=int, default=512 if CUDA else 32)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--host-memory", type=float, default=48 if CUDA else 1, help="GiB")
     parser.add_argument("--scratch", type=Path, help="folder for what that does not hold")
     parser.add_argument("--folder", type=Path, help="where the run folder goes (a fast disk)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     shapes = LARGE if CUDA else SMALL
     config = LlamaConfig(
-        **shapes, num_hidden_layers=args.blocks, max_position_embeddings=args.length,
-        tie_word_embeddings=False,
+        **shapes, num_hidden_layers=args.blocks, max_position_embeddings=8192,
+        tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"],
     )  # fmt: skip
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    source = Cycle(args.cycle, model)
-    if CUDA:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    generator = torch.Generator().manual_seed(1)
-    batches = []
-    for _ in range(-(-args.samples // args.batch_size)):
-        ids = torch.randint(shapes["vocab_size"], (args.batch_size, args.length),
-                            generator=generator)  # fmt: skip
-        batches.append({"input_ids": ids, "labels": ids})
-    lora = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    device = torch.device("cuda", 0) if CUDA else torch.device("cpu")
     name = torch.cuda.get_device_name() if CUDA else platform.processor() or "CPU"
     print(f"{name}, torch {torch.__version__}; {args.blocks} blocks of {shapes}")
     if not CUDA:
         print("no GPU: small shapes, whose times mean nothing")
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    source: WeightSource
+    if args.shards:
+        write_model(args.shards, config, model)
+        read_once(args.shards)
+        model = empty_model(args.shards)
+        source = ShardedWeights(args.shards, model)
+    else:
+        source = Cycle(args.cycle, model)
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    lora = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         run = Blockwise(
-            model, source, batches, lora, FiletConfig(samples=args.samples),
-            device=device, run_folder=Path(folder) / "run",
+            model, source, token_batches(args, shapes["vocab_size"]), lora,
+            FiletConfig(samples=args.samples),
+            device=torch.device("cuda", 0) if CUDA else torch.device("cpu"),
+            run_folder=Path(folder) / "run",
             host_memory=int(args.host_memory * 2**30), scratch=args.scratch,
         )  # fmt: skip
         with run:
             run.sweep()
             arenas = run.pool.made
+            if args.shards:
+                start = time.perf_counter()
+                run.write(Path(folder) / "adapter")
+                print(f"adapter          {time.perf_counter() - start:8.3f} s to write its folder")
+    show(run, args.blocks, arenas)
+
+
+def show(run: Blockwise, blocks: int, arenas: int) -> None:
     assert run.plan is not None
-    seconds = run.seconds
+    plan, seconds = run.plan, run.seconds
     sweeps = ("forward", "head", "reverse")
     steady = {
-        sweep: statistics.median(each[1:] or each) for sweep, each in run.block_seconds.items()
+        sweep: statistics.median(each[1:] or each or [0.0])
+        for sweep, each in run.block_seconds.items()
     }
-    both = sum(steady.values())
+    again = len(run.block_seconds["recomputed"])
+    both = steady["forward"] + steady["reverse"]
     for sweep, each in run.block_seconds.items():
-        print(
-            f"{sweep:<17}{steady[sweep]:8.3f} s a block, steady; each: "
-            + " ".join(f"{value:.2f}" for value in each)
-        )
+        if each:
+            print(
+                f"{sweep:<17}{steady[sweep]:8.3f} s a block, steady; each: "
+                + " ".join(f"{value:.2f}" for value in each)
+            )
     print(f"both             {both:8.3f} s a block, steady (H100: floor {FLOOR}, goal 1.9)")
+    boundary = run.layout.nbytes / 2**30
+    print(
+        f"boundaries       {plan.kept} of {plan.blocks[1]} kept, of {boundary:.2f} GiB: k = "
+        f"{plan.stride}, {plan.on_disk} of them on the disk; recomputed {again} blocks in "
+        f"{sum(run.block_seconds['recomputed']):.3f} s"
+    )
+    # By the host, the last block of the reverse sweep; with what the copies waited for the GPU.
+    loaded = size_of(run.block_weights[run.first])
+    print(
+        f"loading          {run.stream.loading:8.3f} s, the last block, beside the computation: "
+        f"{loaded / run.stream.loading / 1e9:.1f} GB/s"
+    )
     whole = sum(seconds[sweep] for sweep in sweeps)
     for sweep in sweeps:
-        print(
-            f"{sweep + ' in all':<17}{seconds[sweep]:8.3f} s "
-            f"(planned {run.plan.seconds[sweep]:.3f})"
-        )
-    planned = sum(run.plan.seconds.values())
+        print(f"{sweep + ' in all':<17}{seconds[sweep]:8.3f} s (planned {plan.seconds[sweep]:.3f})")
+    planned = sum(plan.seconds.values())
     off = 100 * (planned / whole - 1)
     print(f"planned          {planned:8.3f} s, took {whole:.3f} s: {off:+.1f} % (within 15 wanted)")
-    goals = {"weights": " (the goal is 5)", "memory": " (page-locking, once)", "disk": ""}
+    notes = {"weights": "", "memory": " (page-locking, once)", "disk": ""}
     for what, value in run.waited.items():
-        print(f"waited: {what:<9}{value:8.3f} s, {100 * value / whole:.1f} %{goals[what]}")
+        print(f"waited: {what:<9}{value:8.3f} s, {100 * value / whole:.1f} %{notes[what]}")
+    waited = run.waited["weights"] + run.waited["disk"]
+    print(f"bus and disk     {waited:8.3f} s, {100 * waited / whole:.1f} % (the goal is 5)")
     # What the blocks took beyond the steady seconds, and the head, grow with no block.
+    besides = {
+        "forward": seconds["forward"] - blocks * steady["forward"],
+        "reverse": seconds["reverse"] - blocks * steady["reverse"] - again * steady["recomputed"],
+    }
     once = {
         "preparing": seconds["preparing"],
         "head": seconds["head"],
-        **{f"{s} besides": seconds[s] - args.blocks * steady[s] for s in ("forward", "reverse")},
+        **{f"{sweep} besides": value for sweep, value in besides.items()},
     }
     print("once             " + ", ".join(f"{key} {value:.3f} s" for key, value in once.items()))
-    print(f"host memory      {arenas * run.layout.nbytes / 2**30:8.2f} GiB in {arenas} arenas")
+    print(f"host memory      {arenas * boundary:8.2f} GiB in {arenas} arenas")
     if CUDA:
-        peak, planned = torch.cuda.max_memory_allocated(), run.plan.device_bytes
+        peak = torch.cuda.max_memory_allocated()
         print(
-            f"GPU memory       {peak / 2**30:8.2f} GiB at the peak (planned {planned / 2**30:.2f}, "
-            "goal 20)"
+            f"GPU memory       {peak / 2**30:8.2f} GiB at the peak (planned "
+            f"{plan.device_bytes / 2**30:.2f}, goal 20)"
         )
-    extrapolated = DEPTH * both + sum(once.values())
-    weights, boundary = run.waited["weights"], run.layout.nbytes / 2**30
-    print(
-        f"{DEPTH} blocks        {extrapolated:8.0f} s, extrapolated, not run: "
-        f"{DEPTH} × {both:.3f} s + {sum(once.values()):.3f} s once; the wait for weights, where it "
-        f"comes before each sweep only, would be {100 * weights / extrapolated:.1f} %; given room "
-        f"for {DEPTH} boundaries of {boundary:.2f} GiB, or a scratch disk that keeps up"
-    )
+    # What is recomputed costs the same a block for every k, so one run says it of all.
+    working = run.keeping.arenas - (plan.kept - plan.on_disk) - (plan.stride - 1)
+    strides = {1}
+    if again:
+        strides |= {plan.stride, min(range(1, DEPTH + 1), key=lambda k: -(-DEPTH // k) + k)}
+    for k in sorted(strides):
+        kept = -(-DEPTH // k)
+        more = (kept - 1) * (k - 1)  # of the last stretch the forward sweep keeps everything
+        extrapolated = DEPTH * both + more * steady["recomputed"] + sum(once.values())
+        room = kept + k - 1 + working
+        print(
+            f"{DEPTH} blocks, k = {k:<4}{extrapolated:6.0f} s, extrapolated, not run: {DEPTH} × "
+            f"{both:.3f} s + {more} × {steady['recomputed']:.3f} s recomputed + "
+            f"{sum(once.values()):.3f} s once; host memory for {room} boundaries, "
+            f"{room * boundary:.1f} GiB, less with a scratch disk that keeps up"
+        )
+        share = 100 * run.waited["weights"] / extrapolated
+        print(f"{'':<17}{share:8.1f} % waiting for weights, if before each sweep only")
 
 
 if __name__ == "__main__":

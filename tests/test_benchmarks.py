@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
+import re
 
+import bench_blockwise
 import bench_methods
 import bench_model
 import pytest
@@ -274,6 +277,48 @@ def test_bench_methods(tmp_path, capsys, one_thread):
     assert float(written["FILet, ours"]["times_filet"]) == 1
     assert (tmp_path / "methods.png").stat().st_size > 0
     assert CUDA or "no GPU" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_bench_blockwise(tmp_path, capsys, one_thread, monkeypatch):
+    monkeypatch.setattr(bench_blockwise, "CUDA", False)  # small shapes on a GPU's machine, too
+    boundary = 2 * 8 * 16 * 64 * 2  # bytes: two batches of 8 × 16 tokens of width 64 in bfloat16
+    options = ["--blocks", "3", "--samples", "16", "--length", "16"]
+    options += ["--folder", str(tmp_path), "--shards", str(tmp_path / "model")]
+    bench_blockwise.main(options)
+    printed = capsys.readouterr().out
+    # Three blocks, the embedding, the head; as transformers finds them.
+    index = json.loads((tmp_path / "model" / bench_blockwise.INDEX).read_text())
+    files = {path.name: path for path in (tmp_path / "model").glob("*.safetensors")}
+    assert set(index["weight_map"].values()) == set(files) and len(files) == 5
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert set(index["weight_map"]) == set(model.state_dict())
+    assert model.config.num_hidden_layers == 3 and model.dtype == torch.bfloat16
+    assert "made and written in" in printed and "GB/s" in printed
+    assert re.search(r"3 of 3 kept, .*k = 1, .*recomputed 0 blocks", printed)
+    for what in ("forward", "reverse", "waited: weights", "bus and disk", "adapter", "80 blocks"):
+        assert what in printed, what
+
+    # Too little memory for the inputs of four blocks: five boundaries to work with, two that are
+    # kept and one between.
+    host = ["--host-memory", str((5 + 2 + 1) * boundary / 2**30)]
+    bench_blockwise.main([*options, "--blocks", "4", "--shards", str(tmp_path / "four"), *host])
+    printed = capsys.readouterr().out
+    assert re.search(r"2 of 4 kept, .*k = 2, .*recomputed 1 blocks", printed)
+    # Every kept but the topmost one costs k - 1 blocks: 39 for 80, and 63 for the least memory.
+    assert "39 × " in printed and "63 × " in printed
+
+    # The same files again.
+    before = {name: path.stat().st_mtime_ns for name, path in files.items()}
+    bench_blockwise.main(options)
+    assert "already" in capsys.readouterr().out
+    assert before == {name: path.stat().st_mtime_ns for name, path in files.items()}
+    with pytest.raises(SystemExit, match="num_hidden_layers = 3; expected 5"):
+        bench_blockwise.main([*options, "--blocks", "5"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious").touch()
+    with pytest.raises(SystemExit, match="holds no model"):
+        bench_blockwise.main([*options, "--shards", str(tmp_path / "other")])
 
 
 def test_a_method_that_fails_or_takes_too_long_says_so():

@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 IS_BEHIND = Blockwise._is_behind
 
 
+def wait_written(run: Blockwise) -> None:
+    wait([*run._saved, *([run._writing] if run._writing else [])])
+
+
 @pytest.fixture(autouse=True)
 def disk_in_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block is written before the next begins: what a test finds does not depend on time."""
@@ -109,7 +113,7 @@ def disk_in_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         return
 
     def waits(run: Blockwise) -> bool:
-        run._wait_written()
+        wait_written(run)
         return IS_BEHIND(run)
 
     monkeypatch.setattr(Blockwise, "_is_behind", waits)
@@ -351,6 +355,8 @@ def test_where_block_inputs_go_makes_no_difference(
         assert run.plan.scratch_bytes == on_disk * BOUNDARY
         assert run.plan.host_bytes >= run.pool.made * BOUNDARY
         assert [len(run.block_seconds[sweep]) for sweep in ("forward", "reverse")] == [LAYERS] * 2
+        again = len(run.block_seconds["recomputed"])
+        assert again == run.plan.recomputed == (2 if stride == 2 else 0)
     assert not scratch or not (tmp_path / "scratch").exists()
     assert_equal(report, initialize(folder, tmp_path / "memory", "memory", device=device), 1e-5)
     assert device.type != "cpu" or run.plan.device_bytes == 0
@@ -394,6 +400,10 @@ def test_the_plan_is_said_before_the_run(
     )
     for word in ("host", "disk", "time", "tokens/s", "waited", "page-locked"):
         assert word in said
+    assert "recomputed" not in said
+    initialize(folder, tmp_path / "less", host_memory=9 * BOUNDARY, show_progress_bar=True)
+    said = capsys.readouterr().err
+    assert f"3 of {LAYERS} boundaries are kept (k = 2), 2 blocks computed once more" in said
 
 
 def test_auto(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,11 +482,15 @@ def in_child(function: Callable[[], object]) -> multiprocessing.Process:
 
 
 def block_files(run: Path) -> dict[str, tuple[int, int]]:
-    """What tells whether a file was written again."""
-    return {
-        path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
-        for path in run.glob("blocks-*.safetensors")
-    }
+    """Of the finished blocks, those that a gradient follows: what tells if one is written again."""
+    files = {int(path.stem.removeprefix("block-")): path for path in run.glob("block-*")}
+    gradients = [int(path.stem.removeprefix("gradient-")) for path in run.glob("gradient-*")]
+    if files.keys() < set(range(LAYERS)):
+        lowest = min(gradients, default=LAYERS - 1)
+        # None comes before the blocks that it finishes.
+        assert files.keys() >= set(range(lowest + 1, LAYERS))
+        files = {block: path for block, path in files.items() if block > lowest}
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files.values()}
 
 
 def assert_untouched(before: dict[str, tuple[int, int]], run: Path) -> None:
@@ -602,8 +616,9 @@ def test_a_full_disk_is_said_and_the_run_goes_on(
     assert_same_adapter(tmp_path / "out", tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("killed", "finished"), [(3, 5), (1, 2)])
 def test_a_slow_disk_does_not_hold_up_the_run(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    killed: int, finished: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks that were done meanwhile are finished together, and a resumed run knows them."""
     initialize(folder, tmp_path / "whole")
@@ -612,19 +627,32 @@ def test_a_slow_disk_does_not_hold_up_the_run(
     def is_behind(run: Blockwise) -> bool:
         nonlocal asked
         asked += 1
-        if asked == 3:
-            run._wait_written()
         return asked < 3
 
+    sweep = Blockwise._reverse_block
+    redone = []
+
+    def watched(run: Blockwise, block: int, *args: Any) -> Any:
+        redone.append(block)
+        if block == killed:
+            wait_written(run)
+            raise Crash
+        return sweep(run, block, *args)
+
     monkeypatch.setattr(Blockwise, "_is_behind", is_behind)
-    end = interrupt(monkeypatch, Crash(), after=2)  # the head's gradients, and block 2's
+    monkeypatch.setattr(Blockwise, "_reverse_block", watched)
     with pytest.raises(Crash):
         initialize(folder, tmp_path / "out")
-    end()
     run = tmp_path / "out.filet-run"
-    assert [path.name for path in run.glob("blocks-*")] == ["blocks-4-2.safetensors"]
-    assert [path.name for path in run.glob("gradient-*")] == ["gradient-1.raw"]
+    # All have their files; finished are those that the third's gradient follows.
+    assert len(list(run.glob("block-*"))) == LAYERS - 1 - killed
+    before = block_files(run)
+    assert sorted(before) == [f"block-{block}.safetensors" for block in range(finished, LAYERS)]
+    assert [path.name for path in run.glob("gradient-*")] == [f"gradient-{finished - 1}.raw"]
+    killed = -1
+    redone.clear()
     initialize(folder, tmp_path / "out")
+    assert redone == list(range(finished - 1, -1, -1))
     assert_same_adapter(tmp_path / "out", tmp_path / "whole")
 
 
@@ -649,10 +677,39 @@ def test_a_gradient_that_no_block_will_read_is_given_up(
     with run_of(folder, tmp_path) as run:
         run.sweep()
         names = sorted(path.name for path in run.folder.iterdir())
-        assert names == [f"blocks-{LAYERS - 1}-0.safetensors", "lock", "manifest.json"]
+        blocks = [f"block-{block}.safetensors" for block in range(LAYERS)]
+        assert names == [*blocks, "lock", "manifest.json"]
         run.write(tmp_path / "out")
     assert len(written) == 1
     assert_same_adapter(tmp_path / "out", tmp_path / "whole")
+
+
+def test_no_gradient_comes_before_the_blocks_that_it_finishes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, save_block = offload.Arena.save, Blockwise._save_block
+    there = {block: threading.Event() for block in range(LAYERS)}
+
+    def quick(arena: offload.Arena, path: Path, *args: Any) -> None:
+        save(arena, path, *args)
+        there[int(path.name.split(".")[1].removeprefix("gradient-"))].set()
+
+    def slow(run: Blockwise, finished: Any) -> None:
+        if finished.block > run.first:
+            assert there[finished.block - 1].wait(60)
+            time.sleep(0.05)  # for a rename that does not wait
+            assert not run._gradient_file(finished.block - 1).exists()
+        save_block(run, finished)
+
+    def is_behind(run: Blockwise) -> bool:
+        wait([run._writing] if run._writing else [])
+        return IS_BEHIND(run)
+
+    monkeypatch.setattr(offload.Arena, "save", quick)
+    monkeypatch.setattr(Blockwise, "_save_block", slow)
+    monkeypatch.setattr(Blockwise, "_is_behind", is_behind)
+    initialize(folder, tmp_path / "out", **CHEAP)
+    assert all(event.is_set() for event in there.values())
 
 
 def test_a_file_is_abandoned_between_two_pieces(
@@ -965,6 +1022,7 @@ def test_weights_come_and_go(
     folder: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "_PIECE", 2**10)  # several for a weight
+    monkeypatch.setattr(shards, "_SHARE", 2**8)  # several threads for a piece
     model = empty_model(folder)
     source = ShardedWeights(folder, model)
     expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
@@ -979,6 +1037,32 @@ def test_weights_come_and_go(
     for _ in stream.run(groups):
         break  # an early end stops the thread
     assert all(value.is_meta for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("share", [100, 2**20])
+def test_parts_of_a_weight(share: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_SHARE", share)
+    model = empty_model(folder)
+    source = ShardedWeights(folder, model)
+    expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for entry, stored in source.tensors(entries(model)):
+        assert isinstance(stored, shards.Stored)
+        whole = expected[entry.names[0]].flatten()
+        for start in (0, whole.numel() // 3):
+            for dtype in (torch.float32, torch.bfloat16):
+                goal = torch.empty(whole.numel() - start - 5, dtype=dtype)
+                stored.read(start, goal)
+                assert torch.equal(goal, whole[start : start + goal.numel()].to(dtype))
+
+
+def test_a_shard_that_has_become_shorter(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    model = empty_model(tmp_path / "model")
+    source = ShardedWeights(tmp_path / "model", model)
+    shard = source.files[-1]
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(ValueError, match=rf"{shard.name} ends at \d+ bytes"):
+        next(WeightStream(source, torch.device("cpu")).run([entries(model)]))
 
 
 def test_an_error_of_the_loading_thread_arrives(folder: Path) -> None:

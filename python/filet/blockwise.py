@@ -362,7 +362,9 @@ class Plan:
 
     blocks: tuple[int, int]  # to sweep forward, to sweep in reverse
     of: int  # blocks of the model
-    stride: int  # the inputs of every stride-th block are kept
+    stride: int  # k: the inputs of every k-th block are kept
+    kept: int  # so many boundaries, of one for each block in reverse
+    recomputed: int  # blocks that the reverse sweep runs forward again, for the others
     on_disk: int  # boundaries whose values go to disk
     device: str
     device_bytes: int  # 0 on a CPU
@@ -385,8 +387,9 @@ class Plan:
             lines.insert(1, f"  {self.device:<11} {_gib(self.device_bytes)} at the peak")
         if self.stride > 1:
             lines.append(
-                f"  recomputed  the inputs of every {self.stride}th block are kept, the others "
-                "computed again: raise host_memory or give a scratch folder to avoid it"
+                f"  recomputed  {self.kept} of {reverse} boundaries are kept (k = {self.stride}), "
+                f"{self.recomputed} blocks computed once more for the others: raise host_memory "
+                "or give a scratch folder to avoid it"
             )
         return "\n".join(lines)
 
@@ -499,8 +502,10 @@ class Blockwise:
         # How long the computation of the sweeps waited: for weights; for host memory to be made
         # (once each arena); for a disk.
         self.waited = {"weights": 0.0, "memory": 0.0, "disk": 0.0}
-        # What each block took, by the host, which a GPU may be two batches behind.
-        self.block_seconds: dict[str, list[float]] = {"forward": [], "reverse": []}
+        # What each block took, by the host, which a GPU may be two batches behind. "recomputed" is
+        # a block's forward in the reverse sweep, for the inputs of the next ones.
+        kinds = ("forward", "recomputed", "reverse")
+        self.block_seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         self.plan: Plan | None = None
 
         weights = entries(model)  # before PEFT renames them
@@ -540,11 +545,11 @@ class Blockwise:
         self._in_flight: collections.deque[Any] = collections.deque()
         self._writing: Future[None] | None = None
         self._being_written: Arena | None = None
-        self._pending: list[_Finished] = []
-        self._saving: list[_Finished] = []  # pending ones that are being written
+        self._saved: list[Future[None]] = []  # the files of this run's blocks
         self._useless = threading.Event()  # the gradient that is being written is
         self._stack = contextlib.ExitStack()
-        self._output = ThreadPoolExecutor(1, "filet output")
+        # One for a gradient, which takes a while, and one for the blocks done meanwhile.
+        self._output = ThreadPoolExecutor(2, "filet output")
 
     def _part_weights(self, weights: Sequence[Entry]) -> None:
         """Weights by block, and those of no block."""
@@ -597,11 +602,8 @@ class Blockwise:
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
-        if not self._results():  # nothing to go on from
+        if not self._finished_before(self._next_block()):  # nothing to go on from
             shutil.rmtree(self.folder)
-
-    def _results(self) -> list[Path]:
-        return [*self.folder.glob("gradient-*.raw"), *self.folder.glob("blocks-*.safetensors")]
 
     # The run folder.
 
@@ -613,57 +615,77 @@ class Blockwise:
         others = [each for each in self.folder.iterdir() if each.name != "lock"]
         if others and not path.is_file():
             raise ValueError(f"{self.folder} is there, but no run of filet; expected no folder")
-        if self._results():
+        self.top = self._next_block()
+        if self._finished_before(self.top):
             _compare(json.loads(path.read_text()), self.manifest, self.folder)
         else:
             with replaced(path, durable=True) as beside:
                 beside.write_text(json.dumps(self.manifest, indent=1))
-        self.top = self.number - 1  # the next block of the reverse sweep
-        for _, last in self._block_files():
-            self.top = last - 1
-        # A gradient that a finished block has used up, or that no block can use.
-        for each in self.folder.glob("gradient-*.raw"):
-            if each != self._gradient_file(self.top):
-                each.unlink()
+        for block in self._numbers("block"):
+            if block <= self.top:  # not finished: its gradient never came
+                self._block_file(block).unlink()
+        self._unlink_gradients(but=self.top)
 
-    def _block_files(self) -> Iterator[tuple[Path, int]]:
-        """The files of finished blocks in the order of the reverse sweep, and their last block."""
-        block = self.number - 1
-        while found := list(self.folder.glob(f"blocks-{block}-*.safetensors")):
-            last = int(found[0].stem.rpartition("-")[2])
-            yield found[0], last
-            block = last - 1
+    def _numbers(self, kind: str) -> list[int]:
+        """The blocks that there is a file of this kind of."""
+        return [int(each.stem.rpartition("-")[2]) for each in self.folder.glob(f"{kind}-*")]
+
+    def _next_block(self) -> int:
+        """Of the reverse sweep: the first that is not finished.
+
+        Blocks are finished, those above them too, when their files are there and the gradient that
+        the next one needs; or when the files of all are.
+        """
+        there, lowest = set(self._numbers("block")), self.number
+        while lowest - 1 in there:
+            lowest -= 1
+        if lowest <= self.first:
+            return self.first - 1
+        gradients = [block for block in self._numbers("gradient") if block + 1 >= lowest]
+        return min(gradients, default=self.number - 1)
+
+    def _finished_before(self, block: int) -> bool:
+        """Whether there is something to go on from at this block: at least the head's gradient."""
+        return block < self.number - 1 or self._gradient_file(block).is_file()
+
+    def _block_file(self, block: int) -> Path:
+        return self.folder / f"block-{block}.safetensors"
 
     def _gradient_file(self, block: int) -> Path:
         """The gradient with respect to a block's output."""
         return self.folder / f"gradient-{block}.raw"
 
-    def _save_gradient(self, block: int, arena: Arena, scales: tuple[float, float]) -> None:
+    def _unlink_gradients(self, but: int | None = None) -> None:
+        for block in self._numbers("gradient"):
+            if block != but:
+                self._gradient_file(block).unlink()
+
+    def _save_gradient(
+        self,
+        block: int,
+        arena: Arena,
+        scales: tuple[float, float],
+        above: Sequence[Future[None]],
+    ) -> None:
+        """What ``block`` needs to go on; ``above`` write the files of those that it follows.
+
+        With it these are finished, so it comes last.
+        """
         with replaced(self._gradient_file(block), durable=True) as beside:
             arena.save(beside, _TRAILER.pack(*scales), self._useless)
+            for each in above:
+                each.result()
+        self._unlink_gradients(but=block)
 
-    def _save_blocks(
-        self, blocks: Sequence[_Finished], gradient: Arena | None, scales: tuple[float, float]
-    ) -> None:
-        """Blocks in the order of the reverse sweep, and what the next one needs.
-
-        That first: blocks that are there are finished. One file, so that they are so together.
-        """
-        last = blocks[-1].block
-        if gradient is not None:
-            self._save_gradient(last - 1, gradient, scales)
-        tensors = {key: value for each in blocks for key, value in each.tensors.items()}
+    def _save_block(self, finished: _Finished) -> None:
         metadata = {
             "format": _BLOCK_FORMAT,
-            "modules": json.dumps([row for each in blocks for row in each.modules]),
-            "left_default": json.dumps({k: v for b in blocks for k, v in b.left_default.items()}),
-            "unmasked": json.dumps([name for each in blocks for name in each.unmasked]),
+            "modules": json.dumps(finished.modules),
+            "left_default": json.dumps(finished.left_default),
+            "unmasked": json.dumps(finished.unmasked),
         }
-        path = self.folder / f"blocks-{blocks[0].block}-{last}.safetensors"
-        with replaced(path, durable=True) as beside:
-            beside.write_bytes(save(tensors, metadata))
-        for each in blocks:
-            self._gradient_file(each.block).unlink(missing_ok=True)
+        with replaced(self._block_file(finished.block), durable=True) as beside:
+            beside.write_bytes(save(finished.tensors, metadata))
 
     # The sweeps.
 
@@ -912,7 +934,7 @@ class Blockwise:
                 self._advance(progress, self.number, index)
         self.peak = float(peak)
         self.pool.put(hidden)
-        self._write(gradients, self._save_gradient, self.top, gradients, (self.scale, self.peak))
+        self._write(self.top, gradients)
         return gradients
 
     def _loss_gradient(self, batch: _Batch, hidden: Tensor) -> Tensor:
@@ -975,18 +997,18 @@ class Blockwise:
                     made = self._run_forward(block, arena, progress)
                     self.inputs.hold(block, arena)
                     self.inputs.hold(block + 1, made)
+                    start = self._took("recomputed", start)
                     continue
                 gradients = self._reverse_block(block, arena, gradients, progress)
                 start = self._took("reverse", start)
             self._useless.set()
-            try:
-                self._wait_written()
-            except Abandoned:
-                self._pending = self._saving + self._pending
-            if self._pending:
-                with self._waiting("disk"):
-                    self._save_blocks(self._pending, None, (self.scale, self.peak))
-                self._pending = []
+            with self._waiting("disk"):
+                if self._writing is not None:
+                    with contextlib.suppress(Abandoned):
+                        self._writing.result()
+                for each in self._saved:
+                    each.result()
+            self._unlink_gradients()
 
     def _steps(self) -> list[tuple[bool, int]]:
         """(recompute its output only, block) in the order of the reverse sweep."""
@@ -1032,20 +1054,18 @@ class Blockwise:
         hooks.finish()
         hooks.check_finite("one of the batches")
         self.peak = float(peak) if self.half else 0.0
-        self._pending.append(self._finished(block, hooks))
+        self._saved.append(self._output.submit(self._save_block, self._finished(block, hooks)))
         if gradients is self._being_written:
             assert self._writing is not None
             self._writing.add_done_callback(lambda _: self.pool.put(gradients))
         else:
             self.pool.put(gradients)
-        # A disk that is behind does not hold up the computation: until it has caught up, blocks
-        # wait here to be finished together.
         if made is None:
             return gradients
+        # A disk that is behind does not hold up the computation: until it has caught up, blocks
+        # wait to be finished together, by the gradient of the last one's inputs.
         if not self._is_behind():
-            scales = (self.scale, self.peak)
-            self._saving, self._pending = self._pending, []
-            self._write(made, self._save_blocks, self._saving, made, scales)
+            self._write(block - 1, made)
         return made
 
     def _backward(
@@ -1135,24 +1155,20 @@ class Blockwise:
         on_host |= {key: value.cpu() for key, value in factors.items()}
         return _Finished(block, on_host, modules, left_default, sorted(hooks.unmasked))
 
-    def _write(self, arena: Arena, job: Callable[..., None], *arguments: Any) -> None:
-        """Have it written beside the computation; ``arena`` is being read for that."""
+    def _write(self, block: int, arena: Arena) -> None:
+        """Have a gradient written beside the computation; ``arena`` is being read for that."""
         self._being_written = arena
-        self._writing = self._output.submit(job, *arguments)
+        scales = (self.scale, self.peak)
+        self._writing = self._output.submit(
+            self._save_gradient, block, arena, scales, list(self._saved)
+        )
 
     def _is_behind(self) -> bool:
-        """Whether what was given to be written is not yet; raises what went wrong with it."""
-        if self._writing is None:
-            return False
-        if not self._writing.done():
-            return True
-        self._writing.result()
-        return False
-
-    def _wait_written(self) -> None:
-        if self._writing is not None:
-            with self._waiting("disk"):
-                self._writing.result()
+        """Whether a gradient is still being written; raises what went wrong with any file."""
+        for each in [*self._saved, *([] if self._writing is None else [self._writing])]:
+            if each.done():
+                each.result()
+        return self._writing is not None and not self._writing.done()
 
     # Before the run, and during it.
 
@@ -1235,6 +1251,8 @@ class Blockwise:
             blocks=(forwards, backs),
             of=self.number,
             stride=self.keeping.stride,
+            kept=len(self.keeping.kept),
+            recomputed=again,
             on_disk=len(self.keeping.on_disk),
             device=torch.cuda.get_device_name(self.device) if device_bytes else "cpu",
             device_bytes=device_bytes,
@@ -1280,8 +1298,8 @@ class Blockwise:
         reports: dict[str, ModuleReport] = {}
         left: dict[str, str] = dict(self.unsupported)
         unmasked: list[str] = []
-        for path, _ in self._block_files():
-            metadata = self._read_blocks(path, layers, reports)
+        for block in range(self.number - 1, self.first - 1, -1):
+            metadata = self._read_block(self._block_file(block), layers, reports)
             left |= json.loads(metadata["left_default"])
             unmasked += json.loads(metadata["unmasked"])
         if not layers:
@@ -1313,13 +1331,13 @@ class Blockwise:
         _write_folder(self.peft_model, report, output)
         return report
 
-    def _read_blocks(
+    def _read_block(
         self,
         path: Path,
         layers: dict[str, Layer],
         reports: dict[str, ModuleReport],
     ) -> dict[str, str]:
-        """Add the modules of a file of blocks; returns what else it says."""
+        """Add the modules of a block's file; returns what else it says."""
         with safe_open(str(path), framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
             if metadata.get("format") != _BLOCK_FORMAT:

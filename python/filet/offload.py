@@ -25,7 +25,7 @@ __all__ = ["Abandoned", "Arena", "ArenaPool", "BlockInputs", "Copies", "Fetched"
 _ALIGNMENT = 4096
 # What goes to a file at a time where that can be abandoned; synced each, for the sync of all of it
 # at the end could not.
-_PIECE = 2**28
+_PIECE = 2**25
 # Threads that make arenas: one touches the pages of its own while another locks them.
 _MAKERS = 2
 

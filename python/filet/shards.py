@@ -1,7 +1,10 @@
 """A model's weights from its safetensors shards, a group of them at a time, ahead of their use.
 
-The files are memory-mapped. A thread copies them through two pinned buffers to the device, into
-the one of two places that the group now computing does not use.
+A thread has the files read into two pinned buffers, by several threads at a time, and copies these
+to the device, into the one of two places that the group now computing does not use. The files are
+not memory-mapped: a disk that fails, or a file that has become shorter, is then an exception and
+not a signal, and nothing depends on what a kernel makes of page faults. From the page cache, one
+thread is as quick either way.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import queue
 import re
 import threading
 import time
+import weakref
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +29,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-__all__ = ["Entry", "ShardedWeights", "WeightSource", "WeightStream", "entries", "size_of"]
+__all__ = [
+    "Entry",
+    "ShardedWeights",
+    "Stored",
+    "WeightSource",
+    "WeightStream",
+    "entries",
+    "size_of",
+]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -42,6 +55,8 @@ _DTYPES = {
 }
 _ALIGNMENT = 256  # bytes: what the allocator itself gives, and TMA and vector loads ask for
 _PIECE = 2**27  # bytes of a pinned buffer
+_READERS = 8  # threads that read a piece, each its share,
+_SHARE = 2**20  # of at least so many bytes
 _SAMPLES = 64  # pieces of 4 KiB of each file that enter its identity
 
 
@@ -62,11 +77,52 @@ class Entry:
         return self.shape.numel() * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, read in parts."""
+
+    path: Path
+    file: int  # descriptor
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+    readers: ThreadPoolExecutor
+
+    def read(self, start: int, goal: Tensor) -> None:
+        """The elements from ``start`` on into ``goal``: contiguous, on the CPU, of any dtype."""
+        raw = goal if goal.dtype == self.dtype else torch.empty(goal.shape, dtype=self.dtype)
+        array: Any = raw.view(-1).view(torch.uint8).numpy()
+        whole = memoryview(array)
+        offset = self.offset + start * self.dtype.itemsize
+        share = max(_SHARE, -(-len(whole) // _READERS))
+        parts = [(whole[at : at + share], offset + at) for at in range(0, len(whole), share)]
+        if len(parts) == 1:
+            self._read(parts[0])
+        else:
+            for _ in self.readers.map(self._read, parts):
+                pass  # it raises what went wrong
+        if raw is not goal:
+            goal.copy_(raw)
+
+    def _read(self, part: tuple[memoryview, int]) -> None:
+        goal, offset = part
+        while goal:
+            count = os.preadv(self.file, [goal], offset)
+            if not count:
+                raise ValueError(f"{self.path} ends at {offset} bytes; it was longer at first")
+            goal, offset = goal[count:], offset + count
+
+    def tensor(self) -> Tensor:
+        result = torch.empty(self.shape, dtype=self.dtype)
+        self.read(0, result)
+        return result
+
+
 class WeightSource(Protocol):
     """Where weights come from."""
 
-    def tensors(self, wanted: Sequence[Entry]) -> Iterator[tuple[Entry, Tensor]]:
-        """Each wanted entry once, in any order, with its values: on the CPU, of any dtype."""
+    def tensors(self, wanted: Sequence[Entry]) -> Iterator[tuple[Entry, Tensor | Stored]]:
+        """Each wanted entry once, in any order, with its values: of any dtype, on the CPU."""
 
     def identity(self) -> dict[str, Any]:
         """JSON-able; equal for equal weights."""
@@ -119,23 +175,23 @@ class ShardedWeights:
 
     Raises FileNotFoundError for a folder without safetensors weights, ValueError for a shard that
     is missing, and for a weight that no file has or that has another shape; SafetensorError for a
-    damaged file.
+    damaged file. The files are open as long as this is there.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: nn.Module) -> None:
         self.folder = Path(folder)
         self.files = shard_files(self.folder)
-        self._open = {path: safe_open(str(path), framework="pt") for path in self.files}
-        self._file_of: dict[str, Path] = {}
-        meta: dict[str, Tensor] = {}
-        for path, file in self._open.items():
-            for key in file.keys():
-                part = file.get_slice(key)
-                dtype = _DTYPES.get(part.get_dtype())
-                if dtype is None:
-                    raise ValueError(f"{path}: {key} is {part.get_dtype()}: quantised weights")
-                self._file_of[key] = path
-                meta[key] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+        self._stored: dict[str, Stored] = {}
+        readers = ThreadPoolExecutor(_READERS, "filet reading")
+        for path in self.files:
+            file = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, file)
+            for key, (dtype, shape, offset) in _header(path).items():
+                self._stored[key] = Stored(path, file, offset, shape, dtype, readers)
+        meta = {
+            key: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+            for key, stored in self._stored.items()
+        }
         self._model: Any = model
         self._plain: dict[str, str] = {}  # name in the model -> key in the files
         self._converted: dict[str, _Conversion] = {}
@@ -192,18 +248,14 @@ class ShardedWeights:
             return meta[self._plain[name]].shape
         return self._converted[name].shapes[name]
 
-    def _tensor(self, key: str) -> Tensor:
-        tensor: Tensor = self._open[self._file_of[key]].get_tensor(key)  # memory-mapped
-        return tensor
-
-    def tensors(self, wanted: Sequence[Entry]) -> Iterator[tuple[Entry, Tensor]]:
+    def tensors(self, wanted: Sequence[Entry]) -> Iterator[tuple[Entry, Tensor | Stored]]:
         by_name = {self._name(entry): entry for entry in wanted}
         while by_name:
             name = next(iter(by_name))
             if name in self._plain:
-                yield by_name.pop(name), self._tensor(self._plain[name])
+                yield by_name.pop(name), self._stored[self._plain[name]]
                 continue
-            made = self._converted[name].run(self._model, self._tensor)
+            made = self._converted[name].run(self._model, lambda key: self._stored[key].tensor())
             for each in [each for each in made if each in by_name]:
                 yield by_name.pop(each), made[each]
 
@@ -246,6 +298,25 @@ def shard_files(folder: Path) -> list[Path]:
     raise FileNotFoundError(
         f"no {_SINGLE} or {_INDEX} in {folder}; the blockwise engine reads safetensors weights only"
     )
+
+
+def _header(path: Path) -> dict[str, tuple[torch.dtype, torch.Size, int]]:
+    """Dtype, shape and offset in the file of each of its tensors."""
+    with safe_open(str(path), framework="pt"):
+        pass  # which has checked the whole header, also against the file's size
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    result = {}
+    for key, value in header.items():
+        if key == "__metadata__":
+            continue
+        dtype = _DTYPES.get(value["dtype"])
+        if dtype is None:
+            raise ValueError(f"{path}: {key} is {value['dtype']}: quantised weights")
+        offset = 8 + size + value["data_offsets"][0]
+        result[key] = (dtype, torch.Size(value["shape"]), offset)
+    return result
 
 
 def _configs(folder: Path) -> list[Path]:
@@ -378,10 +449,10 @@ class WeightStream:
                     views = dict(zip(map(id, group), _views(group, place), strict=True))
                     for entry, values in self.source.tensors(group):
                         view = views.pop(id(entry))
-                        if staging is None:
-                            view.copy_(values)
-                        else:
+                        if staging is not None:
                             staging.send(values, view)
+                        else:
+                            _fill(view.view(-1), values, 0)
                     assert not views  # the source gave every entry
                     if staging is not None:
                         event = torch.cuda.Event()
@@ -393,15 +464,15 @@ class WeightStream:
 
 
 class _Staging:
-    """Two pinned buffers between pageable memory and a GPU's current stream."""
+    """Two pinned buffers between files or pageable memory and a GPU's current stream."""
 
     def __init__(self) -> None:
         self._buffers = [torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self._events: list[Any] = [None, None]
         self._next = 0
 
-    def send(self, values: Tensor, view: Tensor) -> None:
-        source, goal = values.reshape(-1), view.view(-1)
+    def send(self, values: Tensor | Stored, view: Tensor) -> None:
+        goal = view.view(-1)
         step = _PIECE // view.element_size()
         for start in range(0, goal.numel(), step):
             piece = goal[start : start + step]
@@ -409,11 +480,18 @@ class _Staging:
             if self._events[index] is not None:
                 self._events[index].synchronize()
             staged = self._buffers[index].view(view.dtype)[: piece.numel()]
-            # By all of torch's threads, also where that reads a mapped file's pages.
-            staged.copy_(source[start : start + step])
+            _fill(staged, values, start)
             piece.copy_(staged, non_blocking=True)
             self._events[index] = torch.cuda.Event()
             self._events[index].record()
+
+
+def _fill(goal: Tensor, values: Tensor | Stored, start: int) -> None:
+    """``goal``, flat and on the CPU, with the elements of ``values`` from ``start`` on."""
+    if isinstance(values, Stored):
+        values.read(start, goal)
+    else:
+        goal.copy_(values.reshape(-1)[start : start + goal.numel()])  # by all of torch's threads
 
 
 def _views(group: Sequence[Entry], place: Tensor) -> list[Tensor]:
