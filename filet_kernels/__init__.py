@@ -2,7 +2,7 @@
 
 from filet_kernels.cross_entropy import cross_entropy_
 from filet_kernels.energy import fisher_energies
-from filet_kernels.lora import lora_factors, residual_weight, select
+from filet_kernels.lora import lora_factors, residual_weight, residual_weight_, select
 from filet_kernels.moments import Moments, SecondMoment
 from filet_kernels.quadform import quadform_diag
 from filet_kernels.syrk import syrk_, syrk_ragged_
@@ -15,6 +15,7 @@ __all__ = [
     "lora_factors",
     "quadform_diag",
     "residual_weight",
+    "residual_weight_",
     "select",
     "syrk_",
     "syrk_ragged_",

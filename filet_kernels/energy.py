@@ -83,17 +83,19 @@ def fisher_energies(
         factors = _factors_float32(W, moments, precision)
     else:
         factors = _factors_float64(W, moments, precision)
-    energies = torch.ones(n, dtype=torch.float64, device=W.device)
-    for moment, (form, norm) in zip((moments.input, moments.output), factors, strict=True):
-        energies *= form.clamp_min(0) / moment.count.clamp_min(1) / norm
+    (input_form, squares), (output_form, cubes) = factors
+    energies = input_form.clamp_min_(0) / squares  # 0 / 0 of a zero column is NaN
+    energies *= output_form.clamp_min_(0) / cubes
+    divisors = [moments.input.count, moments.output.count]
     if normalization == "mean":
-        energies /= moments.loss_terms.clamp_min(1).double() ** 2
-    nonzero = torch.linalg.vector_norm(W, torch.inf, dim=0) != 0  # one pass, without a mask
-    return torch.where(nonzero, energies, torch.nan)
+        divisors += 2 * [moments.loss_terms]
+    # One number first: each pass over the energies is a launch, which is what they cost.
+    energies /= torch.stack(divisors).clamp_min_(1).prod(dtype=torch.float64)
+    return energies
 
 
 # Quadratic form of the summed moment and squared norm, both of the input's and of the output's
-# directions. The directions are not normalised.
+# directions. The directions are not normalised: of each, only the ratio of the two means anything.
 _Factors = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -126,7 +128,6 @@ def _factors_float32(
     def form(S: Tensor, V: Tensor, precision: Precision = precision) -> Tensor:
         return quadform_diag(S, V, precision=precision, backend=backend)
 
-    squares, cubes = (torch.empty(n, dtype=torch.float64, device=W.device) for _ in range(2))
     if n <= m or S.keys() & {"x", "h"}:
         G = _gram(W)
         for space in S.keys() & {"x", "h"}:
@@ -141,25 +142,38 @@ def _factors_float32(
     if "y" in S:
         forms["y"] = form(S["y"], W)
     if m < n or "g" in S:  # WG = KW
-        forms["g"] = torch.empty_like(squares)
+        of_g: list[Tensor] = []
+        of_cubes: list[Tensor] = []
+        of_squares: list[Tensor] = []
         a = split(left)
         del left
         for columns in slices(n, _width(m, n)):
             b = split(right[:, columns], columns=True)
             V, scale = product(a, b)
             # Where W is what was split, its parts are in range, however small a column of it is.
-            of_squares, of_products = column_sums(V, b.parts[0] if m < n else None)
-            cubes[columns] = of_squares / scale**2
-            if "g" in S:
-                forms["g"][columns] = form(S["g"], V) / scale**2
+            norms, products = column_sums(V, b.parts[0] if m < n else None)
+            if "g" in S:  # both of V as it is scaled
+                of_g.append(form(S["g"], V))
+                of_cubes.append(norms)
+            else:
+                of_cubes.append(norms / scale**2)
             if m < n:
                 for part in b.parts[1:]:
-                    of_products += column_sums(V, part)[1] * SECOND_PART
-                squares[columns] = of_products / scale / b.scale
+                    products += column_sums(V, part)[1] * SECOND_PART
+                of_squares.append(products / (scale * b.scale))
+        cubes = _joined(of_cubes)
+        if "g" in S:
+            forms["g"] = _joined(of_g)
+        if m < n:
+            squares = _joined(of_squares)
     return (
         (forms[moments.input.space], squares),
         (forms[moments.output.space], cubes),
     )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _gram(X: Tensor) -> Tensor:

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from filet_kernels.product import exact_float32
 
-__all__ = ["Scaling", "Selection", "lora_factors", "residual_weight", "select"]
+__all__ = [
+    "Scaling",
+    "Selection",
+    "lora_factors",
+    "residual_weight",
+    "residual_weight_",
+    "select",
+]
 
 Selection = Literal["min", "max", "random"]
 Scaling = Literal["fisher", "singular", "constant_min", "constant_max"]
@@ -40,23 +47,27 @@ def select(energies: Tensor, rank: int, how: Selection = "min", *, seed: int = 0
         raise ValueError(f"energies has shape {tuple(energies.shape)}; expected (n,)")
     if rank < 1:
         raise ValueError(f"rank={rank}; expected at least 1")
-    candidates = (~energies.isnan()).nonzero().squeeze(1)
-    if rank > candidates.numel():
-        raise ValueError(
-            f"rank={rank} exceeds the {candidates.numel()} candidate directions (non-zero columns "
-            f"of W, of {energies.numel()} in all); expected a rank of at most that"
-        )
+    if how not in ("min", "max", "random"):
+        raise ValueError(f"how={how!r}; expected 'min', 'max' or 'random'")
     if how == "random":
+        candidates = (~energies.isnan()).nonzero().squeeze(1)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(candidates.numel(), generator=generator).to(candidates.device)
-    elif how in ("min", "max"):
-        keys = energies[candidates] if how == "min" else -energies[candidates]
-        # Only what can be chosen is sorted: 14336 energies take a CPU 1 ms, of every layer.
-        few = (keys <= keys.topk(rank, largest=False).values.amax()).nonzero().squeeze(1)
-        order = few[torch.argsort(keys[few], stable=True)]
+        chosen = candidates[order[:rank]]
     else:
-        raise ValueError(f"how={how!r}; expected 'min', 'max' or 'random'")
-    return candidates[order[:rank]]
+        keys = energies if how == "min" else -energies
+        # Only what can be chosen is gathered and sorted: 14336 energies take a CPU 1 ms, of every
+        # layer. NaN comes last in topk, and is not even equal to itself.
+        last = keys.topk(min(rank, keys.numel()), largest=False).values[-1:]
+        few = (keys <= last).nonzero().squeeze(1)
+        chosen = few.index_select(0, keys.index_select(0, few).argsort(stable=True)[:rank])
+    if chosen.numel() < rank:
+        raise ValueError(
+            f"rank={rank} exceeds the {int((~energies.isnan()).sum())} candidate directions "
+            f"(non-zero columns of W, of {energies.numel()} in all); expected a rank of at most "
+            "that"
+        )
+    return chosen
 
 
 def lora_factors(
@@ -77,10 +88,13 @@ def lora_factors(
         scaling: c, one factor a direction. "fisher": c_i = E_i, the paper's main method; "singular"
             (FILet-SVD): c_i = ‖W v̂_i‖, so that B A = W V̂_I V̂_Iᵀ; "constant_min" and
             "constant_max" (equation 10): the smallest or largest E over I for all of them.
-        dtype: of the returned factors; they are computed in float64.
+        dtype: of the returned factors, to which they are rounded once.
 
     Returns:
         A (r, n) and B (m, r), contiguous, on W's device. Nothing is mutated; deterministic.
+
+    Computed in float64, except on a GPU from a W of at most float32: there by products of float32's
+    precision. W is copied to that dtype.
 
     Raises:
         ValueError: shapes that do not fit, an index that is no candidate, an unknown scaling.
@@ -92,27 +106,37 @@ def lora_factors(
         )
     if indices.dim() != 1 or indices.numel() == 0:
         raise ValueError(f"indices has shape {tuple(indices.shape)}; expected (r,) with r ≥ 1")
-    chosen = energies[indices].double()
-    if chosen.isnan().any():
-        raise ValueError("indices names a zero column of W, which has no direction")
-    chosen, indices = (x.to(W.device, non_blocking=True) for x in (chosen, indices))
-    W = W.detach().double()
-    V = torch.nn.functional.normalize(W.T @ W[:, indices], dim=0, eps=0)
-    WV = W @ V
-    singular = torch.linalg.vector_norm(WV, dim=0)
-    if scaling == "fisher":
-        c = chosen
-    elif scaling == "singular":
-        c = singular
-    elif scaling in ("constant_min", "constant_max"):
-        c = (chosen.min() if scaling == "constant_min" else chosen.max()).expand_as(chosen)
-    else:
+    if scaling not in ("fisher", "singular", "constant_min", "constant_max"):
         raise ValueError(
             f"scaling={scaling!r}; expected 'fisher', 'singular', 'constant_min' or 'constant_max'"
         )
-    A = c.sqrt().unsqueeze(1) * V.T
-    B = (WV / singular) * c.sqrt()
-    return A.to(dtype).contiguous(), B.to(dtype).contiguous()
+    c = energies.index_select(0, indices).double()
+    if c.isnan().any():
+        raise ValueError("indices names a zero column of W, which has no direction")
+    if scaling.startswith("constant"):
+        c = (c.min() if scaling == "constant_min" else c.max()).expand_as(c)
+    # The few numbers on the host cost less than a launch each.
+    root, indices = (x.to(W.device, non_blocking=True) for x in (c.sqrt(), indices))
+    compute = torch.float32 if W.is_cuda and W.dtype != torch.float64 else torch.float64
+    return _factors(W, indices, None if scaling == "singular" else root, compute, dtype)
+
+
+def _factors(
+    W: Tensor, indices: Tensor, root: Tensor | None, compute: torch.dtype, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A and B by products in ``compute``; ``root`` is diag(c)^½, None for the singular scaling."""
+    W = W.detach().to(compute)
+    with exact_float32(), torch.autocast(W.device.type, enabled=False):
+        V = W.T @ W.index_select(1, indices)
+        WV = W @ V
+    # Neither is normalised before, and squares of a small column's are out of float32's range.
+    of_V, of_WV = (torch.linalg.vector_norm(x, dim=0, dtype=torch.float64) for x in (V, WV))
+    if root is None:
+        root = (of_WV / of_V).sqrt()
+    A, B = (V.new_empty(shape, dtype=dtype) for shape in (V.T.shape, WV.shape))
+    torch.mul(V.T, (root / of_V).unsqueeze(1), out=A)
+    torch.mul(WV, root / of_WV, out=B)
+    return A, B
 
 
 def residual_weight(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -124,18 +148,42 @@ def residual_weight(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         scale: the LoRA scaling s of the layer.
 
     Returns:
-        (m, n) in W's dtype, computed in float32 (float64 where W is float64) and rounded once.
-        Nothing is mutated; deterministic on the same device.
+        (m, n) in W's dtype, computed in float32 for a W in bfloat16 or float16 and in float64
+        otherwise, and rounded once. Nothing is mutated; deterministic on the same device.
 
     Raises:
         ValueError: shapes that do not fit together.
     """
+    return _residual(W, A, B, scale).to(W.dtype)
+
+
+def residual_weight_(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """W ← W_res in place, the same as :func:`residual_weight` to the bit.
+
+    Arguments and errors are its. Allocates one matrix of W's shape, in float32 for a W in bfloat16
+    or float16 and in float64 otherwise.
+
+    Returns:
+        () in that dtype, the largest |W_res + scale · B A − W|: what rounding to W's dtype costs,
+        which is 0 for a float64 W. It is not waited for.
+    """
+    W = W.detach()
+    exact = _residual(W, A, B, scale)
+    W.copy_(exact)
+    return torch.linalg.vector_norm(exact.sub_(W), torch.inf)
+
+
+def _residual(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """W − scale · B A before it is rounded to W's dtype."""
     m, n = W.shape
     if A.dim() != 2 or A.shape[1] != n or B.shape != (m, A.shape[0]):
         raise ValueError(
             f"A {tuple(A.shape)} and B {tuple(B.shape)}; expected (r, {n}) and ({m}, r) for W"
         )
-    compute = torch.float64 if W.dtype == torch.float64 else torch.float32
+    compute = torch.float32 if W.element_size() == 2 else torch.float64
     A, B = A.detach().to(compute), B.detach().to(compute)
-    with exact_float32():
-        return torch.addmm(W.detach().to(compute), B, A, alpha=-scale).to(W.dtype)
+    residual = W.new_empty(m, n, dtype=compute)
+    with exact_float32(), torch.autocast(W.device.type, enabled=False):
+        torch.addmm(residual, B, A, beta=0, alpha=-scale, out=residual)
+    # With W as addmm's summand a GPU would copy W to that dtype, and then the copy once more.
+    return residual.add_(W.detach())

@@ -193,22 +193,28 @@ def product(a: Split, b: Split) -> tuple[Tensor, Tensor]:
 
     The small products enter first. Deterministic as the library's products are.
     """
-    C = a.parts[0].new_zeros(a.parts[0].shape[0], b.parts[0].shape[1], dtype=torch.float32)
+    A, B = a.parts[0], b.parts[0]
+    terms = [(x, B, _RESULT * SECOND_PART) for x in a.parts[1:]]
+    terms += [(A, x, _RESULT * SECOND_PART) for x in b.parts[1:]]
+    terms += [(A[:, rows], B[rows], _RESULT) for rows in slices(B.shape[0], _ROWS_A_SUM)]
+    C = A.new_empty(A.shape[0], B.shape[1], dtype=torch.float32)
+    if not B.shape[0]:
+        C.zero_()
     with torch.autocast(C.device.type, enabled=False):
-        for A in a.parts[1:]:
-            _add_product(C, A, b.parts[0], _RESULT * SECOND_PART)
-        for B in b.parts[1:]:
-            _add_product(C, a.parts[0], B, _RESULT * SECOND_PART)
-        for rows in slices(b.parts[0].shape[0], _ROWS_A_SUM):
-            _add_product(C, a.parts[0][:, rows], b.parts[0][rows], _RESULT)
+        for number, term in enumerate(terms):
+            _add_product(C, *term, anew=number == 0)
     return C, (a.scale * b.scale * _RESULT).expand(C.shape[1])
 
 
-def _add_product(C: Tensor, A: Tensor, B: Tensor, alpha: float) -> None:
+def _add_product(C: Tensor, A: Tensor, B: Tensor, alpha: float, anew: bool) -> None:
+    """C += alpha A B, or where ``anew`` C = alpha A B, whatever is in C."""
+    beta = 0 if anew else 1
     if not C.is_cuda:
-        C.addmm_(A.float(), B.float(), alpha=alpha)
+        C.addmm_(A.float(), B.float(), alpha=alpha, beta=beta)
     elif _ADDS_TO_FLOAT32:
-        torch.addmm(C, A, B, out_dtype=torch.float32, alpha=alpha, out=C)
+        torch.addmm(C, A, B, out_dtype=torch.float32, alpha=alpha, beta=beta, out=C)
+    elif anew:
+        torch.mul(torch.mm(A, B, out_dtype=torch.float32), alpha, out=C)
     else:
         C.add_(torch.mm(A, B, out_dtype=torch.float32), alpha=alpha)
 

@@ -7,7 +7,7 @@ import torch
 
 import oracle
 from filet_kernels import Moments, SecondMoment, energy, fisher_energies
-from filet_kernels.product import column_sums, mirror_, product, split, transposed
+from filet_kernels.product import _add_product, column_sums, mirror_, product, split, transposed
 
 CUDA = torch.cuda.is_available()
 TRITON = importlib.util.find_spec("triton") is not None
@@ -109,6 +109,18 @@ def test_products_have_float32s_precision(a_dtype, b_dtype, device):
         a, b = a.double(), b.double()
         error = (C.double() / factors - a @ b).abs() / (a.abs() @ b.abs())
         assert error.max() <= 2.0**-22, f"{scale}: {error.max():.1e}"
+
+
+def test_the_first_product_overwrites(device):
+    C = torch.full((4, 3), float("nan"), device=device)
+    A, B = torch.ones(4, 8, device=device).half(), torch.ones(8, 3, device=device).half()
+    _add_product(C, A, B, 0.5, anew=True)
+    assert (C == 4).all()
+    _add_product(C, A, B, 0.25, anew=False)
+    assert (C == 6).all()
+    empty = torch.zeros(4, 0, device=device), torch.zeros(0, 3, device=device)
+    C, scale = product(split(empty[0]), split(empty[1], columns=True))
+    assert C.shape == (4, 3) and not C.any() and scale.shape == (3,)
 
 
 def test_products_are_not_cast_by_autocast(device):

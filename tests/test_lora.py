@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import oracle
-from filet_kernels import lora_factors, residual_weight, select
+from filet_kernels import lora, lora_factors, residual_weight, residual_weight_, select
 
 NAN = float("nan")
 
@@ -15,6 +15,30 @@ def test_select_min_max_with_ties_by_index(device):
     assert select(energies, 3).tolist() == [4, 1, 3]
     assert select(energies, 5).tolist() == [4, 1, 3, 0, 5]
     assert select(energies, 3, "max").tolist() == [0, 5, 1]
+
+
+def test_select_takes_infinities_and_nothing_else_that_is_no_number(device):
+    inf = float("inf")
+    energies = torch.tensor([inf, NAN, 2.0, -0.0, NAN, 0.0], device=device)
+    assert select(energies, 4).tolist() == [3, 5, 2, 0]
+    assert select(energies, 4, "max").tolist() == [0, 2, 3, 5]
+    for how in ("min", "max", "random"):
+        with pytest.raises(ValueError, match="rank=5 exceeds the 4 candidate directions"):
+            select(energies, 5, how)
+        with pytest.raises(ValueError, match="rank=9 exceeds the 4 candidate directions"):
+            select(energies, 9, how)
+
+
+def test_select_is_a_stable_sort(device):
+    generator = torch.Generator().manual_seed(0)
+    energies = torch.randint(40, (3000,), generator=generator).double().to(device)
+    energies[::7] = NAN
+    candidates = [i for i in range(3000) if i % 7]
+    values = energies.tolist()
+    ordered = sorted(candidates, key=lambda i: values[i])
+    assert select(energies, 100).tolist() == ordered[:100]
+    ordered = sorted(candidates, key=lambda i: -values[i])
+    assert select(energies, 100, "max").tolist() == ordered[:100]
 
 
 def test_select_random_is_seeded_uniform_and_skips_non_candidates(device):
@@ -77,6 +101,30 @@ def test_scalings(layer):
     torch.testing.assert_close(norms("constant_max")[2], energies[indices].max().expand(6))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scaling", ["fisher", "singular"])
+@pytest.mark.parametrize("m, n", [(3000, 400), (400, 3000)])
+def test_float32_products_give_the_factors_of_float64(m, n, scaling, dtype, device):
+    """What a GPU does, on every device. Columns of any size: their squares underflow in float32."""
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(m, n, generator=generator)
+    W[:, 3] *= 1e-4 if dtype == torch.float16 else 1e-25
+    W = W.to(dtype).to(device)
+    indices = torch.tensor([3, 0, 7, n - 1], device=device)
+    root = torch.tensor([1e-9, 1.0, 2.0, 1e9], dtype=torch.float64, device=device)
+    root = root if scaling == "fisher" else None
+    A, B = lora._factors(W, indices, root, torch.float32, torch.float32)
+    truth = lora._factors(W, indices, root, torch.float64, torch.float64)
+    # On a CPU up to 7e-7 of a row's or column's norm.
+    for factor, exact, dim in ((A, truth[0], 1), (B, truth[1], 0)):
+        assert factor.dtype == torch.float32 and factor.is_contiguous()
+        error = (factor.double() - exact).norm(dim=dim) / exact.norm(dim=dim)
+        assert error.max() < 5e-6, error
+    if device.type == "cuda" and scaling == "fisher":
+        chosen = lora_factors(W, root.new_zeros(n).index_put((indices,), root**2), indices)
+        torch.testing.assert_close(chosen, (A, B), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("m, n", [(1, 5), (5, 1), (1, 1)])
 def test_one_row_and_one_column(m, n, device):
     W = torch.full((m, n), 2.0, device=device)
@@ -98,6 +146,42 @@ def test_residual_is_rounded_once_from_the_stored_factors(layer, dtype, stored):
     # Half a unit in the last place for the rounding, and the float32 arithmetic before it.
     bound = 0.5001 * eps * exact.abs() + 1e-6 * exact.abs().max()
     assert ((residual.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_residual_in_place(layer, dtype, transposed):
+    W, energies = layer
+    A, B = lora_factors(W, energies, select(energies, 6))
+    W = W.to(dtype)
+    before, beside = W.clone(), torch.zeros(64, 64, dtype=dtype, device=W.device)
+    part = (beside.T if transposed else beside)[5:25, 7:37]
+    part.copy_(W)
+    error = residual_weight_(part, A, B, 1.5)
+    assert torch.equal(part, residual_weight(before, A, B, 1.5))
+    part.zero_()
+    assert not beside.any()  # nothing else was written
+    residual = residual_weight(before, A, B, 1.5).double()
+    exact = (residual + 1.5 * B.double() @ A.double() - before.double()).abs().max()
+    # float64 cannot see its own rounding.
+    torch.testing.assert_close(error.double(), exact, rtol=1e-3, atol=1e-14)
+
+
+def test_autocast_stays_out(layer):
+    W, energies = layer
+    W = W.bfloat16()
+    A, B = lora_factors(W, energies, select(energies, 6))
+    expected = residual_weight(W, A, B, 1.5)
+    with torch.autocast(W.device.type, dtype=torch.bfloat16):
+        found = lora_factors(W, energies, select(energies, 6))
+        assert torch.equal(found[0], A) and torch.equal(found[1], B)
+        assert torch.equal(residual_weight(W, A, B, 1.5), expected)
+        indices = torch.tensor([0, 3], device=W.device)
+        products = lora._factors(W, indices, None, torch.float32, torch.float32)
+    for x, y in zip(
+        products, lora._factors(W, indices, None, torch.float64, torch.float32), strict=True
+    ):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
 def test_strided_weight_is_taken_as_it_is(layer):

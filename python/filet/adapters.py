@@ -34,8 +34,7 @@ from filet.config import Base, FiletConfig
 from filet.files import replaced
 from filet.targets import Target, check_peft_model, check_targets, find_targets, fingerprints
 from filet.transfer import background_copies, values
-from filet_kernels import residual_weight
-from filet_kernels.product import exact_float32
+from filet_kernels import residual_weight_
 
 __all__ = [
     "AdapterState",
@@ -187,17 +186,9 @@ def commit(
 
 def write_residual(weight: Tensor, layer: Layer, scale: float) -> Tensor:
     """W ← W_res in place; returns the error in units of W's rounding, without waiting for it."""
-    residual = residual_weight(weight, layer.A0, layer.B0, scale)
-    # The error is one of rounding to W's dtype: what is measured with need only be much finer.
-    compute = torch.float32 if weight.element_size() == 2 else torch.float64
-    with exact_float32():
-        error = torch.addmm(
-            residual.to(compute), layer.B0.to(compute), layer.A0.to(compute), alpha=scale
-        )
-    error -= weight
-    difference = torch.linalg.vector_norm(error, torch.inf)
-    unit = torch.finfo(weight.dtype).eps / 2 * weight.abs().max().to(compute)
-    weight.copy_(residual)
+    largest = torch.linalg.vector_norm(weight, torch.inf)  # before it is overwritten
+    difference = residual_weight_(weight, layer.A0, layer.B0, scale)
+    unit = torch.finfo(weight.dtype).eps / 2 * largest.to(difference.dtype)
     return torch.where(unit > 0, difference / unit, 0)
 
 

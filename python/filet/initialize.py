@@ -236,6 +236,11 @@ def _energies(
 ) -> Iterator[tuple[str, Tensor]]:
     """Each module's energies, on the CPU; a GPU computes the next modules' in the meantime."""
     under_way: deque[tuple[str, Tensor, torch.cuda.Event | None]] = deque()
+    sizes = {name: t.weight.shape[1] for name, t in targets.items() if t.weight.is_cuda}
+    places: dict[str, Tensor] = {}
+    if sizes:  # in one piece: an allocation of pinned memory may wait for all that a GPU does
+        pinned = torch.empty(sum(sizes.values()), dtype=torch.float64, pin_memory=True)
+        places = dict(zip(sizes, pinned.split(list(sizes.values())), strict=True))
 
     def arrived() -> tuple[str, Tensor]:
         name, energies, event = under_way.popleft()
@@ -250,9 +255,8 @@ def _energies(
         )
         event = None
         if energies.is_cuda:
-            host = torch.empty(energies.shape, dtype=energies.dtype, pin_memory=True)
             with torch.cuda.device(weight.device):
-                energies = host.copy_(energies, non_blocking=True)
+                energies = places[name].copy_(energies, non_blocking=True)
                 event = torch.cuda.Event(blocking=True)
                 event.record()
         under_way.append((name, energies, event))
@@ -314,8 +318,8 @@ def warn_of(left_default: dict[str, str], layers: dict[str, Layer]) -> None:
             f"{len(left_default)} modules keep PEFT's default LoRA initialisation: {some(shown)}",
             stacklevel=4,
         )
-    flags = values([((x.A0 == 0).all(1) & (x.B0 == 0).all(0)).any() for x in layers.values()])
-    dead = [name for name, flag in zip(layers, flags, strict=True) if flag]
+    alive = values([(x.A0.any(1) | x.B0.any(0)).all() for x in layers.values()])
+    dead = [name for name, flag in zip(layers, alive, strict=True) if not flag]
     if dead:
         warnings.warn(
             f"{some(dead)}: some chosen directions have no energy at all (or less than the "

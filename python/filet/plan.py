@@ -483,11 +483,11 @@ def _handed_on(targets: dict[str, Target], here: Mapping[str, int]) -> int:
 
 
 def _selection(targets: Sequence[Target], shared_input: Mapping[str, str]) -> int:
-    """Bytes of :func:`filet_kernels.fisher_energies` and of writing, the largest layer's, and A, B.
+    """Bytes of :func:`filet_kernels.fisher_energies`, the largest layer's, and of A and B.
 
-    The energies: on a GPU four matrices of a moment's size, the weight's float16 parts and two
-    slices of 64 MiB; else Gram matrices and copies of the weight in float64. Writing: the weight,
-    the product of A and B and two sums with it.
+    On a GPU four matrices of a moment's size, the weight's float16 parts and two slices of 64 MiB;
+    else Gram matrices and copies of the weight in float64. A, B and the residual need one copy of
+    the weight after that, in float32 where it has 16 bits, else in float64.
     """
     most = factors = 0
     for target in targets:
@@ -498,7 +498,8 @@ def _selection(targets: Sequence[Target], shared_input: Mapping[str, str]) -> in
             energies = 8 * (4 * m * n + 2 * d**2)
         else:
             energies = 16 * d**2 + 4 * m * n + 2**27
-        most = max(most, energies, 4 * item * m * n)
+        copy = (4 if target.weight.element_size() == 2 else 8) * m * n
+        most = max(most, energies, copy)
         factors += item * target.rank * (m + n)
     return most + factors
 
