@@ -90,6 +90,7 @@ def fisher_energies(
     if normalization == "mean":
         divisors += 2 * [moments.loss_terms]
     # One number first: each pass over the energies is a launch, which is what they cost.
+    divisors = [divisor.to(W.device) for divisor in divisors]
     energies /= torch.stack(divisors).clamp_min_(1).prod(dtype=torch.float64)
     return energies
 

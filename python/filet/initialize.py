@@ -246,6 +246,7 @@ def _energies(
         name, energies, event = under_way.popleft()
         if event is not None:
             event.synchronize()
+            energies = energies.clone()  # the report's, without the pinned piece around it
         return name, energies
 
     for name, target in targets.items():
