@@ -566,11 +566,16 @@ def test_the_plan_is_printed_and_the_batches_follow_it(
 def test_passes_and_checkpointing_give_the_same_adapter(
     init: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers.models.llama.modeling_llama import LlamaMLP
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     calls = []
-    forward = LlamaMLP.forward
-    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: (calls.append(0), forward(self, x))[1])
+    forward = LlamaDecoderLayer.forward
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        calls.append(0)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", count)
     output = tmp_path / "out" / "adapter"
     assert main(init) == 0
     plain, once = adapter_weights(output), len(calls)

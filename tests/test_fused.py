@@ -139,6 +139,7 @@ class Gated(nn.Module):
         return output
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize(
     ("module", "taken"),
     [

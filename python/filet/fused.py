@@ -53,6 +53,9 @@ def fused(model: nn.Module) -> Iterator[None]:
     position embeddings is replaced in its module, for all models of the process; it computes the
     same there.
     """
+    if not (FUSES_ON | {"meta"}) & {p.device.type for p in model.parameters()}:
+        yield
+        return
     known: dict[Any, bool] = {}  # kinds of modules, so that each is tried once
     replaced = []
     functions = {
@@ -60,16 +63,16 @@ def fused(model: nn.Module) -> Iterator[None]:
         for source in {sys.modules.get(type(module).__module__) for module in model.modules()}
         if source is not None and _is_rotary(vars(source).get(_ROTARY))
     }
-    for source, function in functions.items():
-        setattr(source, _ROTARY, _rotary(function))
-    for module in model.modules():
-        if "forward" in vars(module):
-            continue
-        forward = _norm(module, known) or _mlp(module, known)
-        if forward is not None:
-            module.forward = forward
-            replaced.append(module)
     try:
+        for source, function in functions.items():
+            setattr(source, _ROTARY, _rotary(function))
+        for module in model.modules():
+            if "forward" in vars(module):
+                continue
+            forward = _norm(module, known) or _mlp(module, known)
+            if forward is not None:
+                module.forward = forward
+                replaced.append(module)
         yield
     finally:
         for module in replaced:
