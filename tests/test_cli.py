@@ -566,16 +566,16 @@ def test_the_plan_is_printed_and_the_batches_follow_it(
 def test_passes_and_checkpointing_give_the_same_adapter(
     init: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    from transformers.models.llama.modeling_llama import LlamaAttention
 
     calls = []
-    forward = LlamaDecoderLayer.forward
+    forward = LlamaAttention.forward
 
     def count(*args: Any, **kwargs: Any) -> Any:
         calls.append(0)
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", count)
+    monkeypatch.setattr(LlamaAttention, "forward", count)
     output = tmp_path / "out" / "adapter"
     assert main(init) == 0
     plain, once = adapter_weights(output), len(calls)
