@@ -33,8 +33,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         Both turned, of their shapes, dtypes and (where they are dense) strides. Computed in
         float32 and rounded where separate operations round: each product, then the sum. Kept for
         the backward: cos and sin. Nothing is mutated; deterministic. On a GPU a Triton kernel,
-        where Triton is installed, and otherwise plain torch; the results are the same, in bfloat16
-        and float16 bitwise.
+        where Triton is installed, and otherwise plain torch; the results are bitwise the same.
 
     Raises:
         TypeError: a dtype that is not listed above, or different ones.

@@ -211,7 +211,10 @@ def test_hooks_still_run_and_the_meta_device_is_fine() -> None:
 def test_a_pass_uses_them(
     dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Energies against those of the model as it is; bitwise on a CPU but for the backward."""
+    """Energies against those of the model as it is; only the backward's roundings differ.
+
+    On a GPU outputs can be a rounding apart as well, 2⁻⁸, which such small models magnify.
+    """
     c = case("llama")
     calls: list[str] = []
     for name in ("rms_norm", "swiglu", "rotary"):
@@ -232,7 +235,7 @@ def test_a_pass_uses_them(
     calls.clear()
     expected = energies_of(peft_of(c, device, dtype), loader(c.samples))
     assert not calls
-    assert_energies(found, expected, 1e-5 if dtype == torch.float32 else 3e-2)
+    assert_energies(found, expected, 1e-5 if dtype == torch.float32 else 6e-2)
 
 
 @pytest.mark.usefixtures("everywhere")
