@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from filet_kernels.syrk import _has_triton, _on
+from filet_kernels.syrk import _on, _runs_triton
 
 __all__ = ["WIDEST", "rms_norm", "rms_norm_reference"]
 
@@ -38,8 +38,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         Llama rounds: before the weight and after it, and in the backward after the weight and at
         the end. So it differs from that only where another order of the sum of squares moves a
         rounding. Kept for the backward: x and a float32 number a row. Nothing is mutated;
-        deterministic. On a GPU two Triton kernels, where Triton is installed, and otherwise plain
-        torch.
+        deterministic. On a GPU from compute capability 8.0 on two Triton kernels, where
+        Triton is installed, and otherwise plain torch.
 
     Raises:
         TypeError: a dtype that is not listed above, or a weight of another one than x.
@@ -79,7 +79,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
-        if x.is_cuda and _has_triton():
+        if _runs_triton(x.device):
             from filet_kernels.rms_norm_triton import forward
 
             with _on(x.device):
@@ -94,7 +94,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, r = ctx.saved_tensors
         gradient = gradient.contiguous()
-        if x.is_cuda and _has_triton():
+        if _runs_triton(x.device):
             from filet_kernels.rms_norm_triton import backward
 
             with _on(x.device):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from filet_kernels.syrk import _has_triton, _on
+from filet_kernels.syrk import _on, _runs_triton
 
 __all__ = ["rotary", "rotary_reference", "unfit"]
 
@@ -32,8 +32,9 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     Returns:
         Both turned, of their shapes, dtypes and (where they are dense) strides. Computed in
         float32 and rounded where separate operations round: each product, then the sum. Kept for
-        the backward: cos and sin. Nothing is mutated; deterministic. On a GPU a Triton kernel,
-        where Triton is installed, and otherwise plain torch; the results are bitwise the same.
+        the backward: cos and sin. Nothing is mutated; deterministic. On a GPU from compute capability
+        8.0 on a Triton kernel, where Triton is installed, and otherwise plain torch; the results
+        are bitwise the same.
 
     Raises:
         TypeError: a dtype that is not listed above, or different ones.
@@ -89,7 +90,7 @@ def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
-    if x.is_cuda and _has_triton():
+    if _runs_triton(x.device):
         from filet_kernels.rotary_triton import rotary_triton
 
         with _on(x.device):

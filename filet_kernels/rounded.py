@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from filet_kernels.syrk import _has_triton, _on
+from filet_kernels.syrk import _on, _runs_triton
 
 __all__ = ["rounded_and_scaled", "rounded_and_scaled_reference"]
 
@@ -40,7 +40,7 @@ def rounded_and_scaled(
         kernel, where Triton is installed, and otherwise plain torch; the results are bitwise the
         same. What is beyond float16's range becomes infinity.
     """
-    if V.is_cuda and _has_triton():
+    if _runs_triton(V.device):
         from filet_kernels.rounded_triton import rounded_and_scaled_triton
 
         with _on(V.device):

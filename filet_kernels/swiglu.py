@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from filet_kernels.syrk import _has_triton, _on
+from filet_kernels.syrk import _on, _runs_triton
 
 __all__ = ["swiglu", "swiglu_reference"]
 
@@ -32,8 +32,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         z of their shape and dtype, contiguous. Computed in float32, and rounded where separate
         operations of torch round: silu(gate), then the product; in the backward
         ∂L/∂z ⊙ up, then ∂L/∂gate. Kept for the backward: gate and up. Nothing is mutated;
-        deterministic. On a GPU two Triton kernels, where Triton is installed, and otherwise plain
-        torch.
+        deterministic. On a GPU from compute capability 8.0 on two Triton kernels, where
+        Triton is installed, and otherwise plain torch.
 
     Raises:
         TypeError: a dtype that is not listed above, or two of them.
@@ -69,7 +69,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        if gate.is_cuda and _has_triton():
+        if _runs_triton(gate.device):
             from filet_kernels.swiglu_triton import forward
 
             with _on(gate.device):
@@ -81,7 +81,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         gate, up = ctx.saved_tensors
         gradient = gradient.contiguous()
-        if gate.is_cuda and _has_triton():
+        if _runs_triton(gate.device):
             from filet_kernels.swiglu_triton import backward
 
             with _on(gate.device):

@@ -66,6 +66,11 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _runs_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run there: elsewhere elementwise operations are plain torch."""
+    return device.type == "cuda" and _has_triton() and _capability(device) >= (8, 0)
+
+
 def _reference(
     C: Tensor, X: Tensor, alpha: float, weights: Tensor | None, deterministic: bool
 ) -> None:

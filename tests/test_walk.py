@@ -560,7 +560,7 @@ def test_bfloat16(kind: str, device: torch.device) -> None:
 
     2e-3 is seen at most. On a GPU the attention of the truth is another kernel than the pass's, so
     its x and g differ in their own last bits, 2⁻⁸. Its norms and gates run by other kernels as
-    well, and one more rounding of queries and keys has moved an energy by 3.8e-2.
+    well, and one rounding less of queries and keys has moved an energy by 3.8e-2.
     """
     c = case(kind)
     peft_model = peft_of(c, device, torch.bfloat16)

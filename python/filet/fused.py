@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from filet_kernels.rms_norm import WIDEST, rms_norm, rms_norm_reference
 from filet_kernels.rotary import rotary, rotary_reference, unfit
 from filet_kernels.swiglu import swiglu, swiglu_reference
-from filet_kernels.syrk import _has_triton
+from filet_kernels.syrk import _runs_triton
 
 __all__ = ["FUSES_ON", "fused", "has_hooks"]
 
@@ -151,10 +151,10 @@ def _rotary(plain: Callable[..., Any]) -> Callable[..., Any]:
 def _fuses(x: Any) -> bool:
     return (
         not torch.compiler.is_compiling()
-        and isinstance(x, Tensor)
+        and type(x) is Tensor
         and x.device.type in FUSES_ON
         and x.dtype in _DTYPES
-        and (_has_triton() or not x.is_cuda)
+        and (_runs_triton(x.device) or not x.is_cuda)
         and not torch.is_autocast_enabled(x.device.type)
     )
 
