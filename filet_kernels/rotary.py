@@ -32,9 +32,9 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     Returns:
         Both turned, of their shapes, dtypes and (where they are dense) strides. Computed in
         float32 and rounded where separate operations round: each product, then the sum. Kept for
-        the backward: cos and sin. Nothing is mutated; deterministic. On a GPU from compute capability
-        8.0 on a Triton kernel, where Triton is installed, and otherwise plain torch; the results
-        are bitwise the same.
+        the backward: cos and sin. Nothing is mutated; deterministic. On a GPU from compute
+        capability 8.0 on a Triton kernel, where Triton is installed, and otherwise plain torch; the
+        results are bitwise the same.
 
     Raises:
         TypeError: a dtype that is not listed above, or different ones.
