@@ -222,7 +222,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = Cycle(args.cycle, model)
     if CUDA:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     lora = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         run = Blockwise(
@@ -295,9 +294,8 @@ def show(run: Blockwise, blocks: int, arenas: int) -> None:
     print("once             " + ", ".join(f"{key} {value:.3f} s" for key, value in once.items()))
     print(f"host memory      {arenas * boundary:8.2f} GiB in {arenas} arenas")
     if CUDA:
-        peak = torch.cuda.max_memory_allocated()
         print(
-            f"GPU memory       {peak / 2**30:8.2f} GiB at the peak (planned "
+            f"GPU memory       {run.peak_bytes / 2**30:8.2f} GiB at the peak (planned "
             f"{plan.device_bytes / 2**30:.2f}, goal 20)"
         )
     # What is recomputed costs the same a block for every k, so one run says it of all.

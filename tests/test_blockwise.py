@@ -17,8 +17,10 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ from filet import FiletConfig, FiletReport, blockwise, offload, shards, walk
 from filet.blockwise import Blockwise, empty_model, initialize_folder
 from filet.cli import main
 from filet.parts import Parts
-from filet.shards import ShardedWeights, WeightStream, entries
+from filet.shards import Entry, ShardedWeights, WeightStream, entries
 
 SMALL = {
     "vocab_size": models.VOCAB,
@@ -1034,9 +1036,56 @@ def test_weights_come_and_go(
         here = {name for name, value in model.state_dict().items() if not value.is_meta}
         assert here == {*groups[index][0].names}
     assert all(value.is_meta for value in model.state_dict().values())
-    for _ in stream.run(groups):
-        break  # an early end stops the thread
+    with closing(stream.run(groups)) as loaded:
+        next(loaded)  # an early end stops the thread
     assert all(value.is_meta for value in model.state_dict().values())
+
+
+def test_the_next_sweep_loads_ahead(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head's weights while the last block runs, the last block's while the head does."""
+    asked: Counter[str] = Counter()  # since the sweeps began
+    changed = threading.Condition()
+    tensors = ShardedWeights.tensors
+
+    def ask(self: ShardedWeights, wanted: Sequence[Entry]) -> Iterator[Any]:
+        with changed:
+            asked.update(name for entry in wanted for name in entry.names)
+            changed.notify_all()
+        return tensors(self, wanted)
+
+    def wait_for(name: str, times: int) -> bool:
+        with changed:
+            return changed.wait_for(lambda: asked[name] >= times, timeout=10)
+
+    in_time: dict[str, bool] = {}
+    forward, run_forward = Blockwise._forward, Blockwise._run_forward
+    gradient = Blockwise._loss_gradient
+
+    def start(self: Blockwise, arena: Any, blocks: range, then: Any) -> Any:
+        asked.clear()
+        in_time["started"] = True
+        return forward(self, arena, blocks, then)
+
+    def last_block(self: Blockwise, block: int, *args: Any) -> Any:
+        if block == self.number - 1:
+            in_time["head"] = wait_for("lm_head.weight", 1)
+        return run_forward(self, block, *args)
+
+    def head(self: Blockwise, *args: Any) -> Tensor:
+        if "started" in in_time and "block" not in in_time:
+            # The forward sweep asked for it as well.
+            name = f"model.layers.{self.number - 1}.mlp.up_proj.weight"
+            in_time["block"] = wait_for(name, 2)
+        return gradient(self, *args)
+
+    monkeypatch.setattr(ShardedWeights, "tensors", ask)
+    for name, function in (("_forward", start), ("_run_forward", last_block)):
+        monkeypatch.setattr(Blockwise, name, function)
+    monkeypatch.setattr(Blockwise, "_loss_gradient", head)
+    initialize(folder, tmp_path / "adapter")
+    assert in_time == {"started": True, "head": True, "block": True}
 
 
 @pytest.mark.parametrize("share", [100, 2**20])

@@ -51,8 +51,15 @@ from filet.loss import IGNORED, SummedLoss, drawn
 from filet.offload import Abandoned, Arena, ArenaPool, BlockInputs, Copies, Fetched, Layout
 from filet.parts import Calls, Parts, described
 from filet.report import FiletReport, ModuleReport
-from filet.shards import Entry, ShardedWeights, WeightSource, WeightStream, entries, size_of
-from filet.statistics import peak_memory
+from filet.shards import (
+    Entry,
+    Loading,
+    ShardedWeights,
+    WeightSource,
+    WeightStream,
+    entries,
+    size_of,
+)
 from filet.targets import Target, check_targets, find_targets, fingerprints
 from filet.transfer import values
 from filet.walk import MomentHooks, first_samples, preserved, samples_in, token_masks
@@ -69,6 +76,7 @@ __all__ = [
 ]
 
 Engine = Literal["auto", "memory", "blockwise"]
+Groups = Sequence[Sequence[Entry]]  # of weights that are on the device together
 
 _ADAPTER = "default"
 _FORMAT = "filet-run-1"
@@ -547,6 +555,8 @@ class Blockwise:
         self._being_written: Arena | None = None
         self._saved: list[Future[None]] = []  # the files of this run's blocks
         self._useless = threading.Event()  # the gradient that is being written is
+        self.peak_bytes = 0  # of the GPU's memory, measuring for the plan included
+        self._ahead: Loading | None = None  # what the next sweep begins with
         self._stack = contextlib.ExitStack()
         # One for a gradient, which takes a while, and one for the blocks done meanwhile.
         self._output = ThreadPoolExecutor(2, "filet output")
@@ -695,23 +705,25 @@ class Blockwise:
             return
         with contextlib.ExitStack() as stack:
             stack.enter_context(preserved(self.peft_model))
+            stack.callback(self._drop_ahead)
             self.copies = Copies(self.device)
             resumed = self._gradient_file(self.top)
             start = time.perf_counter()
             self._reset_peak()
+            self.peak_bytes = 0  # that was before the run
             hidden, head_seconds = self._capture(stack, head=not resumed.is_file())
             head_bytes = self._reset_peak()
             self._rehearse(hidden, head_seconds, head_bytes)
             waited = self.stream.settle()
             start = self._passed("preparing", start)
             if resumed.is_file():
-                hidden = self._forward(hidden, range(self.top))
+                hidden = self._forward(hidden, range(self.top), self._reverse_groups())
                 self._keep(self.top, hidden)
                 gradient = self.pool.get()
                 self.scale, self.peak = _TRAILER.unpack(gradient.load(resumed, _TRAILER.size))
                 start = self._passed("forward", start)
             else:
-                hidden = self._forward(hidden, range(self.top + 1))
+                hidden = self._forward(hidden, range(self.top + 1), [self.other_weights])
                 self._check_candidates()
                 start = self._passed("forward", start)
                 gradient = self._head(hidden)
@@ -719,12 +731,27 @@ class Blockwise:
             self._reverse(gradient)
             self._passed("reverse", start)
             self.waited["weights"] = self.stream.settle() - waited
+            self._reset_peak()
         if self.show:
             _say(
                 f"waited        {self.waited['weights']:.1f} s for weights, "
                 f"{self.waited['memory']:.1f} s for host memory to be page-locked, "
                 f"{self.waited['disk']:.1f} s for the disk"
             )
+
+    def _load_ahead(self, groups: Groups) -> None:
+        """Start to load what the next sweep begins with, during the end of this one."""
+        self._ahead = self.stream.run(groups)
+
+    def _loading(self, groups: Groups) -> Loading:
+        """Of these groups, which may be under way already."""
+        ahead, self._ahead = self._ahead, None
+        return ahead or self.stream.run(groups)
+
+    def _drop_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def _passed(self, phase: str, start: float) -> float:
         if self.device.type == "cuda":
@@ -870,13 +897,18 @@ class Blockwise:
             hooks.phase = "forward"
             yield lambda: hooks.start_batch({})
 
-    def _forward(self, arena: Arena, blocks: range) -> Arena:
-        """Blocks in ascending order; keeps their inputs; returns the last one's outputs."""
+    def _forward(self, arena: Arena, blocks: range, then: Groups) -> Arena:
+        """Blocks in ascending order; keeps their inputs; returns the last one's outputs.
+
+        The weights ``then`` are loaded during the last block.
+        """
         progress = self._progress("FILet forward", len(blocks))
         groups = [self.block_weights[block] for block in blocks]
-        with progress, closing(self.stream.run(groups)) as loaded:
+        with progress, closing(self._loading(groups)) as loaded:
             start = time.perf_counter()
             for block, _ in zip(blocks, loaded, strict=True):
+                if block == blocks[-1]:
+                    self._load_ahead(then)
                 for name, target in self.of_block[block].items():
                     self._candidates[name] = (target.weight != 0).any(0).sum()
                 made = self._run_forward(block, arena, progress)
@@ -923,8 +955,9 @@ class Blockwise:
             self.scale = 2.0**_FP16_EXPONENT
         peak = torch.zeros((), device=self.device)
         progress = self._progress("FILet head", 1)
-        with progress, closing(self.stream.run([self.other_weights])) as loaded:
+        with progress, closing(self._loading([self.other_weights])) as loaded:
             next(loaded)
+            self._load_ahead(self._reverse_groups())
             for index, batch in enumerate(self.batches):
                 (rows,) = self.copies.fetch([hidden], index, []).ready()
                 gradient = self._loss_gradient(batch, rows)
@@ -984,9 +1017,8 @@ class Blockwise:
     def _reverse(self, gradients: Arena) -> None:
         """Blocks in descending order: moments, energies, A and B."""
         steps = self._steps()
-        groups = [self.block_weights[block] for _, block in steps]
         progress = self._progress("FILet reverse", len(steps))
-        with progress, closing(self.stream.run(groups)) as loaded:
+        with progress, closing(self._loading(self._reverse_groups())) as loaded:
             start = time.perf_counter()
             for number in loaded:
                 again, block = steps[number]
@@ -1009,6 +1041,9 @@ class Blockwise:
                 for each in self._saved:
                     each.result()
             self._unlink_gradients()
+
+    def _reverse_groups(self) -> Groups:
+        return [self.block_weights[block] for _, block in self._steps()]
 
     def _steps(self) -> list[tuple[bool, int]]:
         """(recompute its output only, block) in the order of the reverse sweep."""
@@ -1190,6 +1225,7 @@ class Blockwise:
             return 0
         peak = torch.cuda.max_memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
+        self.peak_bytes = max(self.peak_bytes, peak)
         return peak
 
     def _rehearse(self, arena: Arena, head_seconds: float, head_bytes: int) -> None:
@@ -1215,12 +1251,14 @@ class Blockwise:
 
             for _ in range(_ROUNDS):
                 times = [self._clock()]
+                self._reset_peak()
                 with torch.no_grad(), self._products(block) as start_batch:
                     for _ in range(timed):
                         start_batch()
                         hidden, *leaves = fetched()
                         self.parts.run_block(block, hidden, self.calls[index], leaves)
                 times.append(self._clock())
+                forward_bytes = self._reset_peak()
                 with MomentHooks(self.of_block[block], self.config) as hooks:
                     back(hooks)  # which also makes the moments
                     times.append(self._clock())
@@ -1243,10 +1281,16 @@ class Blockwise:
         largest = self.layout.shapes[index].numel() * self.layout.dtype.itemsize
         device_bytes = 0
         if self.device.type == "cuda":
-            # What larger weights need in both places, and what is on its way in and out.
-            more = max(map(size_of, self.block_weights)) - max(map(size_of, groups))
-            block_bytes = self._reset_peak() + 2 * more + 4 * largest
-            device_bytes = max(block_bytes, head_bytes)
+            # Two places for blocks, beside what the next sweep begins with; and what is on its way
+            # in and out.
+            places = 2 * max(map(size_of, self.block_weights))
+            more = places - 2 * max(map(size_of, groups)) + 4 * largest
+            then = places if resumed else size_of(self.other_weights)
+            device_bytes = max(
+                forward_bytes + more + then,
+                0 if resumed else head_bytes + places,
+                self._reset_peak() + more,
+            )
         self.plan = Plan(
             blocks=(forwards, backs),
             of=self.number,
@@ -1319,12 +1363,11 @@ class Blockwise:
         warn_of(left_default, layers)
         walk.warn_of_padding(unmasked)
         self.seconds["writing"] = time.perf_counter() - start
-        devices = {self.device} if self.device.type == "cuda" else set()
         report = FiletReport(
             modules={name: reports[name] for name in layers},
             left_default=left_default,
             seconds=self.seconds,
-            peak_memory=peak_memory(devices),
+            peak_memory=self.peak_bytes,
             config=dataclasses.asdict(self.config),
             **self.counts,
         )

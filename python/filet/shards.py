@@ -19,7 +19,7 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "Entry",
+    "Loading",
     "ShardedWeights",
     "Stored",
     "WeightSource",
@@ -362,51 +363,22 @@ class WeightStream:
             self._events.clear()
         return self.waited
 
-    def run(self, groups: Sequence[Sequence[Entry]]) -> Generator[int, None, None]:
-        """Yields each group's index with its weights in the model; they leave it afterwards."""
-        if not groups:
-            return
-        cuda = self.device.type == "cuda"
-        size = max(map(size_of, groups))
-        places = [
-            torch.empty(size, dtype=torch.uint8, device=self.device)
-            for _ in range(min(2, len(groups)))
-        ]
-        free: queue.Queue[Any] = queue.Queue()
-        for place in places:
-            event = None
-            if cuda:
-                event = torch.cuda.Event()
-                event.record()
-            free.put((place, event))
-        ready: queue.Queue[Any] = queue.Queue()
-        stream = torch.cuda.Stream(self.device) if cuda else None
-        loader = threading.Thread(
-            target=self._load, args=(groups, stream, free, ready), name="filet weights", daemon=True
-        )
-        loader.start()
-        try:
-            for index, group in enumerate(groups):
-                before = self._timestamp()
-                loaded = ready.get()
-                if isinstance(loaded, BaseException):
-                    raise loaded
-                place, event = loaded
-                if event is not None:
-                    torch.cuda.current_stream(self.device).wait_event(event)
-                self._count(before)
-                with _placed(group, place):
-                    yield index
-                event = None
-                if cuda:
-                    event = torch.cuda.Event()
-                    event.record()
-                free.put((place, event))
-        finally:
-            free.put(None)  # an end that comes early stops the loader
-            loader.join()
-            if stream is not None:  # before the places become somebody else's memory
-                torch.cuda.current_stream(self.device).wait_stream(stream)
+    def run(self, groups: Sequence[Sequence[Entry]]) -> Loading:
+        """Start to load groups of weights, the first two at once; to be iterated and closed."""
+        return Loading(self, groups)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count what the device waits inside."""
+        # Between the two events of a GPU's stream there is nothing but the wait for the weights,
+        # by the stream itself or by the host that had no work for it.
+        before = self._timestamp()
+        yield
+        after = self._timestamp()
+        if self.device.type == "cuda":
+            self._events.append((before, after))
+        else:
+            self.waited += after - before
 
     def _timestamp(self) -> Any:
         if self.device.type != "cuda":
@@ -415,31 +387,77 @@ class WeightStream:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def _count(self, before: Any) -> None:
-        # Between the two events of a GPU's stream there is nothing but the wait for the weights,
-        # by the stream itself or by the host that had no work for it.
-        after = self._timestamp()
-        if self.device.type == "cuda":
-            self._events.append((before, after))
-        else:
-            self.waited += after - before
 
-    def _load(
-        self,
-        groups: Sequence[Sequence[Entry]],
-        stream: Any,
-        free: queue.Queue[Any],
-        ready: queue.Queue[Any],
-    ) -> None:
+class Loading:
+    """Gives each group's index with its weights in the model; they leave it with the next."""
+
+    def __init__(self, weights: WeightStream, groups: Sequence[Sequence[Entry]]) -> None:
+        self.weights = weights
+        self.groups = groups
+        self.device = weights.device
+        self._next = 0
+        self._used: Tensor | None = None  # the place of the group that is in the model
+        self._in_model = contextlib.ExitStack()
+        self._free: queue.Queue[Any] = queue.Queue()
+        self._ready: queue.Queue[Any] = queue.Queue()
+        cuda = self.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self.device) if cuda else None
+        size = max(map(size_of, groups), default=0)
+        for _ in range(min(2, len(groups))):
+            self._give(torch.empty(size, dtype=torch.uint8, device=self.device))
+        self._loader = threading.Thread(target=self._load, name="filet weights", daemon=True)
+        self._loader.start()
+
+    def __iter__(self) -> Loading:
+        return self
+
+    def __next__(self) -> int:
+        self._leave()
+        if self._next == len(self.groups):
+            raise StopIteration
+        with self.weights.waiting():
+            loaded = self._ready.get()
+            if isinstance(loaded, BaseException):
+                raise loaded
+            place, event = loaded
+            if event is not None:
+                torch.cuda.current_stream(self.device).wait_event(event)
+        index, self._next, self._used = self._next, self._next + 1, place
+        self._in_model.enter_context(_placed(self.groups[index], place))
+        return index
+
+    def close(self) -> None:
+        """Take the weights out of the model, and stop the loader where it is."""
+        self._leave()
+        self._free.put(None)
+        self._loader.join()
+        if self._stream is not None:  # before the places become somebody else's memory
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
+    def _leave(self) -> None:
+        self._in_model.close()
+        if self._used is not None:
+            self._give(self._used)
+            self._used = None
+
+    def _give(self, place: Tensor) -> None:
+        """A place to the loader, for when the device has done what it does with it now."""
+        event = None
+        if self._stream is not None:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
+        self._free.put((place, event))
+
+    def _load(self) -> None:
         try:
             with contextlib.ExitStack() as stack:
                 staging = None
-                if stream is not None:
+                if self._stream is not None:
                     stack.enter_context(torch.cuda.device(self.device))
-                    stack.enter_context(torch.cuda.stream(stream))
+                    stack.enter_context(torch.cuda.stream(self._stream))
                     staging = _Staging()
-                for group in groups:
-                    taken = free.get()
+                for group in self.groups:
+                    taken = self._free.get()
                     if taken is None:
                         return
                     place, event = taken
@@ -447,7 +465,7 @@ class WeightStream:
                         torch.cuda.current_stream(self.device).wait_event(event)
                     start = time.perf_counter()
                     views = dict(zip(map(id, group), _views(group, place), strict=True))
-                    for entry, values in self.source.tensors(group):
+                    for entry, values in self.weights.source.tensors(group):
                         view = views.pop(id(entry))
                         if staging is not None:
                             staging.send(values, view)
@@ -457,10 +475,10 @@ class WeightStream:
                     if staging is not None:
                         event = torch.cuda.Event()
                         event.record()
-                    self.loading = time.perf_counter() - start
-                    ready.put((place, event))
+                    self.weights.loading = time.perf_counter() - start
+                    self._ready.put((place, event))
         except BaseException as error:
-            ready.put(error)
+            self._ready.put(error)
 
 
 class _Staging:

@@ -317,7 +317,9 @@ class MomentHooks:
             moment = None  # another tensor that has died since
         if name not in self.moments:
             share = moment if self.config.share_inputs else None
-            self.moments[name] = empty_moments(target.weight, share)
+            # Where nothing is counted, only the spaces matter.
+            device = None if self.counting else "meta"
+            self.moments[name] = empty_moments(target.weight, share, device)
             if share is not None:
                 self.shared_input[name] = next(
                     other for other, m in self.moments.items() if m.input is share
