@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate import dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -178,6 +181,39 @@ def test_a_forward_of_its_own_is_left_alone() -> None:
         assert norm.forward is own and len(replaced(m)) == 1 + 2 + 1
         raise KeyboardInterrupt
     assert list(replaced(m)) == ["model.norm"]
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_behind_the_hooks_of_a_device_map(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stay and are called; fused operations and y and h as without them, to the bit."""
+    monkeypatch.setattr(filet.walk, "HANDS_ON", {"cpu", "cuda"})
+    c = case("llama")
+    calls: list[str] = []
+    for name in ("rms_norm", "swiglu"):
+        function = getattr(filet.fused, name)
+
+        def count(*args: Any, name: str = name, function: Any = function, **kwargs: Any) -> Any:
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(filet.fused, name, count)
+    expected = energies_of(peft_of(c, device, dtype), loader(c.samples))
+    direct, calls[:] = list(calls), []
+    mapped = dispatch_model(copy.deepcopy(c.model).to(dtype), {"": str(device)}, force_hooks=True)
+    for module in mapped.modules():
+        if isinstance(module, nn.Linear):
+            add_hook_to_module(module, AlignDevicesHook(device, io_same_device=True))
+    peft_model = get_peft_model(mapped, LoraConfig(r=4, target_modules=c.targets))
+    before = {m: dict(vars(m)) for m in mapped.modules()}
+    found = energies_of(peft_model, loader(c.samples))
+    assert calls == direct != []
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for module, attributes in before.items():
+        for name in ("forward", "_old_forward", "_hf_hook"):
+            assert vars(module).get(name) is attributes.get(name)
 
 
 @pytest.mark.usefixtures("everywhere")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -108,6 +109,35 @@ def test_factors_and_residual(kind: str, normalization: str, device: torch.devic
         for what, (ours, theirs) in written.items():
             error = (ours.detach().cpu().double() - theirs).abs().max() / theirs.abs().max()
             assert error < 1e-5, f"{name} {what}: {error:.3g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_device_map_over_two_gpus(dtype: torch.dtype) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    alone = peft_of(case("llama"), "cuda:0", dtype)
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0}
+    places |= {"model.layers.1": 1, "model.norm": 1, "lm_head": 1}
+    model = dispatch_model(copy.deepcopy(case("llama").model).to(dtype), places)
+    split = get_peft_model(
+        model, LoraConfig(r=RANK, lora_alpha=8, target_modules=case("llama").targets)
+    )
+    before = logits_of(split)
+    report, expected = initialized(split, **LOUD), initialized(alone, **LOUD)
+    rounding = torch.finfo(dtype).eps / 2
+    assert (logits_of(split) - before).abs().max() <= 40 * rounding * before.abs().max()
+    devices = set()
+    for name, module in report.modules.items():
+        layer = layer_of(split, name)
+        weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.weight]
+        assert len({weight.device for weight in weights}) == 1
+        devices.add(layer.weight.device.index)
+        assert module.input_tokens == expected.modules[name].input_tokens > 0
+    assert devices == {0, 1}
+    energies = {name: module.energies for name, module in report.modules.items()}
+    truth = {name: module.energies for name, module in expected.modules.items()}
+    # By other kernels than on one device: a device map has forwards of its own.
+    assert_energies(energies, truth, 1e-5 if dtype == torch.float32 else 6e-2)
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from filet.forwards import Forwards
 from filet_kernels.rms_norm import WIDEST, rms_norm, rms_norm_reference
 from filet_kernels.rotary import rotary, rotary_reference, unfit
 from filet_kernels.swiglu import swiglu, swiglu_reference
@@ -48,8 +49,8 @@ def has_hooks(module: nn.Module) -> bool:
 def fused(model: nn.Module) -> Iterator[None]:
     """Inside: norms, MLPs and position embeddings of ``model`` run by fused kernels, on a GPU.
 
-    Parameters must be frozen. Modules with a forward of their own (a device map's, say) are left
-    alone, and under torch.compile, which fuses by itself, all run as they are. The function of the
+    Parameters must be frozen. Modules into which somebody has put another forward are left alone,
+    and under torch.compile, which fuses by itself, all run as they are. The function of the
     position embeddings is replaced in its module, for all models of the process; it computes the
     same there.
     """
@@ -57,7 +58,7 @@ def fused(model: nn.Module) -> Iterator[None]:
         yield
         return
     known: dict[Any, bool] = {}  # kinds of modules, so that each is tried once
-    replaced = []
+    forwards = Forwards()
     functions = {
         source: vars(source)[_ROTARY]
         for source in {sys.modules.get(type(module).__module__) for module in model.modules()}
@@ -67,21 +68,22 @@ def fused(model: nn.Module) -> Iterator[None]:
         for source, function in functions.items():
             setattr(source, _ROTARY, _rotary(function))
         for module in model.modules():
-            if "forward" in vars(module):
+            plain = forwards.own(module)
+            if plain is None:
                 continue
-            forward = _norm(module, known) or _mlp(module, known)
+            forward = _norm(module, plain, known) or _mlp(module, plain, known)
             if forward is not None:
-                module.forward = forward
-                replaced.append(module)
+                forwards.replace(module, forward)
         yield
     finally:
-        for module in replaced:
-            del module.forward
+        forwards.restore()
         for source, function in functions.items():
             setattr(source, _ROTARY, function)
 
 
-def _norm(module: Any, known: dict[Any, bool]) -> Callable[..., Tensor] | None:
+def _norm(
+    module: Any, plain: Callable[..., Any], known: dict[Any, bool]
+) -> Callable[..., Tensor] | None:
     names = [name for name in _EPSILON if isinstance(getattr(module, name, None), float)]
     if not names or list(module._parameters) != ["weight"] or module._modules or module._buffers:
         return None
@@ -93,7 +95,6 @@ def _norm(module: Any, known: dict[Any, bool]) -> Callable[..., Tensor] | None:
         known[kind] = _is_norm(module, weight.dtype, eps)
     if not known[kind]:
         return None
-    plain = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         x: Any = args[0] if len(args) == 1 and not kwargs else None
@@ -108,7 +109,9 @@ def _norm(module: Any, known: dict[Any, bool]) -> Callable[..., Tensor] | None:
     return forward
 
 
-def _mlp(module: Any, known: dict[Any, bool]) -> Callable[..., Tensor] | None:
+def _mlp(
+    module: Any, plain: Callable[..., Any], known: dict[Any, bool]
+) -> Callable[..., Tensor] | None:
     if set(module._modules) != _MLP or module._parameters or module._buffers:
         return None
     if has_hooks(module.act_fn):  # it is no longer called by itself
@@ -121,7 +124,6 @@ def _mlp(module: Any, known: dict[Any, bool]) -> Callable[..., Tensor] | None:
         known[kind] = _is_swiglu(module, weight.dtype)
     if not known[kind]:
         return None
-    plain = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         x: Any = args[0] if len(args) == 1 and not kwargs else None

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from filet.config import FiletConfig
+from filet.forwards import Forwards
 from filet.fused import fused
 from filet.head import ChunkedLoss, HeadLoss
 from filet.loss import ModelLoss, SummedLoss
@@ -124,15 +125,13 @@ class MomentHooks:
         self._scales: dict[int, tuple[SecondMoment, Tensor]] = {}  # of the columns of y and h
         self._handles: list[Any] = []
         self._awaited: _Awaited | None = None
-        self._replaced: list[nn.Module] = []  # modules with a forward of ours
+        self._forwards = Forwards()
 
     def __enter__(self) -> MomentHooks:
         for target in self.targets.values():
             module = target.base
-            # A forward that somebody has put there (a device map's, say) is left alone.
-            if type(module) is nn.Linear and "forward" not in vars(module):
-                module.forward = _bound(self._forward, target)  # type: ignore[method-assign]
-                self._replaced.append(module)
+            if type(module) is nn.Linear and self._forwards.own(module) is not None:
+                self._forwards.replace(module, _bound(self._forward, target))
             self._handles.append(
                 target.base.register_forward_pre_hook(_bound(self._before, target))
             )
@@ -143,9 +142,7 @@ class MomentHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for module in self._replaced:
-            del module.forward
-        self._replaced.clear()
+        self._forwards.restore()
         self._seen.clear()
 
     def finish(self) -> None:
@@ -244,7 +241,7 @@ class MomentHooks:
     def _after(self, target: Target, module: nn.Module, args: Any, output: Tensor) -> None:
         self.half = self.half or output.dtype == torch.float16
         if output.requires_grad:
-            output.register_hook(_bound(self._gradient, target, _is_handed_on(output)))
+            output.register_hook(_bound(self._gradient, target, self._hands_on(target, args[0])))
 
     def _forward(self, target: Target, x: Tensor) -> Tensor:
         """What nn.Linear does, with y and h handed on where a moment is of them."""
@@ -257,12 +254,11 @@ class MomentHooks:
         return (
             moments is not None
             and (moments.input.space == "y" or moments.output.space == "h")
-            and target.base in self._replaced
-            and x.device.type in HANDS_ON
-            and x.device == weight.device
+            and target.base in self._forwards
+            and weight.device.type in HANDS_ON  # where a device map brings x, if it is elsewhere
             and x.dtype == weight.dtype
             and x.dtype in (torch.bfloat16, torch.float16)
-            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.is_autocast_enabled(weight.device.type)
         )
 
     def take_y(self, target: Target, x: Tensor) -> Tensor | None:
@@ -411,10 +407,6 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         h = ctx.hooks.take_h(ctx.target, gradient)
         return gradient @ ctx.target.weight if h is None else h, None, None
-
-
-def _is_handed_on(output: Tensor) -> bool:
-    return getattr(type(output.grad_fn), "_forward_cls", None) is _Linear
 
 
 def empty_moments(
