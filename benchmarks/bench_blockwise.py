@@ -16,6 +16,7 @@ times mean nothing.
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import platform
@@ -29,9 +30,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from bench_model import busy, kernels
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from filet import FiletConfig
@@ -199,6 +202,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--host-memory", type=float, default=48 if CUDA else 1, help="GiB")
     parser.add_argument("--scratch", type=Path, help="folder for what that does not hold")
     parser.add_argument("--folder", type=Path, help="where the run folder goes (a fast disk)")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE.json.gz",
+        help="also a chrome trace; of fewer samples, it grows with them",
+    )  # fmt: skip
     args = parser.parse_args(argv)
 
     shapes = LARGE if CUDA else SMALL
@@ -232,13 +239,39 @@ def main(argv: Sequence[str] | None = None) -> None:
             host_memory=int(args.host_memory * 2**30), scratch=args.scratch,
         )  # fmt: skip
         with run:
-            run.sweep()
+            if args.trace:
+                traced(run, args.trace)
+            else:
+                run.sweep()
             arenas = run.pool.made
             if args.shards:
                 start = time.perf_counter()
                 run.write(Path(folder) / "adapter")
                 print(f"adapter          {time.perf_counter() - start:8.3f} s to write its folder")
     show(run, args.blocks, arenas)
+
+
+def traced(run: Blockwise, path: Path) -> None:
+    """The sweeps under the profiler: what the device computes, and what copies run beside it."""
+    activity = ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        run.sweep()
+    profiler.export_chrome_trace(str(path))
+    with gzip.open(path, "rt") as file:
+        found = kernels(json.load(file))
+    begin = found[0].start + 1e6 * run.seconds["preparing"]  # without the measuring for the plan
+    found = [kernel for kernel in found if kernel.start >= begin]
+    computing = [kernel for kernel in found if not kernel.copy]
+    elapsed = max(kernel.start + kernel.duration for kernel in found) - found[0].start
+    lines = [f"trace            {elapsed / 1e6:8.3f} s; computing {busy(computing) / elapsed:.1%}"]
+    for what in ("HtoD", "DtoH"):
+        copies = [kernel for kernel in found if kernel.copy and what in kernel.name]
+        both = sorted(computing + copies, key=lambda kernel: kernel.start)
+        alone = busy(both) - busy(computing)
+        lines.append(
+            f"{what} {busy(copies) / elapsed:.1%} of the time, {alone / elapsed:.1%} alone"
+        )
+    print(", ".join(lines))
 
 
 def show(run: Blockwise, blocks: int, arenas: int) -> None:

@@ -285,7 +285,7 @@ def test_bench_blockwise(tmp_path, capsys, one_thread, monkeypatch):
     boundary = 2 * 8 * 16 * 64 * 2  # bytes: two batches of 8 × 16 tokens of width 64 in bfloat16
     options = ["--blocks", "3", "--samples", "16", "--length", "16"]
     options += ["--folder", str(tmp_path), "--shards", str(tmp_path / "model")]
-    bench_blockwise.main(options)
+    bench_blockwise.main([*options, "--trace", str(tmp_path / "trace.json.gz")])
     printed = capsys.readouterr().out
     # Three blocks, the embedding, the head; as transformers finds them.
     index = json.loads((tmp_path / "model" / bench_blockwise.INDEX).read_text())
@@ -295,6 +295,8 @@ def test_bench_blockwise(tmp_path, capsys, one_thread, monkeypatch):
     assert set(index["weight_map"]) == set(model.state_dict())
     assert model.config.num_hidden_layers == 3 and model.dtype == torch.bfloat16
     assert "made and written in" in printed and "GB/s" in printed
+    assert (tmp_path / "trace.json.gz").stat().st_size > 1000
+    assert re.search(r"trace +[\d.]+ s; computing [\d.]+%, HtoD 0.0% of the time", printed)
     assert re.search(r"3 of 3 kept, .*k = 1, .*recomputed 0 blocks", printed)
     for what in ("forward", "reverse", "waited: weights", "bus and disk", "adapter", "80 blocks"):
         assert what in printed, what
