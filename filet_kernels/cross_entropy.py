@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from filet_kernels.syrk import _capability, _has_triton, _interpreted, _mutated, _on
+from filet_kernels.syrk import _mutated, _no_triton, _on
 
 __all__ = ["BACKENDS", "backend_of", "cross_entropy_", "cross_entropy_reference"]
 
@@ -52,16 +52,10 @@ def cross_entropy_reference(
 
 
 def _triton_unsupported(logits: Tensor) -> str | None:
-    if not _has_triton():
-        return "Triton is not installed"
-    if logits.is_cuda:
-        if _capability(logits.device) < (8, 0):
-            return "it needs compute capability 8.0"
-    elif not _interpreted():
-        return f"logits is on {logits.device}; expected a CUDA device, or TRITON_INTERPRET=1"
+    wrong = None
     if logits.dtype == torch.float64:
-        return "logits is torch.float64; expected torch.bfloat16, torch.float16 or torch.float32"
-    return None
+        wrong = "logits is torch.float64; expected torch.bfloat16, torch.float16 or torch.float32"
+    return _no_triton("logits", logits.device) or wrong
 
 
 def backend_of(logits: Tensor, backend: str | None = None) -> str:

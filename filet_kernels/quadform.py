@@ -20,7 +20,7 @@ from torch import Tensor
 
 from filet_kernels.extension import cuda_extension, stream_of, why_no_extension
 from filet_kernels.product import product, slices, split
-from filet_kernels.syrk import _capability, _has_triton, _interpreted, _on
+from filet_kernels.syrk import _capability, _no_triton, _on
 
 __all__ = ["BACKENDS", "Precision", "backend_of", "quadform_diag", "quadform_diag_reference"]
 
@@ -69,14 +69,7 @@ def _unsupported_operands(S: Tensor, v_dtype: torch.dtype) -> str | None:
 
 
 def _triton_unsupported(S: Tensor, v_dtype: torch.dtype) -> str | None:
-    if not _has_triton():
-        return "Triton is not installed"
-    if S.is_cuda:
-        if _capability(S.device) < (8, 0):
-            return "it needs compute capability 8.0"
-    elif not _interpreted():
-        return f"V is on {S.device}; expected a CUDA device, or TRITON_INTERPRET=1"
-    return _unsupported_operands(S, v_dtype)
+    return _no_triton("V", S.device) or _unsupported_operands(S, v_dtype)
 
 
 def _triton(S: Tensor, V: Tensor, precision: str) -> Tensor:

@@ -66,9 +66,20 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _no_triton(operand: str, device: torch.device) -> str | None:
+    """Why Triton cannot run on the device of that operand, or None where it can."""
+    if not _has_triton():
+        return "Triton is not installed"
+    if device.type == "cuda":
+        return None if _capability(device) >= (8, 0) else "it needs compute capability 8.0"
+    if not _interpreted():
+        return f"{operand} is on {device}; expected a CUDA device, or TRITON_INTERPRET=1"
+    return None
+
+
 def _runs_triton(device: torch.device) -> bool:
-    """Whether Triton's kernels run there: elsewhere elementwise operations are plain torch."""
-    return device.type == "cuda" and _has_triton() and _capability(device) >= (8, 0)
+    """Whether elementwise operations run by Triton there; elsewhere they are plain torch."""
+    return device.type == "cuda" and _no_triton("it", device) is None
 
 
 def _reference(
@@ -79,16 +90,8 @@ def _reference(
 
 
 def _triton_unsupported(C: Tensor, X: Tensor, weights: Tensor | None) -> str | None:
-    if not _has_triton():
-        return "Triton is not installed"
-    if X.device.type == "cuda":
-        if _capability(X.device) < (8, 0):
-            return "it needs compute capability 8.0"
-    elif not _interpreted():
-        return f"X is on {X.device}; expected a CUDA device, or TRITON_INTERPRET=1"
-    if C.dtype != torch.float32:
-        return f"C is {C.dtype}; expected torch.float32"
-    return None
+    wrong = None if C.dtype == torch.float32 else f"C is {C.dtype}; expected torch.float32"
+    return _no_triton("X", X.device) or wrong
 
 
 def _interpreted() -> bool:
