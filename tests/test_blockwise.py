@@ -213,6 +213,7 @@ def test_equals_the_engine_in_memory(
     }
     assert_equal(reports["blockwise"], reports["memory"], 1e-5)
     assert reports["blockwise"].modules
+    assert all(report.peak_memory > 0 for report in reports.values())
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ from filet.shards import (
     entries,
     size_of,
 )
+from filet.statistics import peak_memory
 from filet.targets import Target, check_targets, find_targets, fingerprints
 from filet.transfer import values
 from filet.walk import MomentHooks, first_samples, preserved, samples_in, token_masks
@@ -1367,7 +1368,7 @@ class Blockwise:
             modules={name: reports[name] for name in layers},
             left_default=left_default,
             seconds=self.seconds,
-            peak_memory=self.peak_bytes,
+            peak_memory=self.peak_bytes if self.device.type == "cuda" else peak_memory(set()),
             config=dataclasses.asdict(self.config),
             **self.counts,
         )
