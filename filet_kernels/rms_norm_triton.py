@@ -14,19 +14,24 @@ _PER_WARP = 512
 
 
 @triton.jit
+def _places(rows, columns, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Of this program: its rows and columns, which of them there are, and where elements lie."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    here = (row < rows)[:, None] & (column < columns)[None, :]
+    return row, column, here, row.to(tl.int64)[:, None] * columns + column[None, :]
+
+
+@triton.jit
 def _forward_kernel(
     y_ptr, r_ptr, x_ptr, weight_ptr, rows, columns, eps,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    inside = column < columns
-    here = (row < rows)[:, None] & inside[None, :]
-    offset = row.to(tl.int64)[:, None] * columns + column[None, :]
+    row, column, here, offset = _places(rows, columns, COLUMNS, ROWS)
     x = tl.load(x_ptr + offset, mask=here, other=0.0).to(tl.float32)
     r = tl.rsqrt(tl.sum(x * x, 1) / columns + eps)
     normal = (x * r[:, None]).to(x_ptr.dtype.element_ty).to(tl.float32)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
     tl.store(y_ptr + offset, (weight[None, :] * normal).to(y_ptr.dtype.element_ty), mask=here)
     tl.store(r_ptr + row, r, mask=row < rows)
 
@@ -36,14 +41,10 @@ def _backward_kernel(
     dx_ptr, dy_ptr, x_ptr, weight_ptr, r_ptr, rows, columns,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    inside = column < columns
-    here = (row < rows)[:, None] & inside[None, :]
-    offset = row.to(tl.int64)[:, None] * columns + column[None, :]
+    row, column, here, offset = _places(rows, columns, COLUMNS, ROWS)
     r = tl.load(r_ptr + row, mask=row < rows, other=0.0)[:, None]
     v = tl.load(x_ptr + offset, mask=here, other=0.0).to(tl.float32) * r
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
     d = tl.load(dy_ptr + offset, mask=here, other=0.0).to(tl.float32) * weight[None, :]
     d = d.to(dx_ptr.dtype.element_ty).to(tl.float32)
     along = tl.sum(d * v, 1) / columns

@@ -25,8 +25,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     """Queries and keys, turned by their positions; differentiable in q and k.
 
     Args:
-        q: (B, H, T, D), k: (B, H', T, D); bfloat16, float16 or float32, D even. Any strides, so
-            that a transposed (B, T, H, D) is not copied.
+        q: (B, H, T, D), k: (B, H', T, D); bfloat16, float16 or float32, D even. Any strides; a
+            transposed (B, T, H, D) is not copied, one whose last stride is not 1 is.
         cos, sin: (B, T, D) or (1, T, D), of q's dtype, on its device. They get no gradient.
 
     Returns:

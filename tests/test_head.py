@@ -425,4 +425,5 @@ def test_gradient() -> None:
     assert chunked.terms == labels.numel() < 20 and chunked.requires_grad
     for _ in range(2):
         chunked.backward(3.0, retain_graph=True)
+    # float64; the sums are added in another order.
     torch.testing.assert_close(hidden.grad, 6 * expected, rtol=1e-12, atol=1e-14)

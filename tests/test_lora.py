@@ -163,6 +163,7 @@ def test_residual_in_place(layer, dtype, transposed):
     assert not beside.any()  # nothing else was written
     residual = residual_weight(before, A, B, 1.5).double()
     exact = (residual + 1.5 * B.double() @ A.double() - before.double()).abs().max()
+    # For 16 bits it is found in float32, to 2⁻²⁴ of numbers that are rounded by 2⁻⁹ or 2⁻¹².
     # float64 cannot see its own rounding.
     torch.testing.assert_close(error.double(), exact, rtol=1e-3, atol=1e-14)
 

@@ -282,7 +282,7 @@ def _add_data(
     )
     group.add_argument(
         "--batch-size",
-        type=_batch_size,
+        type=_positive_or_auto,
         default="auto",
         metavar="N",
         help="samples as long as the longest that go through the model at once, shorter ones share "
@@ -291,7 +291,7 @@ def _add_data(
     )
     group.add_argument(
         "--passes",
-        type=_passes,
+        type=_positive_or_auto,
         default="auto",
         metavar="N",
         help="take the moments in N passes over the data, each of some blocks, and keep finished "
@@ -399,11 +399,7 @@ def _samples(text: str) -> int | None:
     return None if text == "all" else _positive(text)
 
 
-def _batch_size(text: str) -> int | str:
-    return text if text == "auto" else _positive(text)
-
-
-def _passes(text: str) -> int | str:
+def _positive_or_auto(text: str) -> int | str:
     return text if text == "auto" else _positive(text)
 
 

@@ -165,7 +165,7 @@ def _is_norm(module: Any, dtype: torch.dtype, eps: float) -> bool:
     x, weight = _numbers(2, dtype)
     twin = copy.copy(module)
     twin._parameters = {"weight": nn.Parameter(weight[0], requires_grad=False)}
-    return _gives(twin, x, rms_norm_reference(x, weight[0], eps)[0])
+    return _gives(type(twin).forward, (twin, x), rms_norm_reference(x, weight[0], eps)[:1])
 
 
 def _is_rotary(function: Any) -> bool:
@@ -174,14 +174,8 @@ def _is_rotary(function: Any) -> bool:
     for dtype in _DTYPES:
         q, k, cos, sin = (t.view(1, *_SEEN).expand(2, 3, -1, -1) for t in _numbers(4, dtype))
         cos, sin = cos[:, 0], sin[:, 0]
-        expected = [rotary_reference(x, cos, sin) for x in (q, k)]
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            try:
-                found = function(q, k, cos, sin)
-                same = [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
-            except Exception:  # it wants other arguments, or another layout
-                return False
-        if not all(same):
+        expected = tuple(rotary_reference(x, cos, sin) for x in (q, k))
+        if not _gives(function, (q, k, cos, sin), expected):
             return False
     return True
 
@@ -193,7 +187,7 @@ def _is_swiglu(module: Any, dtype: torch.dtype) -> bool:
         "gate_proj": _Gives(gate), "up_proj": _Gives(up), "down_proj": nn.Identity(),
         "act_fn": module.act_fn,
     }  # fmt: skip
-    return _gives(twin, x, swiglu_reference(gate, up))
+    return _gives(type(twin).forward, (twin, x), (swiglu_reference(gate, up),))
 
 
 class _Gives(nn.Module):
@@ -212,11 +206,16 @@ def _numbers(count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     )
 
 
-def _gives(twin: nn.Module, x: Tensor, expected: Tensor) -> bool:
-    """Whether the class's own forward, without hooks, gives that."""
+def _gives(
+    function: Callable[..., Any], arguments: tuple[Any, ...], expected: tuple[Tensor, ...]
+) -> bool:
+    """Whether it returns that: of a module the forward of its class, which runs no hooks."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
-            found = type(twin).forward(twin, x)
-        except Exception:  # it wants other arguments, other parts, another width: another module
+            found = function(*arguments)
+        except Exception:  # it wants other arguments, other parts, another width: another thing
             return False
-    return isinstance(found, Tensor) and torch.equal(found, expected)
+    outputs = found if isinstance(found, tuple) else (found,)
+    return len(outputs) == len(expected) and all(
+        isinstance(a, Tensor) and torch.equal(a, b) for a, b in zip(outputs, expected, strict=True)
+    )

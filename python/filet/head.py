@@ -23,6 +23,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from filet.config import FiletConfig
+from filet.forwards import Forwards
 from filet.fused import has_hooks
 from filet.loss import IGNORED, SummedLoss, drawn, labels_of
 from filet_kernels import cross_entropy_
@@ -243,8 +244,8 @@ class HeadLoss:
             return f"its head is a {type(head).__name__}; expected nn.Linear without an adapter"
         if has_hooks(head):
             return "its head has hooks"
-        # A device map puts a forward there that moves the input to the weight, as is done here.
-        if "forward" in vars(head) and not hasattr(head, "_hf_hook"):
+        # A device map's moves the input to the weight, as is done here.
+        if Forwards.own(head) is None:
             return "its head has a forward of its own"
         if type(head.weight) is not nn.Parameter:
             return f"the weight of its head is a {type(head.weight).__name__}"
