@@ -18,7 +18,6 @@ Written: methods.csv and methods.png in --output.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import gc
 import signal
@@ -36,6 +35,7 @@ import peft
 import shapes
 import torch
 from bench_model import bare, paper_blocks, timed
+from bench_syrk import write
 from peft import EvaConfig, LoraGAConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.config import CordaConfig, KasaConfig
 from peft.tuners.lora.loraga import preprocess_loraga
@@ -474,11 +474,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
         records += measure(key, case, methods, options.limit)
         del case
-    options.output.mkdir(parents=True, exist_ok=True)
-    with open(options.output / "methods.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, [*records[0], *about])
-        writer.writeheader()
-        writer.writerows(record | about for record in records)
+    write([record | about for record in records], options.output / "methods.csv")
     plot(records, about, options.output / "methods.png")
     print(f"wrote {options.output}/methods.csv and methods.png", file=sys.stderr)
 

@@ -21,7 +21,6 @@ Written to --output: model_<shape>.csv, and profile_<shape>.txt, .json.gz (a chr
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import gzip
 import json
@@ -36,7 +35,7 @@ from typing import Any
 
 import shapes
 import torch
-from bench_syrk import time_in_turn
+from bench_syrk import time_in_turn, write
 from recipes import AsWritten
 from shapes import CUDA, DEVICE, SAMPLES, SHAPES, Shape, synchronize
 from torch import Tensor, nn
@@ -414,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for key in found[0]["seconds"]
     }
     scaled = 1e3 * (median("initialize") + seconds["statistics"] * (to_all - 1)) / (count * to_all)
-    paired = [1e3 * (r["statistics"] - r["bare"]) / count for r in found]
+    paired = [1e3 * (r["statistics"] - r["fused"]) / count for r in found]
     # What, ms a batch, GiB over the weights.
     nan = float("nan")
     rows = [
@@ -442,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.samples != SAMPLES:
         print(f"(c) scaled to {SAMPLES} samples: {scaled * count * to_all / 1e3:.2f} s")
     print(
-        f"(b) − (a): {statistics.median(paired):.2f} ms a batch, of which syrk_ alone {syrk:.2f}: "
+        f"(b) − fused (a): {statistics.median(paired):.2f} ms a batch; syrk_ alone {syrk:.2f}: "
         + ", ".join(f"{sizes[n]} × n={n} at {alone[n]:.3f}" for n in sorted(sizes))
     )
     print(
@@ -450,7 +449,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{found[0]['statistics bytes'] / GIB:.3f} GiB in {sum(sizes.values())} moments",
         flush=True,
     )
-    options.output.mkdir(parents=True, exist_ok=True)
     records = [
         {
             "shape": options.shape, "blocks": blocks, "samples": options.samples,
@@ -461,10 +459,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         for what, milliseconds, peak in rows
     ]  # fmt: skip
-    with open(options.output / f"model_{options.shape}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
+    write(records, options.output / f"model_{options.shape}.csv")
     if options.profile:
         stem = options.output / f"profile_{options.shape}"
         launched = profiled(model, batches, options.rank, stem.with_suffix(".json.gz"))

@@ -13,7 +13,6 @@ quadform.csv, energies.csv and quadform.png in --output.
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import sys
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_syrk import CUDA, SQUARE, memory, time_in_turn
+from bench_syrk import CUDA, SQUARE, memory, time_in_turn, write
 from torch import Tensor
 
 from filet_kernels import Moments, fisher_energies, quadform_diag
@@ -107,14 +106,6 @@ def errors(S: Tensor, V: Tensor, runs: dict[str, Callable[[], Any]]) -> dict[str
         bound = 5e-7 if "accurate" in name else 3 * 2.0**-8
         assert found[name] <= bound or name in LIBRARY, (name, found[name])
     return found
-
-
-def write(records: list[dict[str, Any]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
 
 
 def forms(rounds: int, about: dict[str, str]) -> list[dict[str, Any]]:

@@ -186,13 +186,18 @@ def main() -> None:
             f"{library_error:.1e}, {mebibytes[ours]:.1f} ({mebibytes[BASELINE]:.0f})",
             flush=True,
         )
-    options.output.mkdir(parents=True, exist_ok=True)
-    with open(options.output / "syrk.csv", "w", newline="") as file:
+    write(records, options.output / "syrk.csv")
+    plot(records, options.output / "syrk.png")
+    print(f"wrote {options.output}/syrk.csv and syrk.png", file=sys.stderr)
+
+
+def write(records: list[dict[str, Any]], path: Path) -> None:
+    """As CSV, columns as in the first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(records[0]))
         writer.writeheader()
         writer.writerows(records)
-    plot(records, options.output / "syrk.png")
-    print(f"wrote {options.output}/syrk.csv and syrk.png", file=sys.stderr)
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
