@@ -3,11 +3,13 @@
     make bench-syrk
 
 Every row: correctness against float64 first; then all implementations in turn, round after round,
-so that they meet the same clocks; before every call the L2 cache is filled with other data, which
-are read: written, they would have to be written back during the call. Times are medians
-of CUDA events. Effective TFLOP/s count the operations of the full product, 2 T n², whatever is
-skipped. The limit is half of these operations at the rate of an 8192³ bfloat16 product that takes
-its turn in the same rounds. Written: syrk.csv and syrk.png in --output.
+in an order drawn anew each time, so that they meet the same clocks: what follows a long product at
+the power limit is up to 10% slower than what follows one that waits for memory. Before every call
+the L2 cache is filled with other data, which are read: written, they would have to be written back
+during the call. Times are medians of CUDA events. Effective TFLOP/s count the operations of the
+full product, 2 T n², whatever is skipped. The limit is half of these operations at the rate of an
+8192³ bfloat16 product that takes its turn in the same rounds. Written: syrk.csv and syrk.png in
+--output.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
+import random
 import statistics
 import sys
 import time
@@ -99,11 +102,11 @@ def time_in_turn(
     """p20, p50 and p80 of each, in milliseconds."""
     flush = torch.zeros(64 << 20 if CUDA else 0, device="cuda" if CUDA else "cpu")  # 256 MiB
     times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for number in range(rounds + 2):
+    names, order = list(runs), random.Random(0)
+    for _ in range(rounds + 2):
         events = {}
-        for place in range(len(names)):
-            name = names[(place + number) % len(names)]  # each follows each other, and comes first
+        order.shuffle(names)
+        for name in names:
             flush.sum()
             if CUDA:  # no wait in between: the host stays ahead, its own time is not measured
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -119,8 +122,7 @@ def time_in_turn(
             torch.cuda.synchronize()
             for name, (start, stop) in events.items():
                 times[name].append(start.elapsed_time(stop))
-    times = {name: values[2:] for name, values in times.items()}  # the first two warm up
-    return {name: quantiles(values) for name, values in times.items()}
+    return {name: quantiles(values[2:]) for name, values in times.items()}  # two to warm up
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
