@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys, one pass over each, forward and backward.
+"""Rotary position embedding of queries and keys, one pass over both, forward and backward.
 
     y = x ⊙ cos + R x ⊙ sin,   R (x₁, x₂) = (−x₂, x₁) for the halves x₁, x₂ of a head,
     ∂L/∂x = ∂L/∂y ⊙ cos + Rᵀ (∂L/∂y ⊙ sin)
@@ -89,23 +89,25 @@ def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False)
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
-    if _runs_triton(x.device):
+def _turned(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False
+) -> tuple[Tensor, Tensor]:
+    if _runs_triton(q.device):
         from filet_kernels.rotary_triton import rotary_triton
 
-        with _on(x.device):
-            return rotary_triton(x, cos, sin, back=back)
-    return rotary_reference(x, cos, sin, back=back)
+        with _on(q.device):
+            return rotary_triton(q, k, cos, sin, back=back)
+    return rotary_reference(q, cos, sin, back=back), rotary_reference(k, cos, sin, back=back)
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _turned(q, cos, sin), _turned(k, cos, sin)
+        return _turned(q, k, cos, sin)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> Any:
         cos, sin = ctx.saved_tensors
-        return *(_turned(d, cos, sin, back=True) for d in (dq, dk)), None, None
+        return *_turned(dq, dk, cos, sin, back=True), None, None

@@ -13,17 +13,17 @@ _TILE = 2048  # pairs of elements of a program
 
 
 @triton.jit
-def _kernel(
-    y_ptr, x_ptr, cos_ptr, sin_ptr, rows, heads, tokens, half,
+def _turn(
+    program, y_ptr, x_ptr, cos_ptr, sin_ptr, rows, heads, tokens, half,
     stride_yb, stride_yh, stride_yt, stride_xb, stride_xh, stride_xt,
     stride_cb, stride_ct, stride_sb, stride_st,
     BACK: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     dtype = y_ptr.dtype.element_ty
     # Heads run fastest: the heads of a token lie side by side, as a rule.
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token, head = row // heads, row % heads
-    batch, token = token // tokens, token % tokens
+    row = program.to(rows.dtype) * ROWS + tl.arange(0, ROWS)
+    token, head = row // heads, (row % heads).to(tl.int64)
+    batch, token = (token // tokens).to(tl.int64), (token % tokens).to(tl.int64)
     column = tl.arange(0, HALF)[None, :]
     here = (row < rows)[:, None] & (column < half)
     x = (batch * stride_xb + head * stride_xh + token * stride_xt)[:, None] + column
@@ -48,24 +48,59 @@ def _kernel(
     tl.store(y_ptr + y + half, y2.to(dtype), mask=here)
 
 
-def rotary_triton(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
-    """See :func:`filet_kernels.rotary.rotary_reference`."""
-    x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
-    y = torch.empty_like(x)
-    if y.stride(-1) != 1:  # of an x that overlaps or has gaps
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    batch, heads, tokens, size = x.shape
-    rows, half = batch * heads * tokens, size // 2
-    if y.numel():
-        width = triton.next_power_of_2(half)
-        height = max(1, _TILE // width)
+# Numbers of rows: int32, or int64 where they need it; 64-bit divisions are slow.
+@triton.jit(do_not_specialize=["q_rows", "k_rows", "q_programs"])
+def _kernel(
+    yq_ptr, q_ptr, yk_ptr, k_ptr, cos_ptr, sin_ptr,
+    q_programs, q_rows, k_rows, q_heads, k_heads, tokens, half,
+    stride_yqb, stride_yqh, stride_yqt, stride_qb, stride_qh, stride_qt,
+    stride_ykb, stride_ykh, stride_ykt, stride_kb, stride_kh, stride_kt,
+    stride_cb, stride_ct, stride_sb, stride_st,
+    BACK: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    if program < q_programs:
+        _turn(
+            program, yq_ptr, q_ptr, cos_ptr, sin_ptr, q_rows, q_heads, tokens, half,
+            stride_yqb, stride_yqh, stride_yqt, stride_qb, stride_qh, stride_qt,
+            stride_cb, stride_ct, stride_sb, stride_st, BACK, HALF, ROWS,
+        )  # fmt: skip
+    else:
+        _turn(
+            program - q_programs, yk_ptr, k_ptr, cos_ptr, sin_ptr, k_rows, k_heads, tokens, half,
+            stride_ykb, stride_ykh, stride_ykt, stride_kb, stride_kh, stride_kt,
+            stride_cb, stride_ct, stride_sb, stride_st, BACK, HALF, ROWS,
+        )  # fmt: skip
+
+
+def rotary_triton(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False
+) -> tuple[Tensor, Tensor]:
+    """See :func:`filet_kernels.rotary.rotary_reference`, of q and of k; in one launch."""
+    q, k, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, cos, sin))
+    yq, yk = map(_empty, (q, k))
+    half = q.shape[3] // 2
+    width = triton.next_power_of_2(max(half, 1))
+    height = max(1, _TILE // width)
+    rows = [t.numel() // max(t.shape[3], 1) for t in (q, k)]
+    programs = [triton.cdiv(number, height) for number in rows]
+    if half and sum(programs):
         one = cos.shape[0] == 1
-        _kernel[(triton.cdiv(rows, height),)](
-            y, x, cos, sin, rows, heads, tokens, half,
-            *y.stride()[:3], *x.stride()[:3],
+        _kernel[(sum(programs),)](
+            yq, q, yk, k, cos, sin,
+            programs[0], *rows, q.shape[1], k.shape[1], q.shape[2], half,
+            *yq.stride()[:3], *q.stride()[:3], *yk.stride()[:3], *k.stride()[:3],
             0 if one else cos.stride(0), cos.stride(1), 0 if one else sin.stride(0), sin.stride(1),
             BACK=back, HALF=width, ROWS=height, num_warps=8,
             # Else a product of bfloat16 that is added becomes an fma, and its rounding is gone.
             enable_fp_fusion=False,
         )  # fmt: skip
+    return yq, yk
+
+
+def _empty(x: Tensor) -> Tensor:
+    """For the result: with the strides of x, unless that overlaps or has gaps."""
+    y = torch.empty_like(x)
+    if y.stride(-1) != 1:
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y

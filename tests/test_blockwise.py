@@ -619,6 +619,44 @@ def test_a_full_disk_is_said_and_the_run_goes_on(
     assert_same_adapter(tmp_path / "out", tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("method", "call", "place"),
+    [
+        ("run_block", 0, "the rehearsal of block 0 on the largest batch, 4×9 tokens"),
+        ("epilogue", 0, "the head and the loss"),
+        ("run_block", -1, "the forward and backward of block 0"),
+    ],
+)
+def test_a_shortage_says_where_and_the_run_goes_on(
+    method: str,
+    call: int,
+    place: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done, calls = getattr(Parts, method), 0
+    limit = 10**9
+
+    def short(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0")
+        return done(*args)
+
+    monkeypatch.setattr(Parts, method, short)
+    initialize(folder, tmp_path / "whole")
+    limit, calls = call % calls, 0
+    with pytest.raises(filet.OutOfMemoryError, match=f"{place}: 2.50 GiB asked for") as caught:
+        initialize(folder, tmp_path / "out")
+    assert caught.value.phase == "blockwise"
+    assert "--batch-size" in str(caught.value) and "--engine" not in str(caught.value)
+    limit = 10**9
+    initialize(folder, tmp_path / "out")
+    assert_same_adapter(tmp_path / "out", tmp_path / "whole")
+
+
 @pytest.mark.parametrize(("killed", "finished"), [(3, 5), (1, 2)])
 def test_a_slow_disk_does_not_hold_up_the_run(
     killed: int, finished: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

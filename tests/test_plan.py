@@ -514,6 +514,23 @@ def test_a_shortage_after_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         filet.apply_statistics(peft_model, statistics)
 
 
+@pytest.mark.parametrize(
+    ("fails", "place"),
+    [
+        ("filet.initialize.values", "the checks of the weights"),
+        ("filet.statistics.fingerprints", "the hashing of the weights"),
+    ],
+)
+def test_a_shortage_before_the_pass(
+    fails: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = case("llama")
+    monkeypatch.setattr(fails, lambda *_: cuda_error())
+    with pytest.raises(OutOfMemoryError, match=f"in {place}: 2.50 GiB asked for") as caught:
+        filet.initialize_lora_filet_weights(peft_of(c), loader(c.samples), show_progress_bar=False)
+    assert caught.value.phase == "checks" and "--batch-size" not in str(caught.value)
+
+
 # On a GPU.
 
 

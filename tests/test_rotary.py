@@ -45,8 +45,7 @@ def with_gradients(function, q, k, cos, sin, dq, dk):
 def triton_runs(q, k, cos, sin, dq, dk):
     from filet_kernels.rotary_triton import rotary_triton
 
-    forward = [rotary_triton(x, cos, sin) for x in (q, k)]
-    return forward + [rotary_triton(d, cos, sin, back=True) for d in (dq, dk)]
+    return [*rotary_triton(q, k, cos, sin), *rotary_triton(dq, dk, cos, sin, back=True)]
 
 
 @pytest.mark.parametrize("one", [False, True])

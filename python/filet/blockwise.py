@@ -48,6 +48,7 @@ from filet.config import FiletConfig
 from filet.files import PLOT_FILE, replaced, staged
 from filet.initialize import materialise_rest, nothing_seen, warn_of
 from filet.loss import IGNORED, SummedLoss, drawn
+from filet.memory import named_shortage
 from filet.offload import Abandoned, Arena, ArenaPool, BlockInputs, Copies, Fetched, Layout
 from filet.parts import Calls, Parts, described
 from filet.report import FiletReport, ModuleReport
@@ -102,6 +103,9 @@ _IN_FLIGHT = 2
 _TRAILER = struct.Struct("<dd")
 # Of what is free on the scratch disk, this share is used.
 _DISK_SHARE = 0.9
+
+
+_HEAD = "the head and the loss"
 
 
 # The public function.
@@ -164,6 +168,7 @@ def initialize_folder(
             or share weights; targets outside the blocks), before any block is computed; a run
             folder of other data or settings, naming the first difference.
         FloatingPointError: NaN or infinity, naming the module.
+        OutOfMemoryError: naming what was asked for and what to change.
         OSError: a full disk, say. What was finished stays, and the same call goes on there.
     """
     config = config or FiletConfig()
@@ -558,6 +563,7 @@ class Blockwise:
         self._useless = threading.Event()  # the gradient that is being written is
         self.peak_bytes = 0  # of the GPU's memory, measuring for the plan included
         self._ahead: Loading | None = None  # what the next sweep begins with
+        self._at = "the blocks' first inputs"  # what is under way, for the message of a shortage
         self._stack = contextlib.ExitStack()
         # One for a gradient, which takes a while, and one for the blocks done meanwhile.
         self._output = ThreadPoolExecutor(2, "filet output")
@@ -705,6 +711,7 @@ class Blockwise:
         if self.top < self.first:
             return
         with contextlib.ExitStack() as stack:
+            stack.enter_context(named_shortage("blockwise", lambda: self._at))
             stack.enter_context(preserved(self.peft_model))
             stack.callback(self._drop_ahead)
             self.copies = Copies(self.device)
@@ -874,6 +881,7 @@ class Blockwise:
     @torch.no_grad()
     def _run_forward(self, block: int, arena: Arena, progress: Any) -> Arena:
         """A block over all batches; returns its outputs."""
+        self._at = f"the forward of block {block}"
         made = self._timed_get()
         with self._products(block) as start_batch:
             for index, (hidden, *leaves) in self._fetched(block, [arena]):
@@ -950,6 +958,7 @@ class Blockwise:
 
     def _head(self, hidden: Arena) -> Arena:
         """Gradients of the summed loss with respect to the last block's outputs."""
+        self._at = _HEAD
         gradients = self._timed_get()
         self.scale, self.peak = 1.0, 0.0
         if self.half:
@@ -999,6 +1008,7 @@ class Blockwise:
     def _time_head(self, arena: Arena | None) -> float:
         """Seconds for all batches, from the largest."""
         assert arena is not None
+        self._at = _HEAD
         index, timed = self._largest(), self._timed()
         self.scale = 1.0
         seconds = 0.0
@@ -1066,6 +1076,7 @@ class Blockwise:
 
         Returns the gradients of its inputs.
         """
+        self._at = f"the forward and backward of block {block}"
         made = self._timed_get() if block > self.first else None
         factor = 1.0
         if self.half and self.peak > 0 and self.peak < float("inf"):
@@ -1233,6 +1244,8 @@ class Blockwise:
         """The first block with targets on the largest batch, to refuse early and to plan."""
         block, index = self.first, self._largest()
         share, timed = self._share(index), self._timed()
+        shape = "×".join(map(str, self.batches[index].inputs["input_ids"].shape))
+        self._at = f"the rehearsal of block {block} on the largest batch, {shape} tokens"
         self.scale = 1.0
         # After another block: setting up the thread and its buffers is no part of loading.
         groups = [self.block_weights[self.number - 1], self.block_weights[block]]

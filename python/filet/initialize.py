@@ -74,7 +74,8 @@ def initialize_lora_filet_weights(
     """
     config = config or FiletConfig()
     # What is refused is refused before the pass.
-    targets = check_applicable(peft_model, config, adapter_name)
+    with named_shortage("checks", _checks):
+        targets = check_applicable(peft_model, config, adapter_name)
     with originals(targets, config.base) as original:
         statistics = collect_statistics(
             peft_model, dataloader, config, adapter_name, forward_fn, show_progress_bar
@@ -101,10 +102,15 @@ def apply_statistics(
         OutOfMemoryError: naming what was asked for; the model is what it was.
     """
     config = config or FiletConfig()
-    targets = check_applicable(peft_model, config, adapter_name)
-    check_statistics(statistics, targets)
+    with named_shortage("checks", _checks):
+        targets = check_applicable(peft_model, config, adapter_name)
+        check_statistics(statistics, targets)
     with originals(targets, config.base) as original, named_shortage("selection", _selection):
         return _apply(peft_model, statistics, config, adapter_name, original)
+
+
+def _checks() -> str:
+    return "the checks of the weights"
 
 
 def _selection() -> str:

@@ -19,11 +19,15 @@ ADVICE = (
     "moments on the host, in several passes (FiletConfig(passes=N), --passes N)",
     "one block at a time (--engine blockwise)",
 )
-_AFTER_THE_PASS = ADVICE[3:]
 _UNITS = ("bytes", "KiB", "MiB", "GiB")
 
-
-Phase = Literal["pass", "selection"]
+Phase = Literal["checks", "pass", "selection", "blockwise"]
+_ADVICE: dict[Phase, tuple[str, ...]] = {
+    "checks": ADVICE[3:],
+    "pass": ADVICE,
+    "selection": ADVICE[3:],
+    "blockwise": (ADVICE[0], ADVICE[1], ADVICE[3], "less host memory (--host-memory)"),
+}
 
 
 class OutOfMemoryError(torch.OutOfMemoryError, MemoryError):
@@ -33,7 +37,8 @@ class OutOfMemoryError(torch.OutOfMemoryError, MemoryError):
     Python raised.
 
     Attributes:
-        phase: "pass", where smaller batches may help, or "selection", of directions after it.
+        phase: "pass", where smaller batches may help; "checks" of the weights, before it;
+            "selection" of directions, after it; "blockwise", all of that engine.
         requested: what was asked for, as torch wrote it ("2.00 GiB"); None where it does not say.
     """
 
@@ -47,7 +52,7 @@ class OutOfMemoryError(torch.OutOfMemoryError, MemoryError):
 def named_shortage(phase: Phase, place: Callable[[], str]) -> Iterator[None]:
     """Turns what torch and Python raise without memory into :class:`OutOfMemoryError`.
 
-    ``place()`` says what was under way, "the forward of batch 3".
+    ``place()`` says what was under way, "the forward of batch 3". The innermost one names it.
     """
     try:
         yield
@@ -56,10 +61,9 @@ def named_shortage(phase: Phase, place: Callable[[], str]) -> Iterator[None]:
             raise
         asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
         requested = asked[1] if asked else None
-        advice = ADVICE if phase == "pass" else _AFTER_THE_PASS
         raise OutOfMemoryError(
             f"out of memory in {place()}: {requested or 'more than there is'} asked for"
-            f"{_on(str(error))}; expected one or more of: {', '.join(advice)}",
+            f"{_on(str(error))}; expected one or more of: {', '.join(_ADVICE[phase])}",
             phase,
             requested,
         ) from error

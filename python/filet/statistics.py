@@ -19,6 +19,7 @@ from torch import Tensor
 
 from filet.config import FiletConfig
 from filet.files import replaced
+from filet.memory import named_shortage
 from filet.passes import Batches, collect_in_passes
 from filet.plan import passes_that_fit
 from filet.targets import Target, check_peft_model, check_targets, find_targets, fingerprints
@@ -211,7 +212,8 @@ def collect_statistics(
     peft_model = check_peft_model(peft_model, adapter_name)
     targets, unsupported = find_targets(peft_model, adapter_name)
     check_targets(targets, unsupported, adapter_name)
-    weights = fingerprints({name: target.weight for name, target in targets.items()})
+    with named_shortage("checks", lambda: "the hashing of the weights"):
+        weights = fingerprints({name: target.weight for name, target in targets.items()})
     devices = {t.weight.device for t in targets.values() if t.weight.device.type == "cuda"}
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
