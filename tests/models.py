@@ -486,10 +486,10 @@ def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float
     """The largest relative error of any energy, and its module. NaN where the modules differ."""
     if actual.keys() != expected.keys():
         return float("nan"), f"modules differ: {sorted(actual.keys() ^ expected.keys())}"
-    errors = {
-        name: float(((actual[name] - expected[name]).abs() / expected[name]).max())
-        for name in expected
-    }
+    errors = {}
+    for name, truth in expected.items():
+        off = (actual[name] - truth).abs()
+        errors[name] = float(torch.where(off == 0, 0.0, off / truth).max())  # 0 may be a truth
     return max(((error, name) for name, error in errors.items()), key=lambda pair: pair[0])
 
 
