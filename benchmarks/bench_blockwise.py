@@ -2,7 +2,7 @@
 
     make bench-blockwise
     make bench-blockwise BENCH_ARGS="--shards DIR"                          # from real files
-    make bench-blockwise BENCH_ARGS="--shards DIR --host-memory 26"         # some blocks recomputed
+    make bench-blockwise BENCH_ARGS="--shards DIR --host-memory 18"         # some blocks recomputed
 
 The real thing, with random weights: some blocks and the head, 320 samples of 512 tokens. With
 ``--shards`` they are a model's folder, written to DIR unless it is there, and read from the page
@@ -325,7 +325,10 @@ def show(run: Blockwise, blocks: int, arenas: int) -> None:
         **{f"{sweep} besides": value for sweep, value in besides.items()},
     }
     print("once             " + ", ".join(f"{key} {value:.3f} s" for key, value in once.items()))
-    print(f"host memory      {arenas * boundary:8.2f} GiB in {arenas} arenas")
+    print(
+        f"host memory      {arenas * boundary:8.2f} GiB in {arenas} arenas (planned "
+        f"{plan.host_bytes / 2**30:.2f}, with what blocks are called with)"
+    )
     if CUDA:
         print(
             f"GPU memory       {run.peak_bytes / 2**30:8.2f} GiB at the peak (planned "

@@ -185,11 +185,9 @@ __global__ void __launch_bounds__(THREADS)
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     exponents_kernel(const Matrix v, const Scales scales, int* exponents) {
-    __shared__ int columns[TILE];
+    __shared__ int of_warp[THREADS / 32][TILE];
     follow();
-    if (threadIdx.x < TILE) columns[threadIdx.x] = INT_MIN;
-    __syncthreads();
-    const int unit = threadIdx.x % 16;
+    const int unit = threadIdx.x % 16, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t column = static_cast<int64_t>(blockIdx.y) * TILE + unit * UNIT;
     int of_column[UNIT];
 #pragma unroll
@@ -207,10 +205,17 @@ __global__ void __launch_bounds__(THREADS)
             if (x[i][e] != 0) of_column[e] = max(of_column[e], exponent(x[i][e]) + e_row + 1);
     }
 #pragma unroll
-    for (int e = 0; e < UNIT; ++e) atomicMax(columns + unit * UNIT + e, of_column[e]);
+    for (int e = 0; e < UNIT; ++e) {
+        of_column[e] = max(of_column[e], __shfl_xor_sync(~0u, of_column[e], 16));
+        if (lane < 16) of_warp[warp][unit * UNIT + e] = of_column[e];
+    }
     __syncthreads();
     const int64_t target = static_cast<int64_t>(blockIdx.y) * TILE + threadIdx.x;
-    if (threadIdx.x < TILE && target < v.columns) atomicMax(exponents + target, columns[threadIdx.x]);
+    if (threadIdx.x >= TILE || target >= v.columns) return;
+    int largest = INT_MIN;
+#pragma unroll
+    for (int i = 0; i < THREADS / 32; ++i) largest = max(largest, of_warp[i][threadIdx.x]);
+    atomicMax(exponents + target, largest);
 }
 
 // Columns of V in tiles. `exponents`: null for bf16.
@@ -290,8 +295,11 @@ struct Plan {
         width = up(args.p, 2 * columns);
         const int64_t s_bytes = rows * (rows + 1ll) * (args.accurate ? 4 : 2) * BOX_BYTES;
         const int64_t pair_bytes = 2ll * columns * rows * TILE * v_pieces * 2;  // of two tiles' columns
-        const int64_t pairs = std::max<int64_t>(std::max(CHUNK_BYTES, s_bytes) / pair_bytes, 1);
-        chunk = direct ? width : std::min(width, pairs * 2 * columns);
+        const int64_t fit = std::max<int64_t>(std::max(CHUNK_BYTES, s_bytes) / pair_bytes, 1);
+        const int64_t pairs = std::max<int64_t>(width / (2 * columns), 1);
+        const int64_t chunks = direct ? 1 : (pairs + fit - 1) / fit;
+        // Of even size: a small last one would leave clusters without work.
+        chunk = (pairs + chunks - 1) / chunks * 2 * columns;
         bytes = 0;
         partial = take(2 * rows * width * sizeof(float));
         scales = take(args.accurate ? (2 * args.n + 1) * sizeof(unsigned) : 0);
@@ -326,9 +334,9 @@ cudaError_t launch_next(void (*kernel)(Parameters...), dim3 grid, cudaStream_t s
 }
 
 template <typename T>
-cudaError_t pack_v(const Matrix& v, const Plan& plan, const Scales& scales, int* exponents,
-                   uint8_t* tiles, cudaStream_t stream) {
-    const dim3 grid(2 * plan.rows, static_cast<unsigned>(plan.chunk / TILE));
+cudaError_t pack_v(const Matrix& v, const Plan& plan, int64_t width, const Scales& scales,
+                   int* exponents, uint8_t* tiles, cudaStream_t stream) {
+    const dim3 grid(2 * plan.rows, static_cast<unsigned>(width / TILE));
     if (exponents) {
         const cudaError_t status =
             launch_next(exponents_kernel<T>, grid, stream, v, scales, exponents);
@@ -369,8 +377,8 @@ extern "C" int filet_quadform(const FiletQuadform* args) {
     } else {
         // Rows read 16 bytes at a time, and all 128 of them: the products cannot wait for more.
         if (!args->portable && s.vector) {
-            late_begin = quadform_late_sm90(
-                plan.rows, static_cast<int>(std::min(plan.chunk, plan.width) / plan.columns));
+            late_begin =
+                quadform_late_sm90(plan.rows, static_cast<int>(plan.chunk / plan.columns));
             late_end = std::max(late_begin, static_cast<int>(args->n / TILE));
         }
         const int begin = tiles_above(late_begin), end = tiles_above(late_end);
@@ -382,17 +390,18 @@ extern "C" int filet_quadform(const FiletQuadform* args) {
         const int bytes = args->dtype == FILET_FP32 ? 4 : 2;
         const auto* data =
             static_cast<const uint8_t*>(args->v) + column * args->stride_v_column * bytes;
+        const int64_t width = std::min(plan.chunk, plan.width - column);
         const Matrix v = matrix(data, bytes, args->stride_v_row, args->stride_v_column, args->n,
-                                std::max<int64_t>(std::min(plan.chunk, args->p - column), 0));
+                                std::max<int64_t>(std::min(width, args->p - column), 0));
         if (!plan.direct) {
             int* of_chunk = exponents ? exponents + column : nullptr;
             uint8_t* tiles = workspace + plan.v;
             if (args->dtype == FILET_FP32)
-                status = pack_v<float>(v, plan, scales, of_chunk, tiles, stream);
+                status = pack_v<float>(v, plan, width, scales, of_chunk, tiles, stream);
             else if (args->dtype == FILET_FP16)
-                status = pack_v<__half>(v, plan, scales, of_chunk, tiles, stream);
+                status = pack_v<__half>(v, plan, width, scales, of_chunk, tiles, stream);
             else
-                status = pack_v<__nv_bfloat16>(v, plan, scales, of_chunk, tiles, stream);
+                status = pack_v<__nv_bfloat16>(v, plan, width, scales, of_chunk, tiles, stream);
             if (status) return status;
         }
         const QuadformTiles tiles = {tiles_s,
@@ -408,8 +417,7 @@ extern "C" int filet_quadform(const FiletQuadform* args) {
                                      partial + column,
                                      plan.width,
                                      plan.rows,
-                                     static_cast<int>(std::min(plan.chunk, plan.width - column) /
-                                                      plan.columns),
+                                     static_cast<int>(width / plan.columns),
                                      args->accurate != 0,
                                      plan.v_pieces,
                                      stream};

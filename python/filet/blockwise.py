@@ -84,15 +84,18 @@ _ADAPTER = "default"
 _FORMAT = "filet-run-1"
 _BLOCK_FORMAT = "filet-block-1"
 _MANIFEST = "manifest.json"
+_HEAD = "the head and the loss"
 
 # Logits that exist at a time: 2²⁷, 0.25 GiB in bfloat16 and four times that for the loss.
 _LOGITS = 2**27
 # A float16 gradient is scaled so that the largest number of a boundary is at 2⁴ (see walk.py).
 _FP16_EXPONENT = 4
 # Arenas that a sweep works with, besides those kept: in reverse the inputs of a block, those of the
-# next on their way from the disk, the gradients of its outputs and inputs, and gradients on their
-# way to the disk.
+# next on their way from the disk, the gradients of its outputs and inputs, and a gradient on its
+# way to the disk. Where no inputs go to the disk, the gradient of a block's inputs takes the arena
+# that the block above had its inputs in; two are left, which the head needs as well.
 _WORKING = 5
+_WORKING_ON_HOST = 2
 # What is timed before the run is done so often; the first time compiles and sets up.
 _ROUNDS = 2
 # Batches that a GPU is timed on: of one alone, much would be the launch of its first kernels.
@@ -103,10 +106,6 @@ _IN_FLIGHT = 2
 _TRAILER = struct.Struct("<dd")
 # Of what is free on the scratch disk, this share is used.
 _DISK_SHARE = 0.9
-
-
-_HEAD = "the head and the loss"
-
 
 # The public function.
 
@@ -428,27 +427,29 @@ class _Keeping:
         ``host`` and ``disk`` are how many boundaries fit there. The smallest stride that fits.
         """
         number = last - first + 1
-        room = host - _WORKING
         for stride in range(1, number + 1):
             kept = tuple(range(first, last + 1, stride))
-            held = room - (stride - 1)  # the blocks between two kept ones, one stretch at a time
+            between = stride - 1  # blocks between two kept ones, one stretch at a time
+            on_host = _WORKING_ON_HOST + between + len(kept)
+            if on_host <= host:
+                return cls(stride, kept, frozenset(), on_host)
+            held = host - _WORKING - between
             if held < 0 or len(kept) > held + disk:
                 continue
             # Spread over the sweep, so that the disk has time.
-            written = max(0, len(kept) - held)
+            written = len(kept) - held
             on_disk = frozenset(
                 block
                 for index, block in enumerate(kept)
                 if (index + 1) * written // len(kept) > index * written // len(kept)
             )
-            arenas = _WORKING + len(kept) - written + stride - 1
-            return cls(stride, kept, on_disk, arenas)
+            return cls(stride, kept, on_disk, host)
         best = min(-(-number // stride) + stride - 1 for stride in range(1, number + 1))
         raise ValueError(
             f"host_memory holds {host} of the block boundaries of {_gib(nbytes)} each, and the "
             f"scratch folder {disk}; expected host_memory of at least "
-            f"{_gib((_WORKING + best) * nbytes)}, or {_gib(_WORKING * nbytes)} and a scratch "
-            f"folder with {_gib(number * nbytes / _DISK_SHARE)} free"
+            f"{_gib((_WORKING_ON_HOST + best) * nbytes)}, or {_gib(_WORKING * nbytes)} and a "
+            f"scratch folder with {_gib(number * nbytes / _DISK_SHARE)} free"
         )
 
 
@@ -828,10 +829,7 @@ class Blockwise:
         if free < self.run_bytes:
             text = f"{_gib(self.run_bytes)} needed, {_gib(free)} free"
             raise OSError(errno.ENOSPC, text, str(self.folder))
-        ahead = 0
-        if self.device.type == "cuda":
-            # Without a scratch disk, two besides the inputs that are kept are all that is needed.
-            ahead = self.keeping.arenas - (0 if self.keeping.on_disk else _WORKING - 2)
+        ahead = self.keeping.arenas if self.device.type == "cuda" else 0
         self.pool = ArenaPool(self.layout, self.keeping.arenas, self.device, ahead)
         self.inputs = BlockInputs(self.pool, self.scratch)
         # The disk's thread may wait for an arena, the output's may read one.
