@@ -301,9 +301,9 @@ def test_bench_blockwise(tmp_path, capsys, one_thread, monkeypatch):
     for what in ("forward", "reverse", "waited: weights", "bus and disk", "adapter", "80 blocks"):
         assert what in printed, what
 
-    # Too little memory for the inputs of four blocks: five boundaries to work with, two that are
+    # Too little memory for the inputs of four blocks: two boundaries to work with, two that are
     # kept and one between.
-    host = ["--host-memory", str((5 + 2 + 1) * boundary / 2**30)]
+    host = ["--host-memory", str((2 + 2 + 1) * boundary / 2**30)]
     bench_blockwise.main([*options, "--blocks", "4", "--shards", str(tmp_path / "four"), *host])
     printed = capsys.readouterr().out
     assert re.search(r"2 of 4 kept, .*k = 2, .*recomputed 1 blocks", printed)

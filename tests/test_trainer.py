@@ -129,9 +129,13 @@ def trainer_of(
     }
     if "eval_strategy" in settings:
         settings["per_device_eval_batch_size"] = 16
+    args = TrainingArguments(output_dir=str(folder), **settings)
+    # On several GPUs it would wrap DataParallel, and its checkpoints hold the state of the dropout
+    # of one GPU only: a resumed run would draw other numbers.
+    args._n_gpu = min(args.n_gpu, 1)
     return Trainer(
         model=model,
-        args=TrainingArguments(output_dir=str(folder), **settings),
+        args=args,
         train_dataset=samples(),  # type: ignore[arg-type]
         eval_dataset=samples(),  # type: ignore[arg-type]
         callbacks=list(callbacks),
