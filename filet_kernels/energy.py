@@ -103,11 +103,15 @@ _Factors = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 def _factors_float64(W: Tensor, moments: Moments, precision: Precision) -> _Factors:
     m, n = W.shape
     W = W.double()
-    directions = {"y": W}
-    if n <= m or moments.input.space == "x" or moments.output.space == "h":
-        directions["x"] = directions["h"] = W.T @ W
+    G: Tensor | tuple[Tensor, Tensor]
     # W G = K W, through the smaller of the two Gram matrices.
-    WG = directions["g"] = W @ directions["x"] if n <= m else (W @ W.T) @ W
+    if n <= m:
+        G = W.T @ W
+        WG = W @ G
+    else:
+        G = W.T, W  # formed some columns at a time
+        WG = (W @ W.T) @ W
+    directions = {"x": G, "h": G, "y": W, "g": WG}
 
     def form(moment: SecondMoment) -> Tensor:
         return quadform_diag(moment.sum, directions[moment.space], precision=precision)
@@ -126,20 +130,23 @@ def _factors_float32(
     S = {moment.space: moment.sum for moment in (moments.input, moments.output)}
     forms: dict[str, Tensor] = {}  # of each moment, by its space
 
-    def form(S: Tensor, V: Tensor, precision: Precision = precision) -> Tensor:
+    def form(
+        S: Tensor, V: Tensor | tuple[Tensor, Tensor], precision: Precision = precision
+    ) -> Tensor:
         return quadform_diag(S, V, precision=precision, backend=backend)
 
-    if n <= m or S.keys() & {"x", "h"}:
-        G = _gram(W)
-        for space in S.keys() & {"x", "h"}:
-            forms[space] = form(S[space], G)
+    G: Tensor | tuple[Tensor, Tensor]
     if n <= m:
-        squares = column_sums(G)[0]
+        left, right = W, _gram(W)
+        squares = column_sums(right)[0]
         if "g" not in S:
-            cubes = form(G, G, "accurate")
-        left, right = W, G
+            cubes = form(right, right, "accurate")
+        G = right
     else:
         left, right = _gram(W.T), W
+        G = transposed(W), W  # formed some columns at a time
+    for space in S.keys() & {"x", "h"}:
+        forms[space] = form(S[space], G)
     if "y" in S:
         forms["y"] = form(S["y"], W)
     if m < n or "g" in S:  # WG = KW

@@ -6,6 +6,7 @@ energies are equal to the bit here; the tolerances below are what is asked of th
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import json
@@ -586,12 +587,12 @@ def interrupt(
     """Let writing arenas fail after so many times; returns what ends that."""
     save, count = offload.Arena.save, 0
 
-    def failing(*args: Any) -> None:
+    def failing(*args: Any, **more: Any) -> None:
         nonlocal count
         count += 1
         if count > after:
             raise error
-        save(*args)
+        save(*args, **more)
 
     monkeypatch.setattr(offload.Arena, "save", failing)
     return lambda: monkeypatch.setattr(offload.Arena, "save", save)
@@ -761,6 +762,68 @@ def test_no_gradient_comes_before_the_blocks_that_it_finishes(
     monkeypatch.setattr(Blockwise, "_is_behind", is_behind)
     initialize(folder, tmp_path / "out", **CHEAP)
     assert all(event.is_set() for event in there.values())
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_past_the_page_cache(
+    refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the file system can; elsewhere as any file."""
+    layout = offload.Layout([torch.Size((3, 1000)), torch.Size((7,))], torch.float32)
+    arena, again = offload.Arena(layout, False), offload.Arena(layout, False)
+    arena.views[0].copy_(torch.arange(3000.0).view(3, 1000))
+    monkeypatch.setattr(offload, "_PIECE", 4096)
+    opened, flags = os.open, []
+
+    def open_file(path: Any, how: int, mode: int = 0o777) -> int:
+        if refused and how & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
+        flags.append(how)
+        return opened(path, how, mode)
+
+    monkeypatch.setattr(os, "open", open_file)
+    arena.save(tmp_path / "file", direct=True)
+    assert (tmp_path / "file").stat().st_size == layout.nbytes == 4 * 4096
+    assert again.load(tmp_path / "file", direct=True) == b""
+    assert torch.equal(again.views[0], arena.views[0])
+    before = arena.buffer.clone()
+    assert min(arena.speed(tmp_path / "speed")) > 0
+    assert torch.equal(arena.buffer, before) and not (tmp_path / "speed").exists()
+    assert len(flags) == 4 and all(bool(how & os.O_DIRECT) != refused for how in flags)
+    (tmp_path / "file").write_bytes(b"short")
+    with pytest.raises(ValueError, match=f"has 5 bytes; expected {layout.nbytes}"):
+        again.load(tmp_path / "file", direct=True)
+
+
+@pytest.mark.parametrize("one_disk", [True, False])
+def test_the_plan_knows_a_slow_scratch_disk(
+    one_disk: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, read = offload._write, offload._read
+    disk = threading.Lock() if one_disk else contextlib.nullcontext()
+
+    def slow_write(*args: Any) -> None:
+        with disk:
+            time.sleep(0.1)
+            write(*args)
+
+    def slow_read(*args: Any) -> None:
+        with disk:
+            time.sleep(0.2)
+            read(*args)
+
+    monkeypatch.setattr(offload, "_write", slow_write)
+    monkeypatch.setattr(offload, "_read", slow_read)
+    if not one_disk:
+        monkeypatch.setattr(blockwise, "_on_one_disk", lambda *_: False)
+    scratch = tmp_path / "scratch"
+    with run_of(folder, tmp_path, host_memory=5 * BOUNDARY, scratch=scratch, **CHEAP) as run:
+        run.sweep()
+        assert run.plan is not None and run.plan.on_disk == LAYERS
+        planned = sum(run.plan.seconds.values())
+        took = sum(run.seconds[sweep] for sweep in run.plan.seconds)
+    assert LAYERS * 0.3 < took
+    assert abs(planned / took - 1) < 0.25, (run.plan.seconds, run.seconds)
 
 
 def test_a_file_is_abandoned_between_two_pieces(

@@ -4,9 +4,11 @@ import importlib.util
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import oracle
-from filet_kernels import Moments, SecondMoment, energy, fisher_energies
+from filet_kernels import Moments, SecondMoment, energy, fisher_energies, quadform
 from filet_kernels.product import _add_product, column_sums, mirror_, product, split, transposed
 
 CUDA = torch.cuda.is_available()
@@ -71,10 +73,33 @@ def test_with_the_kernel_and_in_parts(shape, spaces, device, monkeypatch):
 @pytest.mark.parametrize("shape", [(300, 1300), (1300, 300)], ids=str)
 def test_larger_than_one_part(shape, device, monkeypatch):
     monkeypatch.setattr(energy, "_FLOATS", 1)
+    monkeypatch.setattr(quadform, "_COLUMNS", 500)
     W, x, g = batch(shape, 400, torch.bfloat16, device)
     for spaces in ("xg", "yh"):
         found = energies(W, moments_of(W, x, g, spaces), None)
         torch.testing.assert_close(found, oracle.fisher_energies(W, x, g), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("spaces", ["xg", "yg", "xh", "yh"])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)], ids=str)
+def test_no_matrix_of_the_larger_space_is_made(shape, spaces, device):
+    W, x, g = batch(shape, 200, torch.bfloat16, device)
+    moments = moments_of(W, x, g, spaces)
+
+    class Made(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.shapes = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            self.shapes += [t.shape for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
+            return made
+
+    for run in (fisher_energies, lambda W, moments: energies(W, moments, None)):
+        with Made() as seen:
+            run(W, moments)
+        assert seen.shapes and (max(shape),) * 2 not in seen.shapes
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)], ids=str)

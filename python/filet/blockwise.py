@@ -1303,26 +1303,38 @@ class Blockwise:
                 0 if resumed else head_bytes + places,
                 self._reset_peak() + more,
             )
+        reverse_seconds = loading + backs * max(reverse, loading) + again * max(forward, loading)
+        on_disk = len(self.keeping.on_disk)
+        write_seconds = read_seconds = 0.0
+        if on_disk:
+            assert self.scratch is not None
+            write, read = self.inputs.speed(arena)
+            write_seconds, read_seconds = on_disk * write, on_disk * read
+            if _on_one_disk(self.scratch, self.folder):
+                # Where the inputs are waited for, as many gradients are written meanwhile.
+                read_seconds += write_seconds
         self.plan = Plan(
             blocks=(forwards, backs),
             of=self.number,
             stride=self.keeping.stride,
             kept=len(self.keeping.kept),
             recomputed=again,
-            on_disk=len(self.keeping.on_disk),
+            on_disk=on_disk,
             device=torch.cuda.get_device_name(self.device) if device_bytes else "cpu",
             device_bytes=device_bytes,
             host_bytes=self.keeping.arenas * self.layout.nbytes
             + sum(leaf.nbytes for calls in self.calls for leaf in calls.leaves),
-            scratch_bytes=len(self.keeping.on_disk) * self.layout.nbytes,
+            scratch_bytes=on_disk * self.layout.nbytes,
             run_bytes=self.run_bytes,
             seconds={
-                # Nothing hides the loading of the first block, and arenas may take longer.
+                # Nothing hides the loading of the first block; arenas or a disk may take longer.
                 "forward": max(
-                    loading + forwards * max(forward, loading), self.pool.seconds_left()
+                    loading + forwards * max(forward, loading),
+                    self.pool.seconds_left(),
+                    write_seconds,
                 ),
                 "head": head_seconds,
-                "reverse": loading + backs * max(reverse, loading) + again * max(forward, loading),
+                "reverse": max(reverse_seconds, read_seconds),
             },
         )
         if self.show:
@@ -1408,6 +1420,10 @@ class Blockwise:
                 row["shape"] = tuple(row["shape"])
                 reports[name] = ModuleReport(energies=energies, indices=indices, **row)
         return metadata
+
+
+def _on_one_disk(one: Path, other: Path) -> bool:
+    return one.stat().st_dev == other.stat().st_dev
 
 
 def _say(text: str) -> None:

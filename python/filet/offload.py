@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import mmap
 import os
 import threading
@@ -26,6 +27,8 @@ _ALIGNMENT = 4096
 # What goes to a file at a time where that can be abandoned; synced each, for the sync of all of it
 # at the end could not.
 _PIECE = 2**25
+# Of an arena, so much is written and read to see how fast the scratch disk is.
+_PROBE = 2**28
 # Threads that make arenas: one touches the pages of its own while another locks them.
 _MAKERS = 2
 
@@ -61,14 +64,13 @@ class Arena:
 
     def __init__(self, layout: Layout, pinned: bool) -> None:
         self._pinned = False
-        if not pinned:
-            self.buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
-        else:
-            memory = mmap.mmap(-1, layout.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            # In pages of 2 MiB there is less to touch and to lock. A wish: not all kernels can.
-            with contextlib.suppress(OSError):
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            self.buffer = torch.frombuffer(memory, dtype=torch.uint8)
+        # Whole pages: what goes past the page cache has to begin with one.
+        memory = mmap.mmap(-1, layout.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # In pages of 2 MiB there is less to touch and to lock. A wish: not all kernels can.
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self.buffer = torch.frombuffer(memory, dtype=torch.uint8)
+        if pinned:
             # Touched by all threads first: pinning alone would do that with one. Not the pinned
             # allocator of torch: it rounds up to a power of two.
             self.buffer.zero_()
@@ -84,35 +86,61 @@ class Arena:
             if event is not None:
                 event.synchronize()
 
-    def load(self, path: Path, trailer: int = 0) -> bytes:
-        """Fill it from a file; returns the bytes that follow, of which there are ``trailer``."""
+    def load(self, path: Path, trailer: int = 0, *, direct: bool = False) -> bytes:
+        """Fill it from a file; returns the bytes that follow, of which there are ``trailer``.
+
+        ``direct`` reads past the page cache, as :meth:`save` writes.
+        """
         if self.read is not None:
             self.read.synchronize()
         self.wait_written()
         self.written = [None] * len(self.views)
-        with path.open("rb") as file:
-            size = file.readinto(self._bytes())
-            rest = file.read()
-        if size != self.buffer.numel() or len(rest) != trailer:
-            raise ValueError(
-                f"{path} has {size + len(rest)} bytes; expected {self.buffer.numel() + trailer}"
-            )
-        return bytes(rest)
+        with _opened(path, os.O_RDONLY, direct) as file:
+            size = os.fstat(file).st_size
+            if size != self.buffer.numel() + trailer:
+                raise ValueError(
+                    f"{path} has {size} bytes; expected {self.buffer.numel() + trailer}"
+                )
+            _read(file, self._bytes())
+            return os.read(file, trailer)
 
     def save(
-        self, path: Path, trailer: bytes = b"", abandon: threading.Event | None = None
+        self,
+        path: Path,
+        trailer: bytes = b"",
+        abandon: threading.Event | None = None,
+        *,
+        direct: bool = False,
     ) -> None:
-        """Write it to a file; :class:`Abandoned` soon after ``abandon`` is set."""
+        """Write it to a file; :class:`Abandoned` soon after ``abandon`` is set.
+
+        ``direct`` writes past the page cache, for what is as large as the memory and is read once.
+        """
         self.wait_written()
-        with path.open("wb", buffering=0) as file:
-            whole = self._bytes()
-            while whole:
+        with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, direct) as file:
+            for piece in _pieces(self._bytes()):
                 if abandon is not None and abandon.is_set():
                     raise Abandoned
-                whole = whole[file.write(whole[:_PIECE]) :]
+                _write(file, piece)
                 if abandon is not None:
-                    os.fdatasync(file.fileno())
-            file.write(trailer)
+                    os.fdatasync(file)
+            os.write(file, trailer)
+
+    def speed(self, path: Path) -> tuple[float, float]:
+        """Seconds to write all of it to a file ``direct``, and to read it; measured on a part."""
+        self.wait_written()
+        part = self._bytes()[:_PROBE]
+        times = [time.perf_counter()]
+        with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, direct=True) as file:
+            for piece in _pieces(part):
+                _write(file, piece)
+        times.append(time.perf_counter())
+        with _opened(path, os.O_RDONLY, direct=True) as file:
+            _read(file, part)  # the same bytes
+        times.append(time.perf_counter())
+        path.unlink()
+        share = self.buffer.numel() / len(part)
+        return (times[1] - times[0]) * share, (times[2] - times[1]) * share
 
     def _bytes(self) -> memoryview:
         whole: Any = self.buffer.numpy()
@@ -125,6 +153,41 @@ class Arena:
             self.wait_written()
             _check(torch.cuda.cudart().cudaHostUnregister(self.buffer.data_ptr()), 0)
             self._pinned = False
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int, direct: bool) -> Iterator[int]:
+    """A file descriptor; ``direct`` where the file system can (tmpfs cannot, as a rule)."""
+    past_the_cache = getattr(os, "O_DIRECT", 0) if direct else 0
+    try:
+        file = os.open(path, flags | past_the_cache, 0o666)
+    except OSError as error:
+        if not past_the_cache or error.errno != errno.EINVAL:
+            raise
+        file = os.open(path, flags, 0o666)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _pieces(whole: memoryview) -> Iterator[memoryview]:
+    for start in range(0, len(whole), _PIECE):
+        yield whole[start : start + _PIECE]
+
+
+def _write(file: int, piece: memoryview) -> None:
+    while piece:
+        piece = piece[os.write(file, piece) :]
+
+
+def _read(file: int, whole: memoryview) -> None:
+    for piece in _pieces(whole):
+        while piece:
+            count = os.readv(file, [piece])
+            if not count:
+                raise EOFError("the file has become shorter while it was read")
+            piece = piece[count:]
 
 
 def _check(code: Any, size: int) -> None:
@@ -330,10 +393,15 @@ class BlockInputs:
 
     def write(self, block: int, arena: Arena) -> None:
         """Begin to write them to disk; :meth:`release` says when the arena may be used again."""
-        self._written[block] = self._disk.submit(arena.save, self._path(block))
+        self._written[block] = self._disk.submit(arena.save, self._path(block), direct=True)
 
     def release(self, block: int, arena: Arena) -> None:
         self._written[block].add_done_callback(lambda _: self._pool.put(arena))
+
+    def speed(self, arena: Arena) -> tuple[float, float]:
+        """Seconds to write a block's inputs to disk, and to read them."""
+        assert self._folder is not None
+        return arena.speed(self._folder / "speed.raw")
 
     def ahead(self, block: int) -> None:
         """Begin to read them, if they are on disk."""
@@ -365,6 +433,6 @@ class BlockInputs:
     def _read(self, block: int) -> Arena:
         self._written[block].result()
         arena = self._pool.get()
-        arena.load(self._path(block))
+        arena.load(self._path(block), direct=True)
         self._path(block).unlink()
         return arena
