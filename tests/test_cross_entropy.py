@@ -1,13 +1,11 @@
-import importlib.util
-
 import pytest
 import torch
 
 from filet_kernels import cross_entropy_
 from filet_kernels.cross_entropy import BACKENDS, backend_of
+from with_triton import NO_TRITON
 
 CUDA = torch.cuda.is_available()
-TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 SHAPES = [(5, 1), (4, 7), (9, 1000), (3, 16384), (2, 128256)]
 
@@ -15,8 +13,8 @@ SHAPES = [(5, 1), (4, 7), (9, 1000), (3, 16384), (2, 128256)]
 @pytest.fixture(params=BACKENDS)
 def backend(request, device):
     """Each implementation that runs on the device; Triton's is interpreted on a CPU."""
-    if request.param == "triton" and not TRITON:
-        pytest.skip("Triton is not installed")
+    if request.param == "triton" and NO_TRITON:
+        pytest.skip(NO_TRITON)
     if request.param == "triton" and device.type == "cpu" and CUDA:
         pytest.skip("it needs a CUDA device")
     return request.param
@@ -191,7 +189,7 @@ def test_compiles(device):
 
 def test_default_backend(device):
     logits, labels = make(2, 8, torch.bfloat16, device)
-    expected = "triton" if device.type == "cuda" and TRITON else "reference"
+    expected = "triton" if device.type == "cuda" and not NO_TRITON else "reference"
     assert backend_of(logits) == expected
     assert backend_of(logits.double()) == "reference"
     version = logits._version

@@ -1,7 +1,5 @@
 """The float32 path of fisher_energies, which a GPU takes, on every device; and its products."""
 
-import importlib.util
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,9 +8,9 @@ from torch.utils._pytree import tree_leaves
 import oracle
 from filet_kernels import Moments, SecondMoment, energy, fisher_energies, quadform
 from filet_kernels.product import _add_product, column_sums, mirror_, product, split, transposed
+from with_triton import NO_TRITON
 
 CUDA = torch.cuda.is_available()
-TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -58,7 +56,7 @@ def test_every_space(shape, spaces, dtype, device):
     torch.testing.assert_close(chosen, found, rtol=1e-12 if device.type == "cuda" else 1e-5, atol=0)
 
 
-@pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+@pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 @pytest.mark.parametrize("spaces", ["xg", "yg", "xh"])
 @pytest.mark.parametrize("shape", [(60, 140), (140, 60)], ids=str)
 def test_with_the_kernel_and_in_parts(shape, spaces, device, monkeypatch):

@@ -281,6 +281,11 @@ def test_torch_compile_runs_modules_as_they_are(
     m = llama(layers=1).to(device).eval().requires_grad_(False)
     ids = torch.arange(8, device=device).view(1, 8)
     expected = m(ids).logits
+    try:
+        torch.compile(m, backend="eager", fullgraph=True)(ids)
+    except torch._dynamo.exc.Unsupported as error:  # 2.8 and transformers 5.24, for one
+        pytest.skip(f"torch {torch.__version__} cannot trace this transformers: {error}")
+    torch.compiler.reset()
     for name in ("rms_norm", "swiglu", "rotary"):
         monkeypatch.setattr(filet.fused, name, None)
     with fused(m):

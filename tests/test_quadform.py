@@ -1,13 +1,11 @@
-import importlib.util
-
 import pytest
 import torch
 
 from filet_kernels import quadform, quadform_diag
 from filet_kernels.quadform import BACKENDS, backend_of
+from with_triton import NO_TRITON
 
 CUDA = torch.cuda.is_available()
-TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 FLOAT32 = 5e-7  # of |v|ᵀ|S||v|: what "accurate" keeps in the kernels
 
@@ -18,8 +16,8 @@ def backend(request, device):
 
     "cuda-8.0" is the extension's kernel for that compute capability, on whatever GPU there is.
     """
-    if request.param == "triton" and not TRITON:
-        pytest.skip("Triton is not installed")
+    if request.param == "triton" and NO_TRITON:
+        pytest.skip(NO_TRITON)
     if device.type == "cpu" and (
         request.param != "reference" and (CUDA or "cuda" in request.param)
     ):
@@ -353,7 +351,7 @@ def test_packing_on_two_streams_and_in_graphs(late, backend):
         assert torch.equal(result, scale * expected)
 
 
-@pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+@pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 @pytest.mark.parametrize("index", range(3))
 def test_every_triton_configuration(index, device):
     if device.type == "cpu" and CUDA:
@@ -394,7 +392,7 @@ def test_bad_input_is_named(change, error, words):
         quadform_diag(arguments.pop("S"), arguments.pop("V"), **arguments)
 
 
-@pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+@pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 @pytest.mark.parametrize("product", [False, True])
 def test_an_explicit_choice_is_not_replaced(product, device):
     if device.type == "cpu" and CUDA:

@@ -1,12 +1,10 @@
-import importlib.util
-
 import pytest
 import torch
 
 from filet_kernels.rms_norm import WIDEST, rms_norm
+from with_triton import NO_TRITON
 
 CUDA = torch.cuda.is_available()
-TRITON = importlib.util.find_spec("triton") is not None
 SHAPES = [(3, 5, 1030), (17, 64), (40, 128), (1, 1), (0, 8), (2, 4096)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 EPS = 1e-6
@@ -53,7 +51,7 @@ def test_against_float64(shape, dtype, device):
     runs = [with_gradient(lambda x, w: rms_norm(x, w, eps=EPS), x, weight, gradient)]
     # The interpreter cuts bfloat16 off instead of rounding it.
     cut = not CUDA and dtype == torch.bfloat16
-    if TRITON and (device.type == "cuda" or not CUDA):
+    if NO_TRITON is None and (device.type == "cuda" or not CUDA):
         runs.append(triton_runs(x, weight, gradient))
     for number, (y, dx) in enumerate(runs):
         assert y.dtype == dx.dtype == dtype and y.shape == dx.shape == x.shape

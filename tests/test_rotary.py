@@ -1,12 +1,10 @@
-import importlib.util
-
 import pytest
 import torch
 
 from filet_kernels.rotary import rotary, rotary_reference
+from with_triton import NO_TRITON
 
 CUDA = torch.cuda.is_available()
-TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Batch, heads of queries and of keys, tokens, size of a head.
 SHAPES = [(2, 4, 2, 7, 16), (1, 3, 3, 5, 6), (3, 32, 8, 33, 128), (2, 2, 1, 0, 8), (1, 1, 1, 1, 2)]
@@ -56,7 +54,7 @@ def test_bitwise_what_separate_operations_give(dtype, shape, one, device):
     before = [t.clone() for t in tensors]
     expected = with_gradients(plain, *tensors)
     runs = [with_gradients(rotary, *tensors)]
-    if TRITON and (device.type == "cuda" or not CUDA):
+    if NO_TRITON is None and (device.type == "cuda" or not CUDA):
         runs.append(triton_runs(*tensors))
     for number, results in enumerate(runs):
         for found, usual in zip(results, expected, strict=True):

@@ -1,12 +1,10 @@
-import importlib.util
-
 import pytest
 import torch
 
 from filet_kernels.rounded import rounded_and_scaled, rounded_and_scaled_reference
+from with_triton import NO_TRITON
 
 CUDA = torch.cuda.is_available()
-TRITON = importlib.util.find_spec("triton") is not None
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 1030), (17, 64), (1, 1), (0, 8), (70, 1024)], ids=str)
@@ -24,7 +22,7 @@ def test_each_is_rounded_once(shape, dtype, biased, device):
     before = V.clone()
     runs = [rounded_and_scaled_reference(V, scale, bias, dtype)]
     runs.append(rounded_and_scaled(V, scale, bias=bias, dtype=dtype))
-    if TRITON and (device.type == "cuda" or not CUDA):
+    if NO_TRITON is None and (device.type == "cuda" or not CUDA):
         from filet_kernels.rounded_triton import rounded_and_scaled_triton
 
         runs.append(rounded_and_scaled_triton(V, scale, bias, dtype))

@@ -1,4 +1,3 @@
-import importlib.util
 import itertools
 
 import pytest
@@ -9,9 +8,9 @@ from hypothesis import strategies as st
 from filet_kernels import syrk_, syrk_ragged_
 from filet_kernels.extension import cuda_extension, why_no_extension
 from filet_kernels.syrk import BACKENDS, _turns, backend_of
+from with_triton import NO_TRITON
 
 CUDA = torch.cuda.is_available()
-TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 EPS = torch.finfo(torch.float32).eps
 
@@ -19,8 +18,8 @@ EPS = torch.finfo(torch.float32).eps
 @pytest.fixture(params=BACKENDS)
 def backend(request, device):
     """Each implementation that runs on the device; Triton's is interpreted on a CPU."""
-    if request.param == "triton" and not TRITON:
-        pytest.skip("Triton is not installed")
+    if request.param == "triton" and NO_TRITON:
+        pytest.skip(NO_TRITON)
     if device.type == "cpu" and (request.param == "cuda" or (request.param == "triton" and CUDA)):
         pytest.skip("it needs a CUDA device")
     return request.param
@@ -311,7 +310,7 @@ def test_bad_input_is_named(change, error, words):
         syrk_(arguments.pop("C"), arguments.pop("X"), **arguments)
 
 
-@pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+@pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 def test_an_explicit_choice_is_not_replaced(device):
     if device.type == "cpu" and CUDA:
         pytest.skip("it needs a CUDA device")
@@ -324,7 +323,7 @@ def test_the_interpreter_is_never_chosen_by_itself():
     assert backend_of(torch.zeros(3, 3), torch.zeros(4, 3)) == "reference"
 
 
-@pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+@pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 @pytest.mark.parametrize("index", range(6))
 def test_every_triton_configuration(index, device):
     if device.type == "cpu" and CUDA:
@@ -344,7 +343,7 @@ def test_every_triton_configuration(index, device):
     assert not turns.any()
 
 
-@pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+@pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 def test_what_a_triton_configuration_refuses():
     from filet_kernels.syrk_triton import CONFIGS, syrk_triton
 
