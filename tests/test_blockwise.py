@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -764,35 +765,55 @@ def test_no_gradient_comes_before_the_blocks_that_it_finishes(
     assert all(event.is_set() for event in there.values())
 
 
-@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("refused", [None, "open", "write"])
 def test_past_the_page_cache(
-    refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refused: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the file system can; elsewhere as any file."""
-    layout = offload.Layout([torch.Size((3, 1000)), torch.Size((7,))], torch.float32)
-    arena, again = offload.Arena(layout, False), offload.Arena(layout, False)
-    arena.views[0].copy_(torch.arange(3000.0).view(3, 1000))
-    monkeypatch.setattr(offload, "_PIECE", 4096)
-    opened, flags = os.open, []
+    error = OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    opened, written, direct = os.open, os.write, []
 
-    def open_file(path: Any, how: int, mode: int = 0o777) -> int:
-        if refused and how & os.O_DIRECT:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
-        flags.append(how)
-        return opened(path, how, mode)
+    def open_file(path: Any, flags: int, mode: int = 0o777) -> int:
+        if refused == "open" and flags & os.O_DIRECT:
+            raise error
+        file = opened(path, flags, mode)
+        if Path(path).suffix == ".raw" and Path(path).name != "direct.raw":
+            direct.append(bool(flags & os.O_DIRECT))
+        return file
+
+    def write(file: int, data: Any) -> int:
+        if refused == "write" and fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            raise error
+        return written(file, data)
 
     monkeypatch.setattr(os, "open", open_file)
-    arena.save(tmp_path / "file", direct=True)
-    assert (tmp_path / "file").stat().st_size == layout.nbytes == 4 * 4096
-    assert again.load(tmp_path / "file", direct=True) == b""
-    assert torch.equal(again.views[0], arena.views[0])
+    monkeypatch.setattr(os, "write", write)
+    layout = offload.Layout([torch.Size((3, 1000)), torch.Size((7,))], torch.float32)
+    arena = offload.Arena(layout, False)
+    arena.views[0].copy_(torch.arange(3000.0).view(3, 1000))
+    monkeypatch.setattr(offload, "_PIECE", 4096)
     before = arena.buffer.clone()
-    assert min(arena.speed(tmp_path / "speed")) > 0
-    assert torch.equal(arena.buffer, before) and not (tmp_path / "speed").exists()
-    assert len(flags) == 4 and all(bool(how & os.O_DIRECT) != refused for how in flags)
-    (tmp_path / "file").write_bytes(b"short")
+    pool = offload.ArenaPool(layout, 1, CPU)
+    inputs = offload.BlockInputs(pool, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert min(inputs.speed(arena)) > 0
+    inputs.write(3, arena)
+    wait(inputs._written.values())
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size == layout.nbytes == 4 * 4096
+    again = inputs.take(3)
+    assert torch.equal(again.buffer, before) and torch.equal(arena.buffer, before)
+    assert not list(tmp_path.iterdir())
+    assert len(direct) == 4 and set(direct) == {refused is None}
+    inputs.write(4, arena)
+    wait(inputs._written.values())
+    file = tmp_path / "inputs-4.raw"
+    file.write_bytes(b"short")
+    pool.put(again)
     with pytest.raises(ValueError, match=f"has 5 bytes; expected {layout.nbytes}"):
-        again.load(tmp_path / "file", direct=True)
+        inputs.take(4)
+    inputs.close()
+    pool.close()
 
 
 @pytest.mark.parametrize("one_disk", [True, False])

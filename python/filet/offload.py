@@ -24,9 +24,10 @@ from torch import Tensor
 __all__ = ["Abandoned", "Arena", "ArenaPool", "BlockInputs", "Copies", "Fetched", "Layout"]
 
 _ALIGNMENT = 4096
-# What goes to a file at a time where that can be abandoned; synced each, for the sync of all of it
-# at the end could not.
+# What goes to a file or comes from one at a time. Synced each where the writing can be abandoned:
+# the sync of all of it at the end could not.
 _PIECE = 2**25
+_WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 # Of an arena, so much is written and read to see how fast the scratch disk is.
 _PROBE = 2**28
 # Threads that make arenas: one touches the pages of its own while another locks them.
@@ -89,7 +90,7 @@ class Arena:
     def load(self, path: Path, trailer: int = 0, *, direct: bool = False) -> bytes:
         """Fill it from a file; returns the bytes that follow, of which there are ``trailer``.
 
-        ``direct`` reads past the page cache, as :meth:`save` writes.
+        ``direct``: past the page cache.
         """
         if self.read is not None:
             self.read.synchronize()
@@ -114,10 +115,10 @@ class Arena:
     ) -> None:
         """Write it to a file; :class:`Abandoned` soon after ``abandon`` is set.
 
-        ``direct`` writes past the page cache, for what is as large as the memory and is read once.
+        ``direct``: past the page cache.
         """
         self.wait_written()
-        with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, direct) as file:
+        with _opened(path, _WRITE, direct) as file:
             for piece in _pieces(self._bytes()):
                 if abandon is not None and abandon.is_set():
                     raise Abandoned
@@ -126,16 +127,16 @@ class Arena:
                     os.fdatasync(file)
             os.write(file, trailer)
 
-    def speed(self, path: Path) -> tuple[float, float]:
-        """Seconds to write all of it to a file ``direct``, and to read it; measured on a part."""
+    def speed(self, path: Path, *, direct: bool) -> tuple[float, float]:
+        """Seconds to write all of it to a file, and to read it; measured on a part."""
         self.wait_written()
         part = self._bytes()[:_PROBE]
         times = [time.perf_counter()]
-        with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, direct=True) as file:
+        with _opened(path, _WRITE, direct) as file:
             for piece in _pieces(part):
                 _write(file, piece)
         times.append(time.perf_counter())
-        with _opened(path, os.O_RDONLY, direct=True) as file:
+        with _opened(path, os.O_RDONLY, direct) as file:
             _read(file, part)  # the same bytes
         times.append(time.perf_counter())
         path.unlink()
@@ -157,18 +158,28 @@ class Arena:
 
 @contextlib.contextmanager
 def _opened(path: Path, flags: int, direct: bool) -> Iterator[int]:
-    """A file descriptor; ``direct`` where the file system can (tmpfs cannot, as a rule)."""
-    past_the_cache = getattr(os, "O_DIRECT", 0) if direct else 0
-    try:
-        file = os.open(path, flags | past_the_cache, 0o666)
-    except OSError as error:
-        if not past_the_cache or error.errno != errno.EINVAL:
-            raise
-        file = os.open(path, flags, 0o666)
+    file = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o666)
     try:
         yield file
     finally:
         os.close(file)
+
+
+def _takes_direct(folder: Path) -> bool:
+    """Whether files there can be written past the page cache; tmpfs, for one, may refuse."""
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    path = folder / "direct.raw"
+    try:
+        with mmap.mmap(-1, _ALIGNMENT) as page, _opened(path, _WRITE, direct=True) as file:
+            os.write(file, page)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    finally:
+        path.unlink(missing_ok=True)
+    return True
 
 
 def _pieces(whole: memoryview) -> Iterator[memoryview]:
@@ -377,11 +388,16 @@ class Copies:
 
 
 class BlockInputs:
-    """The inputs of blocks that the reverse sweep will ask for, in host memory or on disk."""
+    """The inputs of blocks that the reverse sweep will ask for, in host memory or on disk.
+
+    On disk past the page cache: they may be larger than the memory, are read once, and would take
+    the place of the shards. And how long a disk takes can be told beforehand.
+    """
 
     def __init__(self, pool: ArenaPool, folder: Path | None) -> None:
         self._pool = pool
         self._folder = folder
+        self._direct = folder is not None and _takes_direct(folder)
         self._held: dict[int, Arena] = {}
         self._written: dict[int, Future[None]] = {}
         self._coming: dict[int, Future[Arena]] = {}
@@ -393,7 +409,7 @@ class BlockInputs:
 
     def write(self, block: int, arena: Arena) -> None:
         """Begin to write them to disk; :meth:`release` says when the arena may be used again."""
-        self._written[block] = self._disk.submit(arena.save, self._path(block), direct=True)
+        self._written[block] = self._disk.submit(arena.save, self._path(block), direct=self._direct)
 
     def release(self, block: int, arena: Arena) -> None:
         self._written[block].add_done_callback(lambda _: self._pool.put(arena))
@@ -401,7 +417,7 @@ class BlockInputs:
     def speed(self, arena: Arena) -> tuple[float, float]:
         """Seconds to write a block's inputs to disk, and to read them."""
         assert self._folder is not None
-        return arena.speed(self._folder / "speed.raw")
+        return arena.speed(self._folder / "speed.raw", direct=self._direct)
 
     def ahead(self, block: int) -> None:
         """Begin to read them, if they are on disk."""
@@ -433,6 +449,6 @@ class BlockInputs:
     def _read(self, block: int) -> Arena:
         self._written[block].result()
         arena = self._pool.get()
-        arena.load(self._path(block), direct=True)
+        arena.load(self._path(block), direct=self._direct)
         self._path(block).unlink()
         return arena
