@@ -820,7 +820,7 @@ def test_past_the_page_cache(
 def test_the_plan_knows_a_slow_scratch_disk(
     one_disk: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, read = offload._write, offload._read
+    write, read = offload._write, offload.read_at
     disk = threading.Lock() if one_disk else contextlib.nullcontext()
 
     def slow_write(*args: Any) -> None:
@@ -834,7 +834,7 @@ def test_the_plan_knows_a_slow_scratch_disk(
             read(*args)
 
     monkeypatch.setattr(offload, "_write", slow_write)
-    monkeypatch.setattr(offload, "_read", slow_read)
+    monkeypatch.setattr(offload, "read_at", slow_read)
     if not one_disk:
         monkeypatch.setattr(blockwise, "_on_one_disk", lambda *_: False)
     scratch = tmp_path / "scratch"

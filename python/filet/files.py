@@ -1,4 +1,4 @@
-"""Writing files so that they are complete or absent."""
+"""Writing files so that they are complete or absent, and reading all that is asked for."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["PLOT_FILE", "inside", "replaced", "staged"]
+__all__ = ["PLOT_FILE", "inside", "read_at", "replaced", "staged"]
 
 PLOT_FILE = "energies.png"
 """Name of the picture of the energies in an adapter's folder."""
+
+
+def read_at(file: int, path: Path, goal: memoryview, offset: int) -> None:
+    """Fill ``goal`` from an open file; ``path`` is for the error where it ends before."""
+    while goal:
+        count = os.preadv(file, [goal], offset)
+        if not count:
+            raise ValueError(f"{path} ends at {offset} bytes; it was longer at first")
+        goal, offset = goal[count:], offset + count
 
 
 @contextlib.contextmanager

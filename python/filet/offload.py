@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from filet.files import read_at
+
 __all__ = ["Abandoned", "Arena", "ArenaPool", "BlockInputs", "Copies", "Fetched", "Layout"]
 
 _ALIGNMENT = 4096
-# What goes to a file or comes from one at a time. Synced each where the writing can be abandoned:
-# the sync of all of it at the end could not.
+# What goes to a file at a time. Synced each where that can be abandoned: the sync of all of it at
+# the end could not.
 _PIECE = 2**25
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 # Of an arena, so much is written and read to see how fast the scratch disk is.
@@ -102,8 +104,8 @@ class Arena:
                 raise ValueError(
                     f"{path} has {size} bytes; expected {self.buffer.numel() + trailer}"
                 )
-            _read(file, self._bytes())
-            return os.read(file, trailer)
+            read_at(file, path, self._bytes(), 0)
+            return os.pread(file, trailer, self.buffer.numel())
 
     def save(
         self,
@@ -137,7 +139,7 @@ class Arena:
                 _write(file, piece)
         times.append(time.perf_counter())
         with _opened(path, os.O_RDONLY, direct) as file:
-            _read(file, part)  # the same bytes
+            read_at(file, path, part, 0)  # the same bytes
         times.append(time.perf_counter())
         path.unlink()
         share = self.buffer.numel() / len(part)
@@ -190,15 +192,6 @@ def _pieces(whole: memoryview) -> Iterator[memoryview]:
 def _write(file: int, piece: memoryview) -> None:
     while piece:
         piece = piece[os.write(file, piece) :]
-
-
-def _read(file: int, whole: memoryview) -> None:
-    for piece in _pieces(whole):
-        while piece:
-            count = os.readv(file, [piece])
-            if not count:
-                raise EOFError("the file has become shorter while it was read")
-            piece = piece[count:]
 
 
 def _check(code: Any, size: int) -> None:

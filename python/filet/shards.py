@@ -29,6 +29,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from filet.files import read_at
+
 __all__ = [
     "Entry",
     "Loading",
@@ -106,12 +108,7 @@ class Stored:
             goal.copy_(raw)
 
     def _read(self, part: tuple[memoryview, int]) -> None:
-        goal, offset = part
-        while goal:
-            count = os.preadv(self.file, [goal], offset)
-            if not count:
-                raise ValueError(f"{self.path} ends at {offset} bytes; it was longer at first")
-            goal, offset = goal[count:], offset + count
+        read_at(self.file, self.path, *part)
 
     def tensor(self) -> Tensor:
         result = torch.empty(self.shape, dtype=self.dtype)
