@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 import oracle
 from filet_kernels import Moments, SecondMoment, energy, fisher_energies, quadform
 from filet_kernels.product import _add_product, column_sums, mirror_, product, split, transposed
-from with_triton import NO_TRITON
+from with_triton import needs_triton
 
 CUDA = torch.cuda.is_available()
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -56,7 +56,7 @@ def test_every_space(shape, spaces, dtype, device):
     torch.testing.assert_close(chosen, found, rtol=1e-12 if device.type == "cuda" else 1e-5, atol=0)
 
 
-@pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
+@needs_triton
 @pytest.mark.parametrize("spaces", ["xg", "yg", "xh"])
 @pytest.mark.parametrize("shape", [(60, 140), (140, 60)], ids=str)
 def test_with_the_kernel_and_in_parts(shape, spaces, device, monkeypatch):

@@ -3,7 +3,7 @@ import torch
 
 from filet_kernels import quadform, quadform_diag
 from filet_kernels.quadform import BACKENDS, backend_of
-from with_triton import NO_TRITON
+from with_triton import NO_TRITON, needs_triton
 
 CUDA = torch.cuda.is_available()
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -351,7 +351,7 @@ def test_packing_on_two_streams_and_in_graphs(late, backend):
         assert torch.equal(result, scale * expected)
 
 
-@pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
+@needs_triton
 @pytest.mark.parametrize("index", range(3))
 def test_every_triton_configuration(index, device):
     if device.type == "cpu" and CUDA:
@@ -392,9 +392,9 @@ def test_bad_input_is_named(change, error, words):
         quadform_diag(arguments.pop("S"), arguments.pop("V"), **arguments)
 
 
-@pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 @pytest.mark.parametrize("product", [False, True])
 def test_an_explicit_choice_is_not_replaced(product, device):
+    pytest.importorskip("triton")
     if device.type == "cpu" and CUDA:
         pytest.skip("it needs a CUDA device")
     S, V = torch.eye(3, device=device), torch.ones(3, 3, device=device, dtype=torch.float64)

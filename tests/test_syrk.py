@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from filet_kernels import syrk_, syrk_ragged_
 from filet_kernels.extension import cuda_extension, why_no_extension
 from filet_kernels.syrk import BACKENDS, _turns, backend_of
-from with_triton import NO_TRITON
+from with_triton import NO_TRITON, needs_triton
 
 CUDA = torch.cuda.is_available()
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -310,8 +310,8 @@ def test_bad_input_is_named(change, error, words):
         syrk_(arguments.pop("C"), arguments.pop("X"), **arguments)
 
 
-@pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 def test_an_explicit_choice_is_not_replaced(device):
+    pytest.importorskip("triton")
     if device.type == "cpu" and CUDA:
         pytest.skip("it needs a CUDA device")
     X = make(4, 3, torch.float64, device)
@@ -323,7 +323,7 @@ def test_the_interpreter_is_never_chosen_by_itself():
     assert backend_of(torch.zeros(3, 3), torch.zeros(4, 3)) == "reference"
 
 
-@pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
+@needs_triton
 @pytest.mark.parametrize("index", range(6))
 def test_every_triton_configuration(index, device):
     if device.type == "cpu" and CUDA:
@@ -343,8 +343,8 @@ def test_every_triton_configuration(index, device):
     assert not turns.any()
 
 
-@pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 def test_what_a_triton_configuration_refuses():
+    pytest.importorskip("triton")
     from filet_kernels.syrk_triton import CONFIGS, syrk_triton
 
     X = torch.zeros(4, 9, dtype=torch.bfloat16)

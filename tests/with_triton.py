@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from importlib.metadata import version
 
+import pytest
 import torch
 
 
@@ -19,3 +20,4 @@ def _why_not() -> str | None:
 
 
 NO_TRITON = _why_not()
+needs_triton = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
