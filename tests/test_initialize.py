@@ -140,6 +140,25 @@ def test_a_device_map_over_two_gpus(dtype: torch.dtype) -> None:
     assert_energies(energies, truth, 1e-5 if dtype == torch.float32 else 6e-2)
 
 
+def test_another_gpu_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for batch in loader(case("llama").samples):
+            torch.cuda._sleep(500_000_000)  # what is launched on the current one comes too late
+            yield batch
+
+    reports = [
+        initialized(peft_of(case("llama"), device, torch.bfloat16), batches())
+        for device in ("cuda:0", "cuda:1")
+    ]
+    for name, module in reports[0].modules.items():
+        other = reports[1].modules[name]
+        torch.testing.assert_close(other.energies, module.energies, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(module.indices, other.indices), name
+
+
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(
     ("dtype", "rounding"), [(torch.float32, 2**-24), (torch.bfloat16, 2**-8)], ids=["fp32", "bf16"]

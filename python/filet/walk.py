@@ -61,8 +61,8 @@ _FP16_ROOM = 2.0**5
 HANDS_ON = {"cuda"}
 
 # They enter their moments as float16, each column scaled by a power of two that puts the largest
-# number of the first batch at 2². That leaves 2¹⁴ of room, and 11 bits to what is 2⁻¹⁶ of that.
-_UNROUNDED_EXPONENT = 2
+# number of the first batch at 2 to 4. That leaves 2¹⁴ of room, and 11 bits to what is 2⁻¹⁶ of it.
+_UNROUNDED_PEAK = 2.0
 
 
 @dataclass(frozen=True)
@@ -297,8 +297,10 @@ class MomentHooks:
                 rows = torch.where(weights.unsqueeze(-1), rows, 0)
             largest = rows.flatten(0, -2).amax(0)
             largest = torch.where(largest > 0, largest, largest.amax())
-            exponent = torch.frexp(largest).exponent
-            scale = torch.ldexp(torch.ones_like(largest), _UNROUNDED_EXPONENT - exponent)
+            # By the exponent's bits. torch.ldexp runs on the current device, whichever its operands
+            # are on: in a model over two GPUs it read them too early (pytorch/pytorch#189567).
+            power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
+            scale = torch.where(power > 0, _UNROUNDED_PEAK / power, 1)
             self._scales[id(moment)] = (moment, scale)
         scale = self._scales[id(moment)][1] if v.numel() else v.new_ones(v.shape[-1])
         rounded, scaled = rounded_and_scaled(v, scale, bias=bias, dtype=dtype)
