@@ -66,8 +66,8 @@ def fisher_energies(
         Nothing is mutated; deterministic on the same device.
 
     Computed in float64, except on a GPU from a W and moments of at most float32: there in products
-    of float32's precision on the tensor cores, which allocate matrices of a moment's size, or of
-    64 MiB, at most.
+    of float32's precision on the tensor cores, which allocate matrices of a moment's size, of
+    64 MiB, or where m < n of W's, at most.
 
     Raises:
         ValueError: moments of another shape than W, or an unknown normalization.
