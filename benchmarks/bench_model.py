@@ -171,12 +171,12 @@ class Kernel:
 
 def own_functions() -> dict[str, str]:
     """The library's autograd functions → the category of what they launch beside products."""
+    kinds = {"filet": "y/h conversions", "filet_kernels": "norms, gates, positions"}
     found = {}
     for name, module in list(sys.modules.items()):
-        if name.startswith("filet."):
+        if (kind := kinds.get(name.partition(".")[0])) is not None:
             for value in vars(module).values():
                 if isinstance(value, type) and issubclass(value, torch.autograd.Function):
-                    kind = "loss" if value.__module__ == "filet.loss" else "y/h conversions"
                     found[value.__name__] = found[f"{value.__name__}Backward"] = kind
     return found
 

@@ -66,8 +66,8 @@ def fisher_energies(
         Nothing is mutated; deterministic on the same device.
 
     Computed in float64, except on a GPU from a W and moments of at most float32: there in products
-    of float32's precision on the tensor cores, which allocate matrices of a moment's size, of
-    64 MiB, or where m < n of W's, at most.
+    of float32's precision on the tensor cores, of which no temporary is larger than a moment in the
+    smaller space; where that is below 64 MiB, than 64 MiB or the larger of the two moments.
 
     Raises:
         ValueError: moments of another shape than W, or an unknown normalization.
@@ -135,18 +135,16 @@ def _factors_float32(
     ) -> Tensor:
         return quadform_diag(S, V, precision=precision, backend=backend)
 
-    G: Tensor | tuple[Tensor, Tensor]
     if n <= m:
         left, right = W, _gram(W)
         squares = column_sums(right)[0]
         if "g" not in S:
             cubes = form(right, right, "accurate")
-        G = right
     else:
         left, right = _gram(W.T), W
-        G = transposed(W), W  # formed some columns at a time
     for space in S.keys() & {"x", "h"}:
-        forms[space] = form(S[space], G)
+        # Where m < n, G is formed some columns at a time.
+        forms[space] = form(S[space], right if n <= m else (transposed(W), W))
     if "y" in S:
         forms["y"] = form(S["y"], W)
     if m < n or "g" in S:  # WG = KW

@@ -26,6 +26,7 @@ __all__ = [
     "column_sums",
     "exact_float32",
     "mirror_",
+    "power_of_two",
     "product",
     "slices",
     "split",
@@ -89,9 +90,7 @@ def split(x: Tensor, *, columns: bool = False) -> Split:
     if (extension := extension_on(x.device)) is not None:
         return _split_at_once(extension, x, columns)
     largest = torch.linalg.vector_norm(x, torch.inf, dim=0 if columns else None).float()
-    # The exponent's bits: a power function need not be exact.
-    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
-    scale = _LARGEST / power.clamp(min=2.0**-100)
+    scale = _LARGEST / power_of_two(largest).clamp(min=2.0**-100)
     if x.dtype == torch.bfloat16:
         return Split(((x * scale.bfloat16()).half(),), scale.double())
     rest = x * scale
@@ -99,6 +98,15 @@ def split(x: Tensor, *, columns: bool = False) -> Split:
     rest -= first  # exact
     rest *= 1 / SECOND_PART
     return Split((first, rest.half()), scale.double())
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """The largest power of two that is at most x, float32 and not negative; 0 below 2⁻¹²⁶.
+
+    The exponent's bits: a power function need not be exact, and torch.ldexp runs on the current
+    device, whichever its operands are on (pytorch/pytorch#189567).
+    """
+    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def _split_at_once(extension: ModuleType, x: Tensor, columns: bool) -> Split:

@@ -221,6 +221,12 @@ def test_kernels_are_put_to_what_launched_them():
     assert "0.50 ms without it: idle 32.0%" in text
 
 
+def test_the_librarys_own_functions_are_known():
+    own = bench_model.own_functions()
+    assert own["_Linear"] == own["_LinearBackward"] == "y/h conversions"
+    assert own["_RMSNorm"] == own["_RMSNormBackward"] == "norms, gates, positions"
+
+
 # The scripts.
 
 

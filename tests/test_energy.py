@@ -100,6 +100,39 @@ def test_no_matrix_of_the_larger_space_is_made(shape, spaces, device):
         assert seen.shapes and (max(shape),) * 2 not in seen.shapes
 
 
+@pytest.mark.parametrize("spaces, copies", [("xg", 1), ("yg", 0)])
+def test_a_wide_weight_is_copied_for_the_moment_of_x_alone(spaces, copies, device, monkeypatch):
+    copied = []
+    monkeypatch.setattr(energy, "transposed", lambda X: copied.append(X.shape) or transposed(X))
+    monkeypatch.setattr(energy, "_ROWS_A_SUM", 16)
+    W, x, g = batch((24, 40), 200, torch.bfloat16, device)
+    energies(W, moments_of(W, x, g, spaces), None)
+    assert copied.count(W.shape) == copies
+
+
+@pytest.mark.skipif(not CUDA, reason="it needs a CUDA device: allocations are counted there")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "shape, spaces",
+    [((4096, 4096), "xg"), ((6000, 4096), "xh"), ((4096, 11000), "yg"), ((4224, 12000), "yg")],
+    ids=str,
+)
+def test_no_temporary_is_larger_than_the_smaller_moment(shape, spaces, dtype):
+    W, x, g = batch(shape, 64, dtype, torch.device("cuda", 0))
+    moments = moments_of(W, x, g, spaces)
+    fisher_energies(W, moments)  # the libraries' workspaces, which stay
+    history = torch.cuda.memory._record_memory_history
+    events = lambda: torch.cuda.memory._snapshot()["device_traces"][W.device.index]  # noqa: E731
+    history(stacks="python")
+    try:
+        before = len(events())
+        fisher_energies(W, moments)
+        sizes = [event["size"] for event in events()[before:] if event["action"] == "alloc"]
+    finally:
+        history(enabled=None)
+    assert max(sizes) <= min(shape) ** 2 * 4
+
+
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)], ids=str)
 def test_columns_of_any_size(shape, device):
     """One column 1e-9 of the rest, one 100 times it; a zero column has no energy."""

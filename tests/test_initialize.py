@@ -39,6 +39,7 @@ from models import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 BASES = ["residual", "untouched"]
 # Factors this large make W_res another weight altogether: a wrong s or sign cannot hide.
 LOUD = {"scaling": "singular"}
@@ -111,10 +112,9 @@ def test_factors_and_residual(kind: str, normalization: str, device: torch.devic
             assert error < 1e-5, f"{name} {what}: {error:.3g}"
 
 
+@needs_two_gpus
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_device_map_over_two_gpus(dtype: torch.dtype) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
     alone = peft_of(case("llama"), "cuda:0", dtype)
     places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0}
     places |= {"model.layers.1": 1, "model.norm": 1, "lm_head": 1}
@@ -140,10 +140,8 @@ def test_a_device_map_over_two_gpus(dtype: torch.dtype) -> None:
     assert_energies(energies, truth, 1e-5 if dtype == torch.float32 else 6e-2)
 
 
+@needs_two_gpus
 def test_another_gpu_than_the_current_one() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
-
     def batches() -> Iterator[dict[str, Tensor]]:
         for batch in loader(case("llama").samples):
             torch.cuda._sleep(500_000_000)  # what is launched on the current one comes too late

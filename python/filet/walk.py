@@ -32,7 +32,7 @@ from filet.loss import ModelLoss, SummedLoss
 from filet.memory import named_shortage
 from filet.targets import Target
 from filet_kernels import Moments, SecondMoment, syrk_
-from filet_kernels.product import exact_float32
+from filet_kernels.product import exact_float32, power_of_two
 from filet_kernels.rounded import rounded_and_scaled
 
 __all__ = [
@@ -297,9 +297,7 @@ class MomentHooks:
                 rows = torch.where(weights.unsqueeze(-1), rows, 0)
             largest = rows.flatten(0, -2).amax(0)
             largest = torch.where(largest > 0, largest, largest.amax())
-            # By the exponent's bits. torch.ldexp runs on the current device, whichever its operands
-            # are on: in a model over two GPUs it read them too early (pytorch/pytorch#189567).
-            power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
+            power = power_of_two(largest)
             scale = torch.where(power > 0, _UNROUNDED_PEAK / power, 1)
             self._scales[id(moment)] = (moment, scale)
         scale = self._scales[id(moment)][1] if v.numel() else v.new_ones(v.shape[-1])
