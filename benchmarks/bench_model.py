@@ -183,9 +183,7 @@ def own_functions() -> dict[str, str]:
 
 def category(kernel: Kernel, vocabulary: int, own: dict[str, str]) -> str:
     name = kernel.name.lower()
-    within = [
-        scope.removeprefix("autograd::engine::evaluate_function: ") for scope in kernel.within
-    ]
+    within = kernel.within
     text = " ".join(within).lower()
     if any(scope.startswith("filet_kernels::") for scope in within):
         return next(s for s in within if s.startswith("filet_kernels::"))
