@@ -66,8 +66,8 @@ def fisher_energies(
         Nothing is mutated; deterministic on the same device.
 
     Computed in float64, except on a GPU from a W and moments of at most float32: there in products
-    of float32's precision on the tensor cores, of which no temporary is larger than a moment in the
-    smaller space; where that is below 64 MiB, than 64 MiB or the larger of the two moments.
+    of float32's precision on the tensor cores, of which no temporary is larger than the larger of
+    the two moments, or 64 MiB where that is more.
 
     Raises:
         ValueError: moments of another shape than W, or an unknown normalization.
