@@ -28,9 +28,7 @@ using namespace filet;
 constexpr int TILE = QUADFORM_TILE, STEP = QUADFORM_STEP, BOX = 64, BOX_BYTES = QUADFORM_BOX_BYTES;
 constexpr int THREADS = 256;
 constexpr int S_REPEATS = TILE * STEP / UNIT / THREADS, V_REPEATS = STEP * TILE / UNIT / THREADS;
-// Of V, packed at a time, where S leaves it less: some 256 tiles of products in a launch. With 4 MiB
-// 1024 × 16384 took 0.95 ms instead of 0.25 (V fp32, H100).
-constexpr int64_t LEAST_BYTES = 24 << 20;
+constexpr int64_t LEAST_BYTES = 64 << 20;  // that the workspace may have, where S has less
 constexpr int HEADROOM = 14;            // scaled numbers are below 2^14, doubled ones below fp16's 2^16
 
 __device__ __forceinline__ int exponent(float x) {  // |x| < 2^(exponent + 1)
@@ -301,8 +299,9 @@ struct Plan {
         exponents = take(args.accurate ? width * sizeof(int) : 0);
         counters = take(args.accurate ? 0 : quadform_counters(rows) * sizeof(unsigned));
         s = take(rows * (rows + 1ll) * (args.accurate ? 4 : 2) * BOX_BYTES);
-        // Together no more than S, where that is not small.
-        const int64_t left = std::max(args.n * args.n * 4 - bytes, LEAST_BYTES);
+        // Together no more than S or LEAST_BYTES, unless p is so large that `partial` takes most of it.
+        const int64_t limit = std::max(args.n * args.n * 4, LEAST_BYTES);
+        const int64_t left = std::max(limit - bytes, limit / 4);
         const int64_t pair_bytes = 2ll * columns * rows * TILE * v_pieces * 2;  // of two tiles' columns
         const int64_t fit = std::max<int64_t>(left / pair_bytes, 1);
         const int64_t pairs = std::max<int64_t>(width / (2 * columns), 1);

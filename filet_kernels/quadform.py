@@ -182,9 +182,9 @@ def quadform_diag(
     Returns:
         (p,) float64. Nothing is mutated; operands may share memory. The same on every run for the
         same inputs, backend and GPU model. The Triton kernel allocates one float per column and 128
-        rows; the CUDA kernel, for the operands as the tensor cores take them, as many bytes as S
-        has: half for S (a quarter when fast), and the rest, or 24 MiB, for columns of V at a time.
-        Neither synchronises with the host; both can be captured in a CUDA graph. Traced by
+        rows; the CUDA kernel two, and for the operands as the tensor cores take them half of S's
+        bytes (a quarter when fast) and columns of V at a time: together as many bytes as S has, or
+        64 MiB. Neither synchronises with the host; both can be captured in a CUDA graph. Traced by
         torch.compile as ``torch.ops.filet_kernels.quadform_diag`` (or ``quadform_product``).
 
     Raises:
