@@ -184,8 +184,9 @@ def quadform_diag(
         same inputs, backend and GPU model. The Triton kernel allocates one float per column and 128
         rows; the CUDA kernel two, and for the operands as the tensor cores take them half of S's
         bytes (a quarter when fast) and columns of V at a time: together as many bytes as S has, or
-        64 MiB. Neither synchronises with the host; both can be captured in a CUDA graph. Traced by
-        torch.compile as ``torch.ops.filet_kernels.quadform_diag`` (or ``quadform_product``).
+        64 MiB, more only where the floats of very many columns take most of that. Neither
+        synchronises with the host; both can be captured in a CUDA graph. Traced by torch.compile as
+        ``torch.ops.filet_kernels.quadform_diag`` (or ``quadform_product``).
 
     Raises:
         TypeError: a dtype that is not listed above.
