@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "filet/columns.h"
 #include "filet/quadform.h"
@@ -45,7 +46,7 @@ void syrk_sm90(uintptr_t c, int64_t stride_c, uintptr_t x, int64_t stride_x, int
 // The operands are named as in FiletQuadform; addresses as integers.
 FiletQuadform quadform_args(uintptr_t s, int64_t stride_s_row, int64_t stride_s_column, uintptr_t v,
                             int64_t stride_v_row, int64_t stride_v_column, int dtype, int64_t n,
-                            int64_t p, bool accurate, bool portable) {
+                            int64_t p, bool accurate, bool portable, int64_t least_bytes) {
     FiletQuadform args = {};
     args.s = reinterpret_cast<const float*>(s);
     args.stride_s_row = stride_s_row;
@@ -58,13 +59,21 @@ FiletQuadform quadform_args(uintptr_t s, int64_t stride_s_row, int64_t stride_s_
     args.p = p;
     args.accurate = accurate;
     args.portable = portable;
+    args.least_bytes = least_bytes;
     return args;
 }
 
-void quadform(const FiletQuadform& operands, uintptr_t out, uintptr_t workspace, uintptr_t stream) {
+std::pair<int64_t, int64_t> quadform_workspaces(const FiletQuadform& operands) {
+    const FiletQuadformWorkspaces found = filet_quadform_workspaces(&operands);
+    return {found.bytes[0], found.bytes[1]};
+}
+
+void quadform(const FiletQuadform& operands, uintptr_t out,
+              const std::pair<uintptr_t, uintptr_t>& workspaces, uintptr_t stream) {
     FiletQuadform args = operands;
     args.out = reinterpret_cast<double*>(out);
-    args.workspace = reinterpret_cast<void*>(workspace);
+    args.workspaces[0] = reinterpret_cast<void*>(workspaces.first);
+    args.workspaces[1] = reinterpret_cast<void*>(workspaces.second);
     args.stream = reinterpret_cast<void*>(stream);
     int status;
     {
@@ -92,10 +101,14 @@ void split(uintptr_t x, int64_t stride_row, int64_t stride_column, int dtype, in
     check(filet_split(&args), "split");
 }
 
-void column_sums(uintptr_t v, uintptr_t w, int64_t rows, int64_t columns, uintptr_t parts,
-                 uintptr_t squares, uintptr_t products, uintptr_t stream) {
+void column_sums(uintptr_t v, uintptr_t w, int64_t stride_w_row, int64_t stride_w_column, int dtype,
+                 int64_t rows, int64_t columns, uintptr_t parts, uintptr_t squares,
+                 uintptr_t products, uintptr_t stream) {
     const FiletColumnSums args = {reinterpret_cast<const float*>(v),
                                   reinterpret_cast<const void*>(w),
+                                  stride_w_row,
+                                  stride_w_column,
+                                  static_cast<FiletDtype>(dtype),
                                   rows,
                                   columns,
                                   reinterpret_cast<float*>(parts),
@@ -131,15 +144,17 @@ PYBIND11_MODULE(_cuda, module) {
                arg("dtype"), arg("rows"), arg("columns"), arg("by_column"), arg("largest"),
                arg("scale"), arg("first"), arg("second"), arg("stream"));
     module.def("column_sums_parts", &filet_column_sums_parts, arg("rows"));
-    module.def("column_sums", &column_sums, py::kw_only(), arg("v"), arg("w"), arg("rows"),
-               arg("columns"), arg("parts"), arg("squares"), arg("products"), arg("stream"));
+    module.def("column_sums", &column_sums, py::kw_only(), arg("v"), arg("w"),
+               arg("stride_w_row"), arg("stride_w_column"), arg("dtype"), arg("rows"), arg("columns"),
+               arg("parts"), arg("squares"), arg("products"), arg("stream"));
     module.def("transpose", &transpose, py::kw_only(), arg("x"), arg("stride"), arg("rows"),
                arg("columns"), arg("bytes"), arg("out"), arg("stream"));
     module.def("mirror", &mirror, py::kw_only(), arg("c"), arg("n"), arg("stride"), arg("stream"));
     py::class_<FiletQuadform>(module, "Quadform")
         .def(py::init(&quadform_args), py::kw_only(), arg("s"), arg("stride_s_row"),
              arg("stride_s_column"), arg("v"), arg("stride_v_row"), arg("stride_v_column"),
-             arg("dtype"), arg("n"), arg("p"), arg("accurate"), arg("portable"))
-        .def("workspace", &filet_quadform_workspace)
-        .def("run", &quadform, py::kw_only(), arg("out"), arg("workspace"), arg("stream"));
+             arg("dtype"), arg("n"), arg("p"), arg("accurate"), arg("portable"),
+             arg("least_bytes"))
+        .def("workspaces", &quadform_workspaces)
+        .def("run", &quadform, py::kw_only(), arg("out"), arg("workspaces"), arg("stream"));
 }

@@ -14,7 +14,8 @@ using namespace filet;
 constexpr int THREADS = 256, UNITS = 16;      // units of a block's columns
 constexpr int COLUMNS = UNITS * UNIT, ROWS = 64;  // of a block
 constexpr int REPEATS = ROWS * UNITS / THREADS, ROW_STEP = THREADS / UNITS;
-constexpr int SUM_ROWS = 256, MIRROR = 32, TRANSPOSED = 64;
+constexpr int SUM_ROWS = 64;  // of a 1024 × 1024 matrix 128 blocks, each a few loads after another
+constexpr int MIRROR = 32, TRANSPOSED = 64;
 
 dim3 blocks(int64_t rows, int64_t columns, int block_rows) {
     return dim3(static_cast<unsigned>(up(columns, COLUMNS) / COLUMNS),
@@ -107,18 +108,20 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
+template <typename T, bool PRODUCTS>
 __global__ void __launch_bounds__(COLUMNS)
-    parts_kernel(const float* v, const __half* w, int64_t rows, int64_t columns, float* parts) {
+    parts_kernel(const float* v, const T* w, int64_t stride_row, int64_t stride_column, int64_t rows,
+                 int64_t columns, float* parts) {
     const int64_t column = static_cast<int64_t>(blockIdx.x) * COLUMNS + threadIdx.x;
     const int64_t begin = static_cast<int64_t>(blockIdx.y) * SUM_ROWS;
     const int64_t end = min(begin + SUM_ROWS, rows);
     if (column >= columns) return;
     float squares = 0, products = 0;
-#pragma unroll 8
+#pragma unroll 16
     for (int64_t row = begin; row < end; ++row) {
         const float x = v[row * columns + column];
         squares += x * x;
-        if (w) products += x * __half2float(w[row * columns + column]);
+        if (PRODUCTS) products += x * to_float(w[row * stride_row + column * stride_column]);
     }
     float* target = parts + static_cast<int64_t>(blockIdx.y) * 2 * columns + column;
     target[0] = squares;
@@ -187,6 +190,13 @@ int split(const FiletSplit& args) {
     return cudaGetLastError();
 }
 
+template <typename T, bool PRODUCTS>
+void sum_parts(const FiletColumnSums& args, cudaStream_t stream) {
+    parts_kernel<T, PRODUCTS><<<blocks(args.rows, args.columns, SUM_ROWS), COLUMNS, 0, stream>>>(
+        args.v, static_cast<const T*>(args.w), args.stride_w_row, args.stride_w_column, args.rows,
+        args.columns, args.parts);
+}
+
 }  // namespace
 
 extern "C" int filet_split(const FiletSplit* args) {
@@ -201,9 +211,16 @@ extern "C" int filet_column_sums(const FiletColumnSums* args) {
     if (args->columns <= 0) return cudaSuccess;
     const auto stream = static_cast<cudaStream_t>(args->stream);
     const int parts = static_cast<int>(filet_column_sums_parts(args->rows));
-    if (parts)
-        parts_kernel<<<blocks(args->rows, args->columns, SUM_ROWS), COLUMNS, 0, stream>>>(
-            args->v, static_cast<const __half*>(args->w), args->rows, args->columns, args->parts);
+    if (parts) {
+        if (!args->w)
+            sum_parts<float, false>(*args, stream);
+        else if (args->dtype == FILET_FP32)
+            sum_parts<float, true>(*args, stream);
+        else if (args->dtype == FILET_FP16)
+            sum_parts<__half, true>(*args, stream);
+        else
+            sum_parts<__nv_bfloat16, true>(*args, stream);
+    }
     sums_kernel<<<static_cast<unsigned>(up(args->columns, THREADS) / THREADS), THREADS, 0, stream>>>(
         args->parts, parts, args->columns, args->squares, args->w ? args->products : nullptr);
     return cudaGetLastError();

@@ -28,8 +28,7 @@ using namespace filet;
 constexpr int TILE = QUADFORM_TILE, STEP = QUADFORM_STEP, BOX = 64, BOX_BYTES = QUADFORM_BOX_BYTES;
 constexpr int THREADS = 256;
 constexpr int S_REPEATS = TILE * STEP / UNIT / THREADS, V_REPEATS = STEP * TILE / UNIT / THREADS;
-constexpr int64_t LEAST_BYTES = 64 << 20;  // that the workspace may have, where S has less
-constexpr int HEADROOM = 14;            // scaled numbers are below 2^14, doubled ones below fp16's 2^16
+constexpr int HEADROOM = 14;  // scaled numbers are below 2^14, doubled ones below fp16's 2^16
 
 __device__ __forceinline__ int exponent(float x) {  // |x| < 2^(exponent + 1)
     return static_cast<int>(__float_as_uint(x) >> 23 & 255) - 127;
@@ -283,7 +282,8 @@ struct Plan {
     int rows, v_pieces, columns;  // v_pieces: those stored; columns of a tile of V
     bool direct;                  // V is read where it is
     int64_t width, chunk;         // columns of `partial`; of V in one launch
-    int64_t partial, scales, exponents, counters, s, v, bytes;  // offsets in the workspace
+    int64_t s_bytes;              // of the first workspace, the tiles of S
+    int64_t partial, scales, exponents, counters, v, bytes;  // offsets in the second
 
     explicit Plan(const FiletQuadform& args) {
         rows = static_cast<int>(up(args.n, TILE) / TILE);
@@ -293,14 +293,13 @@ struct Plan {
                  args.stride_v_column == 1 && args.stride_v_row >= args.p &&
                  args.stride_v_row % 8 == 0 && reinterpret_cast<uintptr_t>(args.v) % 16 == 0;
         width = up(args.p, 2 * columns);
+        s_bytes = rows * (rows + 1ll) * (args.accurate ? 4 : 2) * BOX_BYTES;
         bytes = 0;
         partial = take(2 * rows * width * sizeof(float));
         scales = take(args.accurate ? (2 * args.n + 1) * sizeof(unsigned) : 0);
         exponents = take(args.accurate ? width * sizeof(int) : 0);
         counters = take(args.accurate ? 0 : quadform_counters(rows) * sizeof(unsigned));
-        s = take(rows * (rows + 1ll) * (args.accurate ? 4 : 2) * BOX_BYTES);
-        // Together no more than S or LEAST_BYTES, unless p is so large that `partial` takes most of it.
-        const int64_t limit = std::max(args.n * args.n * 4, LEAST_BYTES);
+        const int64_t limit = std::max(args.n * args.n * 4 - s_bytes, args.least_bytes);
         const int64_t left = std::max(limit - bytes, limit / 4);
         const int64_t pair_bytes = 2ll * columns * rows * TILE * v_pieces * 2;  // of two tiles' columns
         const int64_t fit = std::max<int64_t>(left / pair_bytes, 1);
@@ -350,20 +349,23 @@ cudaError_t pack_v(const Matrix& v, const Plan& plan, int64_t width, const Scale
 
 }  // namespace
 
-extern "C" int64_t filet_quadform_workspace(const FiletQuadform* args) { return Plan(*args).bytes; }
+extern "C" FiletQuadformWorkspaces filet_quadform_workspaces(const FiletQuadform* args) {
+    const Plan plan(*args);
+    return {{plan.s_bytes, plan.bytes}};
+}
 
 extern "C" int filet_quadform(const FiletQuadform* args) {
     if (args->n <= 0 || args->p <= 0) return cudaSuccess;
     const Plan plan(*args);
     const auto stream = static_cast<cudaStream_t>(args->stream);
-    auto* workspace = static_cast<uint8_t*>(args->workspace);
+    auto* tiles_s = static_cast<uint8_t*>(args->workspaces[0]);
+    auto* workspace = static_cast<uint8_t*>(args->workspaces[1]);
     auto* partial = reinterpret_cast<float*>(workspace + plan.partial);
     auto* bits = reinterpret_cast<unsigned*>(workspace + plan.scales);
     const Scales scales = {bits, bits + args->n, reinterpret_cast<int*>(bits + 2 * args->n)};
     int* exponents = args->accurate ? reinterpret_cast<int*>(workspace + plan.exponents) : nullptr;
     const Matrix s = matrix(args->s, 4, args->stride_s_row, args->stride_s_column, args->n, args->n);
     auto* counters = reinterpret_cast<unsigned*>(workspace + plan.counters);
-    uint8_t* tiles_s = workspace + plan.s;
     const auto tiles_above = [](int row) { return row * (row + 1); };
     int late_begin = plan.rows, late_end = plan.rows;  // block rows that the products' kernel packs
     int status;

@@ -7,7 +7,9 @@ With G = WᵀW, K = WWᵀ, y = Wx and h = Wᵀg, the two factors are also
     e_x = diag(G S_X G) / diag(G²)         = diag(Wᵀ C_y W) / diag(G²),
     e_y = diag((KW)ᵀ S_Y (KW)) / diag(G³)  = diag(G C_h G) / diag(G³),
 so each moment may be taken in the smaller of the two spaces, and V̂, Û need not exist. Where m < n
-neither does G: diag(G²) = diag(Wᵀ KW), diag(G³) = diag((KW)ᵀ KW), some columns of KW at a time.
+neither does G: diag(G²) = diag(Wᵀ KW), diag(G³) = diag((KW)ᵀ KW), some columns of KW at a time, and
+a moment S of the larger space all the same (of an input that other layers share) is taken to the
+smaller one: diag(G S G) = diag(Wᵀ (W S Wᵀ) W).
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from filet_kernels.congruence import congruence
 from filet_kernels.moments import Moments, SecondMoment
 from filet_kernels.product import (
-    SECOND_PART,
     column_sums,
     mirror_,
     product,
@@ -39,8 +41,8 @@ Normalization = Literal["mean", "sum"]
 # energies by up to 2e-5, sums of 2048 by 7e-6.
 _ROWS_A_SUM = 4096
 
-# Floats of KW that exist at a time, where min(m, n)² are not more: 64 MiB.
-_FLOATS = 2**24
+# Rows of the smallest moment whose size temporaries may have, whatever the layer's is: 4 MiB.
+_LEAST = 1024
 
 
 def fisher_energies(
@@ -66,8 +68,9 @@ def fisher_energies(
         Nothing is mutated; deterministic on the same device.
 
     Computed in float64, except on a GPU from a W and moments of at most float32: there in products
-    of float32's precision on the tensor cores, of which no temporary is larger than the larger of
-    the two moments, or 64 MiB where that is more.
+    of float32's precision on the tensor cores, of which no temporary is larger than a moment of the
+    smaller space, or 4 MiB where that is more (but with moments of y or g where m > n, which
+    :meth:`Moments.zeros` does not make).
 
     Raises:
         ValueError: moments of another shape than W, or an unknown normalization.
@@ -103,18 +106,16 @@ _Factors = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 def _factors_float64(W: Tensor, moments: Moments, precision: Precision) -> _Factors:
     m, n = W.shape
     W = W.double()
-    G: Tensor | tuple[Tensor, Tensor]
     # W G = K W, through the smaller of the two Gram matrices.
-    if n <= m:
-        G = W.T @ W
-        WG = W @ G
-    else:
-        G = W.T, W  # formed some columns at a time
-        WG = (W @ W.T) @ W
-    directions = {"x": G, "h": G, "y": W, "g": WG}
+    gram = W.T @ W if n <= m else W @ W.T
+    WG = W @ gram if n <= m else gram @ W
+    directions = {"x": gram, "h": gram, "y": W, "g": WG}
 
     def form(moment: SecondMoment) -> Tensor:
-        return quadform_diag(moment.sum, directions[moment.space], precision=precision)
+        S, V = moment.sum, directions[moment.space]
+        if m < n and moment.space in ("x", "h"):
+            S, V = congruence(W, S, _floats(m, n) // m), W
+        return quadform_diag(S, V, precision=precision)
 
     return (
         (form(moments.input), (W * WG).sum(0)),  # diag(G²) = diag(Wᵀ K W)
@@ -129,11 +130,10 @@ def _factors_float32(
     m, n = W.shape
     S = {moment.space: moment.sum for moment in (moments.input, moments.output)}
     forms: dict[str, Tensor] = {}  # of each moment, by its space
+    floats = _floats(m, n)
 
-    def form(
-        S: Tensor, V: Tensor | tuple[Tensor, Tensor], precision: Precision = precision
-    ) -> Tensor:
-        return quadform_diag(S, V, precision=precision, backend=backend)
+    def form(S: Tensor, V: Tensor, precision: Precision = precision) -> Tensor:
+        return torch.ops.filet_kernels.quadform_diag(S, V, precision, backend, 4 * floats)
 
     if n <= m:
         left, right = W, _gram(W)
@@ -143,8 +143,8 @@ def _factors_float32(
     else:
         left, right = _gram(W.T), W
     for space in S.keys() & {"x", "h"}:
-        # Where m < n, G is formed some columns at a time.
-        forms[space] = form(S[space], right if n <= m else (transposed(W), W))
+        smaller = S[space] if n <= m else congruence(W, S[space], floats // m, backend)
+        forms[space] = form(smaller, right)
     if "y" in S:
         forms["y"] = form(S["y"], W)
     if m < n or "g" in S:  # WG = KW
@@ -153,20 +153,16 @@ def _factors_float32(
         of_squares: list[Tensor] = []
         a = split(left)
         del left
-        for columns in slices(n, _width(m, n)):
-            b = split(right[:, columns], columns=True)
-            V, scale = product(a, b)
-            # Where W is what was split, its parts are in range, however small a column of it is.
-            norms, products = column_sums(V, b.parts[0] if m < n else None)
+        for columns in slices(n, max(floats // m // 128, 1) * 128):  # whole tiles
+            V, scale = product(a, split(right[:, columns], columns=True))
+            norms, products = column_sums(V, W[:, columns] if m < n else None)
             if "g" in S:  # both of V as it is scaled
                 of_g.append(form(S["g"], V))
                 of_cubes.append(norms)
             else:
                 of_cubes.append(norms / scale**2)
             if m < n:
-                for part in b.parts[1:]:
-                    products += column_sums(V, part)[1] * SECOND_PART
-                of_squares.append(products / (scale * b.scale))
+                of_squares.append(products / scale)
         cubes = _joined(of_cubes)
         if "g" in S:
             forms["g"] = _joined(of_g)
@@ -178,6 +174,11 @@ def _factors_float32(
     )
 
 
+def _floats(m: int, n: int) -> int:
+    """How many numbers in float32 a temporary may have."""
+    return max(min(m, n), _LEAST) ** 2
+
+
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -185,15 +186,11 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def _gram(X: Tensor) -> Tensor:
     """XᵀX, float32, both triangles."""
     n = X.shape[1]
+    copied = max(n, _LEAST) ** 2 * 4 // (n * X.element_size())  # rows at a time, where they are
     G = torch.zeros(n, n, dtype=torch.float32, device=X.device)
-    for rows in slices(X.shape[0], _ROWS_A_SUM):
+    for rows in slices(X.shape[0], min(_ROWS_A_SUM, copied)):
         part = X[rows]
         # The CUDA kernel takes contiguous rows only: for the WWᵀ of a 4096 × 14336 W copies and it
         # are faster than the Triton kernel without a copy (0.75 and 1.97 ms, H200).
         syrk_(G, part if part.stride(1) == 1 else transposed(part.T))
     return mirror_(G)
-
-
-def _width(m: int, n: int) -> int:
-    """Columns of KW at a time, in whole tiles of 128."""
-    return max(max(min(m, n) ** 2, _FLOATS) // m // 128, 1) * 128

@@ -135,21 +135,25 @@ def _split_at_once(extension: ModuleType, x: Tensor, columns: bool) -> Split:
 
 
 def column_sums(V: Tensor, W: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Σ_i V_ij² and Σ_i V_ij W_ij of float32 V and W in float16: (p,) float64 each.
+    """Σ_i V_ij² and Σ_i V_ij W_ij of float32 V and a W of at most float32: (p,) float64 each.
 
-    Summed in float32, 256 rows at a time on a GPU (torch would copy V to float64 for more).
+    Summed in float32, 64 rows at a time on a GPU (torch would copy V to float64 for more).
     Without W the second is empty memory.
     """
     squares, products = V.new_empty(2, V.shape[1], dtype=torch.float64)
     extension = extension_on(V.device)
-    if extension is None or not V.is_contiguous() or not (W is None or W.is_contiguous()):
+    if extension is None or not V.is_contiguous():
         squares.copy_(torch.linalg.vector_norm(V, dim=0).double() ** 2)
         return squares, products if W is None else (V * W).sum(0).double()
     parts = V.new_empty(extension.column_sums_parts(V.shape[0]), 2, V.shape[1])
+    other = V if W is None else W
     with torch.cuda.device(V.device):
         extension.column_sums(
             v=V.data_ptr(),
             w=0 if W is None else W.data_ptr(),
+            stride_w_row=other.stride(0),
+            stride_w_column=other.stride(1),
+            dtype=_DTYPES[other.dtype],
             rows=V.shape[0],
             columns=V.shape[1],
             parts=parts.data_ptr(),

@@ -36,6 +36,10 @@ _BLOCK = 512
 # Columns of V that exist at a time where V is given as a product.
 _COLUMNS = 2048
 
+# Bytes that the CUDA kernel may take for columns of V, however small S is: fewer columns at a time
+# leave multiprocessors without work.
+_WORKSPACE = 2**26
+
 
 def quadform_diag_reference(S: Tensor, V: Tensor, precision: str) -> Tensor:
     """diag(Vᵀ S V), (p,) float64: block rows of the lower triangle against V."""
@@ -58,7 +62,7 @@ def quadform_diag_reference(S: Tensor, V: Tensor, precision: str) -> Tensor:
     return total
 
 
-def _reference(S: Tensor, V: Tensor, precision: str) -> Tensor:
+def _reference(S: Tensor, V: Tensor, precision: str, workspace: int) -> Tensor:
     return quadform_diag_reference(S, V, precision)
 
 
@@ -72,7 +76,7 @@ def _triton_unsupported(S: Tensor, v_dtype: torch.dtype) -> str | None:
     return _no_triton("V", S.device) or _unsupported_operands(S, v_dtype)
 
 
-def _triton(S: Tensor, V: Tensor, precision: str) -> Tensor:
+def _triton(S: Tensor, V: Tensor, precision: str, workspace: int) -> Tensor:
     from filet_kernels.quadform_triton import quadform_triton
 
     major, minor = _capability(V.device) if V.is_cuda else (9, 0)
@@ -88,7 +92,9 @@ def _cuda_unsupported(S: Tensor, v_dtype: torch.dtype) -> str | None:
     return _unsupported_operands(S, v_dtype) or why_no_extension()
 
 
-def _cuda(S: Tensor, V: Tensor, precision: str, portable: bool | None = None) -> Tensor:
+def _cuda(
+    S: Tensor, V: Tensor, precision: str, workspace: int, portable: bool | None = None
+) -> Tensor:
     """``portable``: the kernel for compute capability 8.0; None takes it where it has to be."""
     if portable is None:
         portable = _capability(V.device) != (9, 0)
@@ -106,12 +112,15 @@ def _cuda(S: Tensor, V: Tensor, precision: str, portable: bool | None = None) ->
             p=p,
             accurate=precision == "accurate",
             portable=portable,
+            least_bytes=workspace,
         )
-        workspace = torch.empty(call.workspace(), dtype=torch.uint8, device=V.device)
+        first, second = (
+            torch.empty(size, dtype=torch.uint8, device=V.device) for size in call.workspaces()
+        )
         out = torch.empty(p, dtype=torch.float64, device=V.device)
         call.run(
             out=out.data_ptr(),
-            workspace=workspace.data_ptr(),
+            workspaces=(first.data_ptr(), second.data_ptr()),
             stream=stream_of(V.device),
         )
     return out
@@ -121,7 +130,7 @@ def _cuda(S: Tensor, V: Tensor, precision: str, portable: bool | None = None) ->
 class _Backend:
     name: str
     unsupported: Callable[[Tensor, torch.dtype], str | None]  # S and V's dtype: why not, or None
-    run: Callable[[Tensor, Tensor, str], Tensor]
+    run: Callable[[Tensor, Tensor, str, int], Tensor]  # S, V, precision, _WORKSPACE
 
 
 # In order of preference.
@@ -183,8 +192,8 @@ def quadform_diag(
         (p,) float64. Nothing is mutated; operands may share memory. The same on every run for the
         same inputs, backend and GPU model. The Triton kernel allocates one float per column and 128
         rows; the CUDA kernel two, and for the operands as the tensor cores take them half of S's
-        bytes (a quarter when fast) and columns of V at a time: together as many bytes as S has, or
-        64 MiB, more only where the floats of very many columns take most of that. Neither
+        bytes (a quarter when fast), and for columns of V at a time what that leaves of S's bytes,
+        or 64 MiB; more only where the floats of very many columns take most of it. Neither
         synchronises with the host; both can be captured in a CUDA graph. Traced by torch.compile as
         ``torch.ops.filet_kernels.quadform_diag`` (or ``quadform_product``).
 
@@ -224,12 +233,18 @@ def quadform_diag(
     return torch.ops.filet_kernels.quadform_diag(S, V, precision, backend)
 
 
-def _quadform_op(S: Tensor, V: Tensor, precision: str, backend: str | None = None) -> Tensor:
+def _quadform_op(
+    S: Tensor,
+    V: Tensor,
+    precision: str,
+    backend: str | None = None,
+    workspace: int = _WORKSPACE,
+) -> Tensor:
     chosen = _choose(S, V.dtype, backend)
     if not V.numel():
         return _empty(S, V)
     with torch.autocast(S.device.type, enabled=False):  # it would round the products' operands
-        return chosen.run(S, V, precision)
+        return chosen.run(S, V, precision, workspace)
 
 
 def _product_op(
@@ -243,10 +258,10 @@ def _product_op(
             for columns in slices(B.shape[1], _COLUMNS):
                 if a is None:
                     V = A.double() @ B[:, columns].double()
-                    total[columns] = chosen.run(S, V, precision)
+                    total[columns] = chosen.run(S, V, precision, _WORKSPACE)
                 else:
                     V, scale = product(a, split(B[:, columns], columns=True))
-                    total[columns] = chosen.run(S, V, precision) / scale**2
+                    total[columns] = chosen.run(S, V, precision, _WORKSPACE) / scale**2
     return total
 
 
@@ -256,7 +271,10 @@ def _empty(S: Tensor, V: Tensor, *args: object) -> Tensor:
 
 # As in filet_kernels.syrk: torch.library.custom_op costs 24 µs a call instead of 3.
 _library = torch.library.Library("filet_kernels", "FRAGMENT")
-_library.define("quadform_diag(Tensor S, Tensor V, str precision, str? backend=None) -> Tensor")
+_library.define(
+    "quadform_diag(Tensor S, Tensor V, str precision, str? backend=None, "
+    f"int workspace={_WORKSPACE}) -> Tensor"
+)
 _library.define(
     "quadform_product(Tensor S, Tensor A, Tensor B, str precision, str? backend=None) -> Tensor"
 )

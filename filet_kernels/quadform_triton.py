@@ -17,12 +17,19 @@ from torch import Tensor
 
 from filet_kernels.syrk_triton import INTERPRETED
 
-__all__ = ["CONFIGS", "TritonConfig", "default_config", "quadform_triton"]
+__all__ = [
+    "CONFIGS",
+    "PIECES",
+    "TritonConfig",
+    "default_config",
+    "multiply_pieces",
+    "quadform_triton",
+]
 
 _INTERPRET = tl.constexpr(INTERPRETED)
 
 # How many bfloat16 numbers hold a value of this dtype to float32's precision (8 bits each).
-_PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class TritonConfig:
 CONFIGS = (
     TritonConfig("128x256", 128, 256, 64, 8, 3, capability=90, accurate=False),
     TritonConfig("128x128", 128, 128, 32, 8, 3, capability=80, accurate=False),
-    # 32 rows a block sum: see _multiply_pieces.
+    # 32 rows a block sum: see multiply_pieces.
     TritonConfig("128x128-pieces", 128, 128, 32, 8, 3, capability=80, accurate=True),
 )
 
@@ -83,7 +90,7 @@ def _piece(x):
 
 
 @triton.jit
-def _multiply_pieces(s, v, acc, V_PIECES: tl.constexpr):
+def multiply_pieces(s, v, acc, V_PIECES: tl.constexpr):
     """acc + s v for float32 s in three bfloat16 pieces and v in V_PIECES, to float32's precision.
 
     Products of pieces are exact; those below 2⁻²⁴ of the whole are left out. The tensor cores cut
@@ -114,7 +121,7 @@ def _multiply_pieces(s, v, acc, V_PIECES: tl.constexpr):
 def _step(acc, s, v, V_PIECES: tl.constexpr):
     """acc + s v, in pieces or, with V_PIECES = 0, with both rounded to bfloat16."""
     if V_PIECES > 0:
-        acc = _multiply_pieces(s, v, acc, V_PIECES)
+        acc = multiply_pieces(s, v, acc, V_PIECES)
     else:
         acc = _multiply(s.to(tl.bfloat16), v.to(tl.bfloat16), acc)
     return acc
@@ -188,7 +195,7 @@ def quadform_triton(
     _quadform_kernel[(row_tiles * col_tiles,)](
         table, S, V, n, p, *S.stride(), *V.stride(),
         TILE_M=config.tile_m, TILE_P=config.tile_p, TILE_K=config.tile_k, GROUP=8,
-        V_PIECES=_PIECES[V.dtype] if accurate else 0,
+        V_PIECES=PIECES[V.dtype] if accurate else 0,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return table.sum(0, dtype=torch.float64)

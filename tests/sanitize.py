@@ -32,13 +32,15 @@ def quadform(n: int, p: int, dtype: torch.dtype, precision: str, portable: bool)
     S, V = torch.randn(n, n, device="cuda"), torch.randn(n, p, device="cuda").to(dtype)
     low = S.tril().double()
     full, v = low + low.tril(-1).T, V.double()
-    error = (_cuda(S, V, precision, portable) - (v * (full @ v)).sum(0)).abs()
+    # So little workspace that the columns of V come in parts.
+    error = (_cuda(S, V, precision, 2**20, portable) - (v * (full @ v)).sum(0)).abs()
     bound = (v.abs() * (full.abs() @ v.abs())).sum(0) * (5e-7 if precision == "accurate" else 2e-2)
     assert (error <= bound).all(), f"quadform {n} × {p}, {dtype}, {precision}: error {error.max()}"
 
 
-def energies(m: int, n: int) -> None:
-    moments = Moments.zeros((m, n), device="cuda")
+def energies(m: int, n: int, shared: bool = False) -> None:
+    leader = Moments.zeros((n, n), device="cuda").input if shared else None
+    moments = Moments.zeros((m, n), device="cuda", input=leader)
     for side in (moments.input, moments.output):
         side.update(torch.randn(300, side.sum.shape[0], device="cuda").bfloat16())
     moments.loss_terms += 300
@@ -55,10 +57,11 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for precision in ("fast", "accurate"):
             for portable in (False, True):
-                quadform(300, 200, dtype, precision, portable)
+                quadform(300, 600, dtype, precision, portable)
     # So many tasks that S is packed behind the products (132 multiprocessors).
     quadform(2056, 4608, torch.bfloat16, "fast", False)
     energies(130, 264)
+    energies(130, 264, shared=True)
     energies(264, 136)
     torch.cuda.synchronize()
     print("every CUDA kernel ran")

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import oracle
-from filet_kernels import Moments, SecondMoment, energy, fisher_energies, quadform
+from filet_kernels import Moments, SecondMoment, energy, fisher_energies
 from filet_kernels.product import _add_product, column_sums, mirror_, product, split, transposed
 from with_triton import needs_triton
 
@@ -70,8 +70,7 @@ def test_with_the_kernel_and_in_parts(shape, spaces, device, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(300, 1300), (1300, 300)], ids=str)
 def test_larger_than_one_part(shape, device, monkeypatch):
-    monkeypatch.setattr(energy, "_FLOATS", 1)
-    monkeypatch.setattr(quadform, "_COLUMNS", 500)
+    monkeypatch.setattr(energy, "_LEAST", 1)
     W, x, g = batch(shape, 400, torch.bfloat16, device)
     for spaces in ("xg", "yh"):
         found = energies(W, moments_of(W, x, g, spaces), None)
@@ -80,7 +79,8 @@ def test_larger_than_one_part(shape, device, monkeypatch):
 
 @pytest.mark.parametrize("spaces", ["xg", "yg", "xh", "yh"])
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)], ids=str)
-def test_no_matrix_of_the_larger_space_is_made(shape, spaces, device):
+def test_no_matrix_of_the_larger_space_is_made(shape, spaces, device, monkeypatch):
+    monkeypatch.setattr(energy, "_LEAST", 1)
     W, x, g = batch(shape, 200, torch.bfloat16, device)
     moments = moments_of(W, x, g, spaces)
 
@@ -100,21 +100,22 @@ def test_no_matrix_of_the_larger_space_is_made(shape, spaces, device):
         assert seen.shapes and (max(shape),) * 2 not in seen.shapes
 
 
-@pytest.mark.parametrize("spaces, copies", [("xg", 1), ("yg", 0)])
-def test_a_wide_weight_is_copied_for_the_moment_of_x_alone(spaces, copies, device, monkeypatch):
-    copied = []
-    monkeypatch.setattr(energy, "transposed", lambda X: copied.append(X.shape) or transposed(X))
-    monkeypatch.setattr(energy, "_ROWS_A_SUM", 16)
-    W, x, g = batch((24, 40), 200, torch.bfloat16, device)
-    energies(W, moments_of(W, x, g, spaces), None)
-    assert copied.count(W.shape) == copies
-
-
 @pytest.mark.skipif(not CUDA, reason="it needs a CUDA device: allocations are counted there")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "shape, spaces",
-    [((4096, 4096), "xg"), ((6000, 4096), "xh"), ((4096, 11000), "yg"), ((4224, 12000), "yg")],
+    [
+        ((4096, 4096), "xg"),
+        ((6000, 4096), "xh"),
+        ((4096, 11000), "yg"),
+        ((4224, 12000), "yg"),
+        ((1024, 4096), "xg"),  # k and v, whose x is q's
+        ((1024, 8192), "xg"),
+        ((1025, 5001), "xg"),
+        ((2048, 2048), "xg"),
+        ((1024, 9000), "yg"),
+        ((5000, 1100), "xh"),
+    ],
     ids=str,
 )
 def test_no_temporary_is_larger_than_the_smaller_moment(shape, spaces, dtype):
@@ -145,7 +146,24 @@ def test_columns_of_any_size(shape, device):
     assert truth.isnan().nonzero().tolist() == [[7]]
     for spaces in ("xg", "yh"):
         found = energies(W, moments_of(W, x, g, spaces), None)
-        torch.testing.assert_close(found, truth, rtol=1e-4, atol=0, equal_nan=True)
+        # Where h is taken to y's space, what the large column adds cancels in W S Wᵀ, in float32.
+        rtol = 5e-3 if spaces == "yh" and shape[0] < shape[1] else 1e-4
+        torch.testing.assert_close(found, truth, rtol=rtol, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("outlier, bound", [(30, 1e-5), (100, 1e-4), (1000, 1e-2)])
+def test_an_outlier_of_x_in_a_wide_layer(outlier, bound, device):
+    """One channel so many times the others, and columns of W orthogonal to that channel's."""
+    W, x, g = batch((150, 400), 600, torch.float32, device)
+    x[:, 3] *= outlier
+    unit = W[:, 3].double() / W[:, 3].double().norm()
+    W[:, 200:] -= (unit[:, None] * (unit @ W[:, 200:].double())).float()
+    truth = oracle.fisher_energies(W, x, g)
+    found = energies(W, moments_of(W, x, g, "xg"), None)
+    error = ((found - truth) / truth).abs().max()
+    assert error <= bound, f"{error:.1e}"
+    in_float64 = fisher_energies(W.double(), moments_of(W, x, g, "xg"))
+    torch.testing.assert_close(in_float64, truth, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("a_dtype", DTYPES, ids=str)
@@ -201,11 +219,12 @@ def test_the_parts_add_up(dtype, device):
     assert (zeros.parts[0] == 0).all() and zeros.scale.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, columns", [(1, 1), (7, 300), (600, 33), (1000, 1024)])
-def test_column_sums(rows, columns, device):
+def test_column_sums(rows, columns, dtype, device):
     generator = torch.Generator().manual_seed(rows)
     V = torch.randn(rows, columns, generator=generator).to(device)
-    W = torch.randn(rows, columns, generator=generator).half().to(device)
+    W = torch.randn(2 * columns, rows, generator=generator).to(dtype).to(device).T[:, 1::2]
     squares, products = column_sums(V, W)
     exact, size = V.double() * W.double(), (V.double() * W.double()).abs().sum(0)
     torch.testing.assert_close(squares, V.double().square().sum(0), rtol=1e-5, atol=0)

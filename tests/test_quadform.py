@@ -31,7 +31,7 @@ def backend(request, device):
 
 def run(S, V, backend, precision="accurate"):
     if backend == "cuda-8.0":
-        return quadform._cuda(S, V, precision, portable=True)
+        return quadform._cuda(S, V, precision, quadform._WORKSPACE, portable=True)
     return quadform_diag(S, V, precision=precision, backend=backend)
 
 
@@ -182,6 +182,17 @@ def test_operands_may_share_memory(device, backend):
 def test_the_same_bits_on_every_run(precision, device, backend):
     S, V, _, _ = make(300, 140, device)
     assert torch.equal(run(S, V, backend, precision), run(S, V, backend, precision))
+
+
+@pytest.mark.parametrize("v_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("precision", ["accurate", "fast"])
+def test_columns_of_v_in_parts(precision, v_dtype, device, backend):
+    """As where S is large: the same bits, however little memory V's columns have."""
+    if "cuda" not in backend:
+        pytest.skip("it does not copy V")
+    S, V, _, _ = make(300, 1100, device, v_dtype)
+    in_parts = quadform._cuda(S, V, precision, 1, portable=backend != "cuda" or None)
+    assert torch.equal(in_parts, run(S, V, backend, precision))
 
 
 def test_empty(device, backend):

@@ -26,7 +26,9 @@ int filet_split(const FiletSplit* args);
 
 typedef struct {
     const float* v;  // (rows, columns), contiguous
-    const void* w;   // the same in fp16, or null
+    const void* w;   // (rows, columns), or null
+    int64_t stride_w_row, stride_w_column;
+    FiletDtype dtype;  // of w
     int64_t rows, columns;
     float* parts;      // filet_column_sums_parts(rows) × 2 × columns
     double* squares;   // (columns,), overwritten: of the squares of v

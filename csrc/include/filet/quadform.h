@@ -18,12 +18,20 @@ typedef struct {
     int64_t n, p;
     int32_t accurate;  // 0: S and V rounded to bf16
     int32_t portable;  // 1: the kernel for compute capability 8.0, on any later GPU too
-    double* out;       // (p,), overwritten
-    void* workspace;   // filet_quadform_workspace(args) bytes, 256-byte aligned
-    void* stream;      // cudaStream_t
+    int64_t least_bytes;  // that the second workspace may have, however small S is
+    double* out;          // (p,), overwritten
+    void* workspaces[2];  // of filet_quadform_workspaces(args) bytes, 256-byte aligned
+    void* stream;         // cudaStream_t
 } FiletQuadform;
 
-int64_t filet_quadform_workspace(const FiletQuadform* args);
+// The first is for S as the tensor cores take it, half of its bytes (a quarter if not accurate) and a
+// little. The second, for columns of V and partial sums, has what that leaves of S's bytes or
+// `least_bytes`; more only where the partial sums of very many columns take most of it.
+typedef struct {
+    int64_t bytes[2];
+} FiletQuadformWorkspaces;
+
+FiletQuadformWorkspaces filet_quadform_workspaces(const FiletQuadform* args);
 
 // Enqueues the kernels on `stream` of the current device; returns a status (filet_status_text).
 int filet_quadform(const FiletQuadform* args);
