@@ -21,14 +21,7 @@ from torch import Tensor
 
 from filet_kernels.congruence import congruence
 from filet_kernels.moments import Moments, SecondMoment
-from filet_kernels.product import (
-    column_sums,
-    mirror_,
-    product,
-    slices,
-    split,
-    transposed,
-)
+from filet_kernels.product import column_sums, mirror_, product, slices, split, transposed
 from filet_kernels.quadform import Precision, quadform_diag
 from filet_kernels.syrk import syrk_
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from filet_kernels.extension import extension_on, stream_of
 
 __all__ = [
-    "SECOND_PART",
     "Split",
     "column_sums",
     "exact_float32",
@@ -43,7 +42,7 @@ _ADDS_TO_FLOAT32 = torch.__version__ >= "2.10"
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of the extension
 
-SECOND_PART = 2.0**-11  # what second parts are to be multiplied by
+_SECOND_PART = 2.0**-11  # what second parts are to be multiplied by
 _LARGEST = 2.0**14  # power of two of the largest element
 _RESULT = _LARGEST**-2  # keeps products, and quadratic forms of them, in float32's range
 
@@ -96,7 +95,7 @@ def split(x: Tensor, *, columns: bool = False) -> Split:
     rest = x * scale
     first = rest.half()
     rest -= first  # exact
-    rest *= 1 / SECOND_PART
+    rest *= 1 / _SECOND_PART
     return Split((first, rest.half()), scale.double())
 
 
@@ -206,8 +205,8 @@ def product(a: Split, b: Split) -> tuple[Tensor, Tensor]:
     The small products enter first. Deterministic as the library's products are.
     """
     A, B = a.parts[0], b.parts[0]
-    terms = [(x, B, _RESULT * SECOND_PART) for x in a.parts[1:]]
-    terms += [(A, x, _RESULT * SECOND_PART) for x in b.parts[1:]]
+    terms = [(x, B, _RESULT * _SECOND_PART) for x in a.parts[1:]]
+    terms += [(A, x, _RESULT * _SECOND_PART) for x in b.parts[1:]]
     terms += [(A[:, rows], B[rows], _RESULT) for rows in slices(B.shape[0], _ROWS_A_SUM)]
     C = A.new_empty(A.shape[0], B.shape[1], dtype=torch.float32)
     if not B.shape[0]:
