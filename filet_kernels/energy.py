@@ -7,9 +7,9 @@ With G = WᵀW, K = WWᵀ, y = Wx and h = Wᵀg, the two factors are also
     e_x = diag(G S_X G) / diag(G²)         = diag(Wᵀ C_y W) / diag(G²),
     e_y = diag((KW)ᵀ S_Y (KW)) / diag(G³)  = diag(G C_h G) / diag(G³),
 so each moment may be taken in the smaller of the two spaces, and V̂, Û need not exist. Where m < n
-neither does G: diag(G²) = diag(Wᵀ KW), diag(G³) = diag((KW)ᵀ KW), some columns of KW at a time, and
-a moment S of the larger space all the same (of an input that other layers share) is taken to the
-smaller one: diag(G S G) = diag(Wᵀ (W S Wᵀ) W).
+neither does G: diag(G²) = diag(Wᵀ KW), diag(G³) = diag((KW)ᵀ KW), and a moment S of the larger
+space all the same (of an input that other layers share) is taken to the smaller one:
+diag(G S G) = diag(Wᵀ (W S Wᵀ) W).
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ Normalization = Literal["mean", "sum"]
 # energies by up to 2e-5, sums of 2048 by 7e-6.
 _ROWS_A_SUM = 4096
 
-# Rows of the smallest moment whose size temporaries may have, whatever the layer's is: 4 MiB.
+# Rows of the smallest moment whose size temporaries may have, whatever the layer's is: 4 MiB. In a
+# layer of so few outputs, less than inputs, all are quadratic forms of W with m × m matrices:
+# diag(G³) = diag(Wᵀ K² W), and of g with K S_g K. KW, 4 MiB of it at a time, would take so many
+# launches that a slow host does not keep up (docs/kernels.md).
 _LEAST = 1024
 
 
@@ -135,12 +138,17 @@ def _factors_float32(
             cubes = form(right, right, "accurate")
     else:
         left, right = _gram(W.T), W
+    small = m < n and m <= _LEAST
+    if small:
+        squares, cubes = form(left, W, "accurate"), form(_gram(left), W, "accurate")
+        if "g" in S:
+            forms["g"] = form(congruence(left, S["g"], m, backend), W)
     for space in S.keys() & {"x", "h"}:
         smaller = S[space] if n <= m else congruence(W, S[space], floats // m, backend)
         forms[space] = form(smaller, right)
     if "y" in S:
         forms["y"] = form(S["y"], W)
-    if m < n or "g" in S:  # WG = KW
+    if not small and (m < n or "g" in S):  # WG = KW
         of_g: list[Tensor] = []
         of_cubes: list[Tensor] = []
         of_squares: list[Tensor] = []
