@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 import oracle
 from filet_kernels import Moments, SecondMoment, energy, fisher_energies
 from filet_kernels.product import _add_product, column_sums, mirror_, product, split, transposed
-from with_triton import needs_triton
+from with_triton import needs_triton, skip_interpreter
 
 CUDA = torch.cuda.is_available()
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -68,8 +68,7 @@ def test_every_space(shape, spaces, dtype, device):
 @pytest.mark.parametrize("spaces", ["xg", "yg", "xh"])
 @pytest.mark.parametrize("shape", [(60, 140), (140, 60)], ids=str)
 def test_with_the_kernel_and_in_parts(shape, spaces, device, monkeypatch):
-    if device.type == "cpu" and CUDA:
-        pytest.skip("it needs a CUDA device")
+    skip_interpreter(device)
     monkeypatch.setattr(energy, "_ROWS_A_SUM", 50)
     W, x, g = batch(shape, 300, torch.bfloat16, device)
     found = energies(W, moments_of(W, x, g, spaces), "triton")

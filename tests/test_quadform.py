@@ -3,7 +3,7 @@ import torch
 
 from filet_kernels import quadform, quadform_diag
 from filet_kernels.quadform import BACKENDS, backend_of
-from with_triton import NO_TRITON, needs_triton
+from with_triton import NO_TRITON, needs_triton, skip_interpreter
 
 CUDA = torch.cuda.is_available()
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -365,8 +365,7 @@ def test_packing_on_two_streams_and_in_graphs(late, backend):
 @needs_triton
 @pytest.mark.parametrize("index", range(3))
 def test_every_triton_configuration(index, device):
-    if device.type == "cpu" and CUDA:
-        pytest.skip("it needs a CUDA device")
+    skip_interpreter(device)
     from filet_kernels.quadform_triton import CONFIGS, quadform_triton
 
     config = CONFIGS[index]
@@ -406,8 +405,7 @@ def test_bad_input_is_named(change, error, words):
 @pytest.mark.parametrize("product", [False, True])
 def test_an_explicit_choice_is_not_replaced(product, device):
     pytest.importorskip("triton")
-    if device.type == "cpu" and CUDA:
-        pytest.skip("it needs a CUDA device")
+    skip_interpreter(device)
     S, V = torch.eye(3, device=device), torch.ones(3, 3, device=device, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"'triton' does not support.*V is torch.float64"):
         quadform_diag(S, (S, V) if product else V, backend="triton")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from filet_kernels import syrk_, syrk_ragged_
 from filet_kernels.extension import cuda_extension, why_no_extension
 from filet_kernels.syrk import BACKENDS, _turns, backend_of
-from with_triton import NO_TRITON, needs_triton
+from with_triton import NO_TRITON, needs_triton, skip_interpreter
 
 CUDA = torch.cuda.is_available()
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -312,8 +312,7 @@ def test_bad_input_is_named(change, error, words):
 
 def test_an_explicit_choice_is_not_replaced(device):
     pytest.importorskip("triton")
-    if device.type == "cpu" and CUDA:
-        pytest.skip("it needs a CUDA device")
+    skip_interpreter(device)
     X = make(4, 3, torch.float64, device)
     with pytest.raises(ValueError, match=r"backend='triton' does not support.*C is torch.float64"):
         syrk_(torch.zeros(3, 3, dtype=torch.float64, device=device), X, backend="triton")
@@ -326,8 +325,7 @@ def test_the_interpreter_is_never_chosen_by_itself():
 @needs_triton
 @pytest.mark.parametrize("index", range(6))
 def test_every_triton_configuration(index, device):
-    if device.type == "cpu" and CUDA:
-        pytest.skip("it needs a CUDA device")
+    skip_interpreter(device)
     from filet_kernels.syrk_triton import CONFIGS, syrk_triton
 
     config = CONFIGS[index]

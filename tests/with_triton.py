@@ -19,5 +19,11 @@ def _why_not() -> str | None:
     return f"Triton {found} is installed; in the interpreter the tests need 3.7 or later"
 
 
+def skip_interpreter(device: torch.device) -> None:
+    """Where there is a GPU, Triton's kernels run there, and not in the interpreter."""
+    if device.type == "cpu" and torch.cuda.is_available():
+        pytest.skip("it needs a CUDA device")
+
+
 NO_TRITON = _why_not()
 needs_triton = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
