@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from filet.adapters import FiletCallback, load, restore_base, save_as_lora
+    from filet.adapters import load, save_as_lora, write_residual
     from filet.blockwise import initialize_folder
     from filet.config import FiletConfig
     from filet.initialize import apply_statistics, initialize_lora_filet_weights
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DevicePlan",
-    "FiletCallback",
     "FiletConfig",
     "FiletReport",
     "ModuleReport",
@@ -30,12 +29,12 @@ __all__ = [
     "initialize_folder",
     "initialize_lora_filet_weights",
     "load",
-    "restore_base",
     "save_as_lora",
+    "write_residual",
 ]
 
 _MODULES = {
-    "adapters": ("FiletCallback", "load", "restore_base", "save_as_lora"),
+    "adapters": ("load", "save_as_lora", "write_residual"),
     "blockwise": ("initialize_folder",),
     "config": ("FiletConfig",),
     "initialize": ("apply_statistics", "initialize_lora_filet_weights"),

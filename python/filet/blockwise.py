@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from filet import walk
-from filet.adapters import AdapterState, Layer, adapter_states, assign, save_as_lora, write_residual
+from filet.adapters import Layer, commit, save_as_lora
 from filet.config import FiletConfig
 from filet.files import PLOT_FILE, replaced, staged
 from filet.initialize import materialise_rest, nothing_seen, warn_of
@@ -62,7 +62,7 @@ from filet.shards import (
     size_of,
 )
 from filet.statistics import peak_memory
-from filet.targets import Target, check_targets, find_targets, fingerprints
+from filet.targets import Target, check_init, check_targets, find_targets, fingerprints
 from filet.transfer import values
 from filet.walk import MomentHooks, first_samples, preserved, samples_in, token_masks
 from filet_kernels import cross_entropy_, fisher_energies, lora_factors, select
@@ -523,11 +523,12 @@ class Blockwise:
         self.block_seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         self.plan: Plan | None = None
 
+        check_init(lora_config)
         weights = entries(model)  # before PEFT renames them
         self.peft_model = get_peft_model(model, lora_config, low_cpu_mem_usage=True)
         self.model = self.peft_model.base_model.model
         self.targets, self.unsupported = find_targets(self.peft_model, _ADAPTER, loaded=False)
-        check_targets(self.targets, self.unsupported, _ADAPTER)
+        check_targets(self.peft_model, self.targets, self.unsupported, _ADAPTER)
         for name, target in self.targets.items():
             if target.rank > target.weight.shape[1]:
                 raise ValueError(
@@ -573,23 +574,12 @@ class Blockwise:
         """Weights by block, and those of no block."""
         self.block_weights: list[list[Entry]] = [[] for _ in range(self.number)]
         self.other_weights: list[Entry] = []
-        targeted = {id(target.base) for target in self.targets.values()}
         for entry in weights:
             homes = {self._block_of(name) for name in entry.names}
             if len(homes) > 1:
                 raise ValueError(
                     f"a weight is shared between blocks ({', '.join(entry.names)}); the blockwise "
                     "engine takes blocks with weights of their own"
-                )
-            if (
-                len(entry.names) > 1
-                and self.config.base == "residual"
-                and any(id(module) in targeted for module, _ in entry.places)
-            ):
-                raise ValueError(
-                    f"the weight of {entry.names[0]} is shared ({', '.join(entry.names)}), so "
-                    "writing its residual would change the other module too; expected "
-                    "FiletConfig(base='untouched'), or target_modules without it"
                 )
             home = homes.pop()
             (self.other_weights if home < 0 else self.block_weights[home]).append(entry)
@@ -713,7 +703,7 @@ class Blockwise:
             return
         with contextlib.ExitStack() as stack:
             stack.enter_context(named_shortage("blockwise", lambda: self._at))
-            stack.enter_context(preserved(self.peft_model))
+            stack.enter_context(preserved(self.peft_model, _ADAPTER, self.targets))
             stack.callback(self._drop_ahead)
             self.copies = Copies(self.device)
             resumed = self._gradient_file(self.top)
@@ -1147,7 +1137,6 @@ class Blockwise:
         on_host: dict[str, Tensor] = {}
         factors: dict[str, Tensor] = {}
         modules: list[dict[str, Any]] = []
-        errors: list[Tensor] = []
         left_default: dict[str, str] = {}
         for moments in hooks.moments.values():
             moments.loss_terms.fill_(self.counts["loss_terms"])
@@ -1173,18 +1162,14 @@ class Blockwise:
             weight = target.weight
             indices = select(energies, target.rank, config.select, seed=config.seed)
             A, B = lora_factors(
-                weight, energies, indices, scaling=config.scaling, dtype=target.A.weight.dtype
+                weight, energies, indices, scaling=config.scaling, dtype=target.dtype
             )
-            layer = Layer(A, B, hashes[name])
-            if config.base == "residual":
-                # Into the weights themselves: nobody reads them after this.
-                errors.append(write_residual(weight, layer, target.scaling))
             factors |= {f"{name}.A": A, f"{name}.B": B}
             on_host |= {f"{name}.energies": energies, f"{name}.indices": indices}
             modules.append(
                 {
                     "name": name,
-                    "fingerprint": layer.fingerprint,
+                    "fingerprint": hashes[name],
                     "shape": moments.shape,
                     "rank": target.rank,
                     "input_space": moments.input.space,
@@ -1192,11 +1177,8 @@ class Blockwise:
                     "input_tokens": tokens[0],
                     "output_tokens": tokens[1],
                     "shared_input": hooks.shared_input.get(name),
-                    "residual_error": 0.0,
                 }
             )
-        for row, error in zip(modules, values(errors), strict=bool(errors)):
-            row["residual_error"] = error
         on_host |= {key: value.cpu() for key, value in factors.items()}
         return _Finished(block, on_host, modules, left_default, sorted(hooks.unmasked))
 
@@ -1378,12 +1360,8 @@ class Blockwise:
         layers = {name: layers[name] for name in self.targets if name in layers}
         order = [*self.unsupported, *self.targets]
         left_default = {name: left[name] for name in order if name in left}
-        for name, layer in layers.items():
-            target = self.targets[name]
-            for factor, value in ((target.A, layer.A0), (target.B, layer.B0)):
-                assign(factor, value, [])
+        commit(self.peft_model, _ADAPTER, self.targets, layers)
         materialise_rest(self.peft_model, _ADAPTER, self.config.seed)
-        adapter_states(self.peft_model)[_ADAPTER] = AdapterState(self.config.base, layers)
         warn_of(left_default, layers)
         walk.warn_of_padding(unmasked)
         self.seconds["writing"] = time.perf_counter() - start

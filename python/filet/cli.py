@@ -158,14 +158,6 @@ def _parser() -> argparse.ArgumentParser:
         "choice (default: mean)",
     )
     _add_fisher(method)
-    method.add_argument(
-        "--base",
-        choices=("residual", "untouched"),
-        default="residual",
-        help="what filet.load does with the base weights when training goes on: write W - s B A "
-        "into them, or leave them and add a frozen second adapter. The saved adapter is the "
-        "same; untouched also works where a weight is used twice (default: residual)",
-    )
     running = init.add_argument_group("running")
     _add_run(running, overwrite="replace an adapter that is there")
     _add_engine(running)
@@ -481,7 +473,7 @@ def _init(args: argparse.Namespace) -> None:
         from filet.initialize import check_applicable
 
         # Refused before anything runs: a rank too high, say.
-        check_applicable(peft_model, config, "default")
+        check_applicable(peft_model, "default")
     if encoded is None:
         assert statistics is not None  # --data or --statistics, says the parser
         report = filet.apply_statistics(peft_model, statistics, config=config)
@@ -602,7 +594,6 @@ def _config(args: argparse.Namespace) -> Any:
         key: getattr(args, key) for key in ("fisher", "seed", "samples", "passes")
     }
     if args.command == "init":
-        chosen["base"] = args.base
         chosen["select"] = args.select
         chosen["scaling"] = args.scaling.replace("-", "_")
         chosen["normalization"] = args.normalization

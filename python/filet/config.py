@@ -10,7 +10,6 @@ from filet_kernels.lora import Scaling, Selection
 
 __all__ = ["FiletConfig"]
 
-Base = Literal["residual", "untouched"]
 Fisher = Literal["empirical", "sampled"]
 LossReduction = Literal["auto", "mean", "sum"]
 
@@ -20,9 +19,6 @@ class FiletConfig:
     """Settings of :func:`filet.initialize_lora_filet_weights` (FILet, arXiv 2605.01046).
 
     Attributes:
-        base: how the model keeps its function. "residual" (the paper's) writes W_res = W − s B A
-            into the base weights; "untouched" leaves them bitwise as they are and adds a second,
-            frozen adapter (A, −B) that is active beside the trained one.
         select: which directions become the adapter: the "min" Fisher energies (the paper's main
             method), the "max", or "random" ones.
         scaling: of A and B: "fisher", "singular", "constant_min" or "constant_max", see
@@ -51,7 +47,6 @@ class FiletConfig:
             batch every time.
     """
 
-    base: Base = "residual"
     select: Selection = "min"
     scaling: Scaling = "fisher"
     normalization: Normalization = "mean"

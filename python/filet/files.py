@@ -6,10 +6,10 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-__all__ = ["PLOT_FILE", "inside", "read_at", "replaced", "staged"]
+__all__ = ["PLOT_FILE", "inside", "read_at", "replaced", "replaced_together", "staged"]
 
 PLOT_FILE = "energies.png"
 """Name of the picture of the energies in an adapter's folder."""
@@ -46,6 +46,30 @@ def replaced(path: str | os.PathLike[str], *, durable: bool = False) -> Iterator
             _sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def replaced_together(source: Path, folder: Path, names: Sequence[str]) -> None:
+    """Move files from ``source`` into ``folder``, on the same disk: all, or on an exception none.
+
+    The last name goes first and comes last. Killed in between, the folder lacks it, and what was
+    there before lies in a hidden folder beside.
+    """
+    with tempfile.TemporaryDirectory(prefix=".replaced.", dir=folder) as place:
+        aside, moved = Path(place), []
+        try:
+            for name in reversed(names):
+                if (folder / name).exists():
+                    os.rename(folder / name, aside / name)
+            for name in names:
+                os.rename(source / name, folder / name)
+                moved.append(name)
+        except BaseException:
+            for name in moved:
+                (folder / name).unlink()
+            for name in names:
+                if (aside / name).exists():
+                    os.rename(aside / name, folder / name)
+            raise
 
 
 def _sync(path: Path) -> None:

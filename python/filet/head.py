@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from filet.config import FiletConfig
@@ -240,6 +241,8 @@ class HeadLoss:
         if not self.summed_loss.shift:
             return "it is not one of transformers' causal language models"
         head = getattr(self.peft_model.base_model.model, "get_output_embeddings", lambda: None)()
+        if isinstance(head, ModulesToSaveWrapper) and head.active_adapters:
+            head = head.modules_to_save[head.active_adapters[0]]  # the one that trains
         if type(head) is not nn.Linear:
             return f"its head is a {type(head).__name__}; expected nn.Linear without an adapter"
         if has_hooks(head):

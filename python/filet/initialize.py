@@ -6,7 +6,7 @@ import dataclasses
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from filet.adapters import Layer, adapter_states, commit, originals, twin_name
+from filet.adapters import Layer, commit
 from filet.config import FiletConfig
 from filet.memory import named_shortage
 from filet.report import FiletReport, ModuleReport
@@ -53,15 +53,16 @@ def initialize_lora_filet_weights(
 
     Runs ``config.samples`` samples forward and backward, and gives every target module the r
     directions of least Fisher energy,
-        A = diag(E_I)^½ V̂_Iᵀ,  B = Û_I diag(E_I)^½,  W_res = W − s B A,
-    s being PEFT's scaling of the module, so that the model's function stays what it was.
+        A0 = diag(E_I)^½ V̂_Iᵀ,  B0 = Û_I diag(E_I)^½,
+    from which A and B train, the layer being W x + s (B A − B0 A0) x with PEFT's scaling s. So the
+    model's function stays what it was, and its base weights do, to the bit: the paper's W_res = W −
+    s B0 A0 is left in two parts (:func:`filet.write_residual` joins them).
 
     Args:
         peft_model: what ``get_peft_model(model, LoraConfig(...))`` returned (any rank, alpha,
-            patterns, rslora; A and B may be on the meta device). Its adapter, and in residual mode
-            its base weights, are overwritten once everything has succeeded; on an exception or
-            Ctrl-C the model is what it was. Residual mode keeps a copy of the original weights in
-            host memory, for :func:`filet.restore_base`.
+            patterns, rslora; A and B may be on the meta device). Its adapter is overwritten once
+            everything has succeeded; on an exception or Ctrl-C the model is what it was. To PEFT
+            the adapter is of rank 2r then, one half of it frozen (docs/adapters.md).
         dataloader, forward_fn, show_progress_bar: see :func:`filet.collect_statistics`.
         config: :class:`FiletConfig`, the paper's settings by default.
         adapter_name: which adapter.
@@ -75,13 +76,12 @@ def initialize_lora_filet_weights(
     config = config or FiletConfig()
     # What is refused is refused before the pass.
     with named_shortage("checks", _checks):
-        targets = check_applicable(peft_model, config, adapter_name)
-    with originals(targets, config.base) as original:
-        statistics = collect_statistics(
-            peft_model, dataloader, config, adapter_name, forward_fn, show_progress_bar
-        )
-        with named_shortage("selection", _selection):
-            return _apply(peft_model, statistics, config, adapter_name, original)
+        check_applicable(peft_model, adapter_name)
+    statistics = collect_statistics(
+        peft_model, dataloader, config, adapter_name, forward_fn, show_progress_bar
+    )
+    with named_shortage("selection", _selection):
+        return _apply(peft_model, statistics, config, adapter_name)
 
 
 def apply_statistics(
@@ -92,21 +92,19 @@ def apply_statistics(
 ) -> FiletReport:
     """Initialise a LoRA adapter from statistics taken before, without running the model.
 
-    The same statistics serve every rank, selection, scaling and base mode. Arguments and result as
-    in :func:`initialize_lora_filet_weights`.
+    The same statistics serve every rank, selection and scaling. Arguments and result as in
+    :func:`initialize_lora_filet_weights`.
 
     Raises:
         ValueError: statistics of another model (the first difference is named), a rank above the
-            number of candidate directions, an adapter whose base weights are FILet's residual
-            already, or in residual mode a base weight that other adapters or modules use as well.
+            number of candidate directions, or base weights that PEFT has changed (a PiSSA adapter).
         OutOfMemoryError: naming what was asked for; the model is what it was.
     """
     config = config or FiletConfig()
     with named_shortage("checks", _checks):
-        targets = check_applicable(peft_model, config, adapter_name)
-        check_statistics(statistics, targets)
-    with originals(targets, config.base) as original, named_shortage("selection", _selection):
-        return _apply(peft_model, statistics, config, adapter_name, original)
+        check_statistics(statistics, check_applicable(peft_model, adapter_name))
+    with named_shortage("selection", _selection):
+        return _apply(peft_model, statistics, config, adapter_name)
 
 
 def _checks() -> str:
@@ -117,22 +115,11 @@ def _selection() -> str:
     return "the selection of directions and the writing of weights"
 
 
-def check_applicable(
-    peft_model: PeftModel, config: FiletConfig, adapter_name: str
-) -> dict[str, Target]:
+def check_applicable(peft_model: PeftModel, adapter_name: str) -> dict[str, Target]:
     """The adapter's targets, after every check that needs no data."""
     peft_model = check_peft_model(peft_model, adapter_name)
     targets, unsupported = find_targets(peft_model, adapter_name)
-    check_targets(targets, unsupported, adapter_name)
-    for name, state in adapter_states(peft_model).items():
-        taken = next((module for module in targets if module in state.layers), None)
-        if state.base == "residual" and taken is not None:
-            raise ValueError(
-                f"the base weight of {taken} is the residual of adapter {name!r}; expected "
-                f"original weights: call filet.restore_base(peft_model, {name!r}) first"
-            )
-    if config.base == "residual":
-        _check_sole_user(peft_model, targets, adapter_name)
+    check_targets(peft_model, targets, unsupported, adapter_name)
     counts = values(
         [
             torch.count_nonzero(torch.linalg.vector_norm(target.weight, torch.inf, dim=0))
@@ -149,33 +136,11 @@ def check_applicable(
     return targets
 
 
-def _check_sole_user(peft_model: PeftModel, targets: dict[str, Target], adapter_name: str) -> None:
-    """Residual mode changes W: nobody else may depend on it."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in peft_model.base_model.model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    for name, target in targets.items():
-        used_by = names[id(target.parameter)]
-        if len(used_by) > 1:
-            raise ValueError(
-                f"the weight of {name} is shared ({', '.join(used_by)}), so writing its residual "
-                "would change the other module too; expected FiletConfig(base='untouched'), or "
-                "target_modules without it"
-            )
-        others = set(target.layer.lora_A) - {adapter_name, twin_name(adapter_name)}
-        if others:
-            raise ValueError(
-                f"{name} also has the adapter {sorted(others)[0]!r}, whose function would change "
-                "with the base weight; expected FiletConfig(base='untouched')"
-            )
-
-
 def _apply(
     peft_model: PeftModel,
     statistics: Statistics,
     config: FiletConfig,
     adapter_name: str,
-    original: Callable[[str], Tensor],
 ) -> FiletReport:
     targets, unsupported = find_targets(peft_model, adapter_name)
     left_default = dict(unsupported)
@@ -191,7 +156,7 @@ def _apply(
         target, moments = targets[name], statistics.moments[name]
         indices = select(energies, target.rank, config.select, seed=config.seed)
         A, B = lora_factors(
-            target.weight, energies, indices, scaling=config.scaling, dtype=target.A.weight.dtype
+            target.weight, energies, indices, scaling=config.scaling, dtype=target.dtype
         )
         layers[name] = Layer(A, B, statistics.fingerprints[name])
         reports[name] = ModuleReport(
@@ -205,7 +170,6 @@ def _apply(
             input_tokens=tokens[name][0],
             output_tokens=tokens[name][1],
             shared_input=statistics.shared_input.get(name),
-            residual_error=0.0,
         )
     if not layers:
         raise ValueError(
@@ -213,16 +177,13 @@ def _apply(
             "that reaches at least one of them"
         )
     selected = time.perf_counter()
-    errors = commit(peft_model, adapter_name, targets, layers, config.base, original)
+    commit(peft_model, adapter_name, targets, layers)
     materialise_rest(peft_model, adapter_name, config.seed)
     written = time.perf_counter()
     devices = {t.weight.device for t in targets.values() if t.weight.device.type == "cuda"}
     warn_of(left_default, layers)
     return FiletReport(
-        modules={
-            name: dataclasses.replace(report, residual_error=errors[name])
-            for name, report in reports.items()
-        },
+        modules=reports,
         left_default=left_default,
         seconds={
             "statistics": statistics.seconds,

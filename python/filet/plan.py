@@ -215,8 +215,8 @@ def estimate(
         raise ValueError(f"batch_size={batch_size!r}; expected an integer ≥ 1, or 'auto'")
     peft_model = check_peft_model(peft_model, adapter_name)
     targets, unsupported = find_targets(peft_model, adapter_name)
-    check_targets(targets, unsupported, adapter_name)
-    with preserved(peft_model):
+    check_targets(peft_model, targets, unsupported, adapter_name)
+    with preserved(peft_model, adapter_name, targets):
         return _plan(peft_model, targets, batch, config, forward_fn, batch_size, tokens)
 
 

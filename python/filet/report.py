@@ -30,7 +30,7 @@ REPORT_FILE = "filet_report.safetensors"
 """Name of the file that :meth:`FiletReport.save` writes into a folder."""
 
 _FORMAT = "filet_report"
-_VERSION = "1"
+_VERSION = "2"
 _TABLE_WIDTH = 100
 
 
@@ -50,7 +50,6 @@ class ModuleReport:
         input_tokens: positions counted in the input side's moment.
         output_tokens: positions counted in the output side's moment.
         shared_input: module whose input second moment this one shares, or None.
-        residual_error: max|W_res + s B A - W| / (unit roundoff of W's dtype * max|W|).
     """
 
     name: str
@@ -63,7 +62,6 @@ class ModuleReport:
     input_tokens: int
     output_tokens: int
     shared_input: str | None
-    residual_error: float
 
     def chosen(self) -> torch.Tensor:
         """Energies of the chosen directions, (rank,) float64, in the order of ``indices``."""
@@ -113,7 +111,7 @@ class FiletReport:
         return "\n".join(lines)
 
     def _rows(self) -> list[str]:
-        header = ("out x in", "rank", "moments", "chosen", "to", "median", "tokens", "err")
+        header = ("out x in", "rank", "moments", "chosen", "to", "median", "tokens")
         cells: list[tuple[str, ...]] = []
         for module in self.modules.values():
             low, high = _extent(module.chosen())
@@ -132,7 +130,6 @@ class FiletReport:
                     _scientific(high),
                     _scientific(median),
                     tokens,
-                    _short_float(module.residual_error),
                 )
             )
         widths = [max(len(row[i]) for row in (header, *cells)) for i in range(len(header))]
@@ -181,12 +178,6 @@ class FiletReport:
                     "excluded",
                     f"{_plural(sum(excluded), 'zero column')} of W in {_plural(count, 'module')}",
                 )
-            worst = max(modules, key=lambda module: _or_infinite(module.residual_error))
-            add(
-                "err",
-                "max|W_res + s B A - W| in unit roundoffs of max|W|; "
-                f"worst {_short_float(worst.residual_error)} in {worst.name}",
-            )
         if self.seconds:
             phases = ", ".join(f"{name} {_seconds(time)}" for name, time in self.seconds.items())
             total = _seconds(sum(self.seconds.values()))
@@ -413,16 +404,6 @@ def _scientific(value: float) -> str:
         return "0"
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
-
-
-def _short_float(value: float) -> str:
-    if value != value:
-        return "-"
-    return f"{value:.2f}" if value == 0 or 0.01 <= value < 100 else _scientific(value)
-
-
-def _or_infinite(value: float) -> float:
-    return float("inf") if value != value else value
 
 
 def _count(number: int) -> str:

@@ -176,9 +176,12 @@ def collect_statistics(
     """Take the second moments of an adapter's target modules on data.
 
     Args:
-        peft_model: from ``get_peft_model``, with a LoRA adapter. Its base weights are what the
-            statistics belong to; all adapters are off during the pass. The model comes back as it
-            was (flags, gradients, hooks, random state), also after an exception.
+        peft_model: from ``get_peft_model``, with a LoRA adapter. The pass sees it as the adapter's
+            training will begin: with the trained heads and tokens that belong to the adapter, and
+            with other adapters where they are active beside it, but without what the layers add
+            that are to be initialised. Their base weights are what the statistics belong to. The
+            model comes back as it was (flags, gradients, hooks, random state), also after an
+            exception.
         dataloader: batches, as dicts of the model's arguments with labels unless ``forward_fn``
             says otherwise. Positions with ``attention_mask`` 0 do not count; positions without a
             label do. Moved to the model's device. Read once, a generator will do.
@@ -211,14 +214,14 @@ def collect_statistics(
     config = config or FiletConfig()
     peft_model = check_peft_model(peft_model, adapter_name)
     targets, unsupported = find_targets(peft_model, adapter_name)
-    check_targets(targets, unsupported, adapter_name)
+    check_targets(peft_model, targets, unsupported, adapter_name)
     with named_shortage("checks", lambda: "the hashing of the weights"):
         weights = fingerprints({name: target.weight for name, target in targets.items()})
     devices = {t.weight.device for t in targets.values() if t.weight.device.type == "cuda"}
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    with preserved(peft_model):
+    with preserved(peft_model, adapter_name, targets):
         batches = Batches(dataloader)
         passes = config.passes
         if passes == "auto":

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel, PeftType
+from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from filet.factors import StartedFactor
 from filet.transfer import values
 
-__all__ = ["Target", "check_peft_model", "check_targets", "find_targets", "fingerprints"]
+__all__ = [
+    "Target",
+    "check_init",
+    "check_peft_model",
+    "check_targets",
+    "check_unmerged",
+    "find_targets",
+    "fingerprints",
+    "layers_of",
+    "weight_of",
+]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Values of LoraConfig.init_lora_weights, or their beginnings, by which PEFT changes W.
+_CHANGES_W = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -38,9 +53,8 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
-        """The base weight as a view (m, n) = (out, in), detached: Conv1D stores it transposed."""
-        weight = self.parameter.detach()
-        return weight.T if isinstance(self.base, Conv1D) else weight
+        """The base weight as a view (m, n) = (out, in), detached."""
+        return weight_of(self.base)
 
     @property
     def bias(self) -> Tensor | None:
@@ -49,7 +63,13 @@ class Target:
 
     @property
     def rank(self) -> int:
-        return self.layer.r[self.adapter]
+        """Of what trains: PEFT counts the frozen half of an initialised layer as well."""
+        return self.A.rank if isinstance(self.A, StartedFactor) else self.layer.r[self.adapter]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which A and B are stored."""
+        return next(self.A.parameters()).dtype
 
     @property
     def scaling(self) -> float:
@@ -62,6 +82,12 @@ class Target:
     @property
     def B(self) -> nn.Linear:
         return self.layer.lora_B[self.adapter]
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """A linear module's weight as a view (m, n) = (out, in), detached: Conv1D stores it turned."""
+    weight: Tensor = linear.weight.detach()  # type: ignore[operator]
+    return weight.T if isinstance(linear, Conv1D) else weight
 
 
 def check_peft_model(peft_model: object, adapter_name: str) -> PeftModel:
@@ -90,12 +116,14 @@ def find_targets(
     """
     targets: dict[str, Target] = {}
     unsupported: dict[str, str] = {}
-    for name, layer in peft_model.base_model.model.named_modules():
-        if not isinstance(layer, LoraLayer):
+    wrapped: list[str] = []  # whose inner layers PEFT handles as parts of them
+    tied = _embedding_storages(peft_model, adapter_name)
+    for name, layer in layers_of(peft_model, adapter_name):
+        if name.startswith(tuple(wrapped)):
             continue
-        if adapter_name not in {*layer.lora_A, *layer.lora_embedding_A}:
-            continue
-        reason = _unsupported(layer, adapter_name, loaded)
+        if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
+            wrapped.append(f"{name}.")
+        reason = _unsupported(layer, adapter_name, loaded, tied)
         if reason is None:
             targets[name] = Target(name, layer, adapter_name)
         else:
@@ -103,17 +131,44 @@ def find_targets(
     return targets, unsupported
 
 
-def _unsupported(layer: LoraLayer, adapter_name: str, loaded: bool) -> str | None:
+def layers_of(peft_model: PeftModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+    """The LoRA layers that an adapter has, of whatever kind, by their paths."""
+    for name, layer in peft_model.base_model.model.named_modules():
+        if isinstance(layer, LoraLayer):
+            if adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A:
+                yield name, layer
+
+
+def _embedding_storages(peft_model: PeftModel, adapter_name: str) -> set[int]:
+    """Where the factors of embeddings lie: those of a tied head are views of them."""
+    return {
+        factors[adapter_name].untyped_storage().data_ptr()
+        for _, layer in layers_of(peft_model, adapter_name)
+        for factors in (layer.lora_embedding_A, layer.lora_embedding_B)
+        if adapter_name in factors and factors[adapter_name].device.type != "meta"
+    }
+
+
+def _unsupported(layer: LoraLayer, adapter_name: str, loaded: bool, tied: set[int]) -> str | None:
     base = layer.get_base_layer()
     kind = type(base).__name__
     if adapter_name in layer.lora_variant:
         return f"its adapter is a {type(layer.lora_variant[adapter_name]).__name__}, not plain LoRA"
+    if isinstance(layer, lora.ParamWrapper):
+        return f"{layer.parameter_name} of this {kind} is a parameter (target_parameters), no layer"
+    if isinstance(base, nn.MultiheadAttention):
+        return "nn.MultiheadAttention multiplies by its weights itself, no layer of it is called"
     if type(layer) is not lora.Linear or not isinstance(base, (nn.Linear, Conv1D)):
         return f"{kind} is not a linear module (or is quantised)"
     if base.weight.dtype not in _DTYPES:
         return (
             f"the weight of this {kind} is {base.weight.dtype}: quantised, which is not supported"
         )
+    factor = layer.lora_A[adapter_name]
+    if type(factor) not in (nn.Linear, StartedFactor):
+        return f"its A is a {type(factor).__name__}; expected nn.Linear"
+    if next(factor.parameters()).untyped_storage().data_ptr() in tied - {0}:
+        return "its adapter is tied to that of the embedding"
     if loaded and base.weight.device.type == "meta":
         raise ValueError(
             "a base weight is on the meta device (not loaded, or offloaded by device_map); "
@@ -123,20 +178,44 @@ def _unsupported(layer: LoraLayer, adapter_name: str, loaded: bool) -> str | Non
 
 
 def check_targets(
-    targets: dict[str, Target], unsupported: dict[str, str], adapter_name: str
+    peft_model: PeftModel,
+    targets: Mapping[str, Target],
+    unsupported: Mapping[str, str],
+    adapter_name: str,
 ) -> None:
-    """An error where nothing can be initialised, or an adapter is merged into its base."""
+    """An error where nothing can be initialised, or a weight is not the original."""
     if not targets:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(unsupported.items())[:5])
         raise ValueError(
             f"adapter {adapter_name!r} has no module that FILet can initialise "
             f"({reasons or 'it has no module at all'}); expected LoRA on nn.Linear or Conv1D"
         )
+    check_unmerged(targets)
+    for other, config in peft_model.peft_config.items():
+        if any(other in target.layer.lora_A for target in targets.values()):
+            check_init(config, f"adapter {other!r}")
+
+
+def check_unmerged(targets: Mapping[str, Target]) -> None:
     merged = [name for name, target in targets.items() if target.layer.merged]
     if merged:
         raise ValueError(
             f"{merged[0]}: an adapter is merged into its weight; expected an unmerged model "
             "(call peft_model.unmerge_adapter() first)"
+        )
+
+
+def check_init(config: LoraConfig, what: str = "lora_config") -> None:
+    """An error for an initialisation of PEFT's that changes the base weights.
+
+    W_res + s B A is W to rounding only (docs/adapters.md), and only while nothing was trained,
+    which A and B do not tell. So it is not undone.
+    """
+    init = getattr(config, "init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_CHANGES_W):
+        raise ValueError(
+            f"{what} has init_lora_weights={init!r}, by which PEFT changes the base weights; "
+            "expected the original ones: a base model loaded anew, and init_lora_weights=True"
         )
 
 

@@ -21,6 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,6 +34,7 @@ from filet.head import ChunkedLoss, HeadLoss
 from filet.loss import ModelLoss, SummedLoss
 from filet.memory import named_shortage
 from filet.targets import Target
+from filet.transfer import values
 from filet_kernels import Moments, SecondMoment, syrk_
 from filet_kernels.product import exact_float32, power_of_two
 from filet_kernels.rounded import rounded_and_scaled
@@ -724,13 +728,16 @@ def some(names: list[str], limit: int = 5) -> str:
 
 
 @contextlib.contextmanager
-def preserved(peft_model: PeftModel) -> Iterator[None]:
+def preserved(
+    peft_model: PeftModel, adapter_name: str, targets: Mapping[str, Target]
+) -> Iterator[None]:
     """Everything of the model and the process that a pass changes, put back also on an exception.
 
-    Inside: adapters off, all parameters frozen, dropout off, no key/value cache, gradients on,
-    on CUDA deterministic algorithms, and norms and gates by fused kernels. Restored: training
-    flags, requires_grad, which adapters are active, the caches' settings, the random states of
-    Python, NumPy and torch. ``.grad`` is never touched: nothing that owns one asks for a gradient.
+    Inside: the model as its training will begin (:func:`_as_it_starts`), all parameters frozen,
+    dropout off, no key/value cache, gradients on, on CUDA deterministic algorithms, and norms and
+    gates by fused kernels. Restored: training flags, requires_grad, which adapters are active, the
+    caches' settings, the random states of Python, NumPy and torch. ``.grad`` is never touched:
+    nothing that owns one asks for a gradient.
     """
     training = {module: module.training for module in peft_model.modules()}
     requires_grad = {p: p.requires_grad for p in peft_model.parameters()}
@@ -756,9 +763,8 @@ def preserved(peft_model: PeftModel) -> Iterator[None]:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message="Careful, disabling adapter layers")
             warnings.filterwarnings("ignore", message=".*CuBLAS.*deterministic")
-            stack.enter_context(peft_model.disable_adapter())
+            stack.enter_context(_as_it_starts(peft_model, adapter_name, targets))
             # cuDNN's attention differs from run to run, also where torch is told to be strict.
             torch.backends.cuda.enable_cudnn_sdp(False)
             if cuda and deterministic != (True, False):
@@ -803,6 +809,66 @@ def preserved(peft_model: PeftModel) -> Iterator[None]:
         np.random.set_state(random_states[1])
         if cuda:
             torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+
+
+@contextlib.contextmanager
+def _as_it_starts(
+    peft_model: PeftModel, adapter_name: str, targets: Mapping[str, Target]
+) -> Iterator[None]:
+    """The model as the adapter's training begins: itself, without what its targets add.
+
+    What else is active then is active here: trained heads and tokens (``modules_to_save``,
+    ``trainable_token_indices``), layers of the adapter that FILet does not initialise, and other
+    adapters that are active beside it. An adapter that is not active is taken to be alone.
+    """
+    tuner = peft_model.base_model
+    switches = {
+        module: (module._active_adapter, module._disable_adapters)
+        for module in peft_model.modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    }
+    active = tuner.active_adapter
+    try:
+        if adapter_name not in tuner.active_adapters:
+            tuner.set_adapter(adapter_name)
+        off = {(id(target.layer), adapter_name) for target in targets.values()}
+        off |= _adding_nothing(switches)
+        for module in switches:
+            module._disable_adapters = False
+            if isinstance(module, LoraLayer):
+                names = [name for name in module.active_adapters if (id(module), name) not in off]
+                module._active_adapter = names
+        yield
+    finally:
+        for module, (names, disabled) in switches.items():
+            module._active_adapter, module._disable_adapters = names, disabled
+        tuner.active_adapter = active
+
+
+def _adding_nothing(modules: Iterable[nn.Module]) -> set[tuple[int, str]]:
+    """Layers (by id) and their adapters whose B A is still zero: running them would only cost.
+
+    That of fused experts is a copy of all their weights, kept for the backward.
+    """
+    nothing: set[tuple[int, str]] = set()
+    flags: dict[tuple[int, str], Tensor] = {}
+    for layer in modules:
+        if not isinstance(layer, LoraLayer):
+            continue
+        for name in layer.active_adapters:
+            linears = [side[name] for side in (layer.lora_A, layer.lora_B) if name in side]
+            embeddings = (layer.lora_embedding_A, layer.lora_embedding_B)
+            factors = [x.weight for x in linears] + [x[name] for x in embeddings if name in x]
+            if not factors or name in layer.lora_variant:  # a variant may scale W
+                continue
+            if any(factor.device.type == "meta" for factor in factors):
+                nothing.add((id(layer), name))
+                continue
+            zero = torch.stack([~factor.any() for factor in factors]).any()
+            biases = [x.bias.any() for x in linears if x.bias is not None]
+            flags[id(layer), name] = zero & ~torch.stack(biases).any() if biases else zero
+    zeros = values(list(flags.values()))
+    return nothing | {place for place, zero in zip(flags, zeros, strict=True) if zero}
 
 
 @contextlib.contextmanager

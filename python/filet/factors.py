@@ -1,0 +1,154 @@
+"""A LoRA factor together with its start: A as [A; A0], B as [B, −B0].
+
+With A0, B0 the factors that FILet chose and s PEFT's scaling, what trains is
+    W x + s (B A − B0 A0) x  =  W x + s [B, −B0] [A; A0] x,
+which is W x at the start, over a W that nobody changed. The right-hand side is a plain LoRA of rank
+2r of which one half is frozen. The adapter is made of just that, under its own name in PEFT's own
+dictionaries: whatever PEFT does to a LoRA layer (run, merge, mix, switch, delete, save) it does to
+the two halves together.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["StartedFactor"]
+
+
+class StartedFactor(nn.Linear):
+    """A or B of an initialised layer: a linear layer whose weight is [trained, start].
+
+    Attributes:
+        weight: (2r, n) for A, (m, 2r) for B, in the dtype of the part that trains. It is made anew
+            whenever it is read, so writing to it is an error. ``state_dict`` has it under this
+            name, and ``load_state_dict`` takes it apart again.
+        trained: (r, n) or (m, r), the parameter; ``named_parameters`` has it as "weight".
+        start: its value at the start, with the sign that it is added with. Neither a parameter nor
+            a buffer: no optimiser sees it, nothing that is switched on trains it, and DDP does not
+            broadcast it in every step.
+        dim: along which the two are joined: 0 in A, 1 in B.
+    """
+
+    dim: int
+    start: Tensor
+
+    @classmethod
+    def begin(cls, linear: nn.Linear, start: Tensor, dim: int) -> None:
+        """Make a factor one with this start; its weight is what trains. Mutates ``linear``.
+
+        The module stays the one that PEFT, hooks and device maps know.
+        """
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        linear.start, linear.dim = start.detach(), dim
+        shape = list(linear.trained.shape)
+        shape[dim] += start.shape[dim]
+        linear.out_features, linear.in_features = shape
+
+    @staticmethod
+    def end(linear: nn.Linear) -> None:
+        """Make it a plain linear layer again, of what trains alone. Mutates ``linear``."""
+        if isinstance(linear, StartedFactor):
+            linear.__class__ = nn.Linear  # type: ignore[assignment]
+            del linear.start, linear.dim
+            linear.out_features, linear.in_features = linear.weight.shape
+
+    @property
+    def trained(self) -> nn.Parameter:
+        parameter = self._parameters["weight"]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def rank(self) -> int:
+        """r, of the part that trains."""
+        return self.trained.shape[self.dim]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        whole = self._whole()
+        return whole if torch.compiler.is_compiling() else _ReadOnly.of(whole)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self._whole(), self.bias)
+
+    def _whole(self) -> Tensor:
+        trained = self.trained
+        return torch.cat([trained, self.start.to(trained)], self.dim)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StartedFactor:
+        super()._apply(fn, recurse)
+        self.start = fn(self.start)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        whole = self._whole()
+        destination[f"{prefix}weight"] = whole if keep_vars else whole.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key, shape = f"{prefix}weight", (self.out_features, self.in_features)
+        whole = state_dict.get(key)
+        if whole is not None and whole.shape != shape:
+            # Also of the shape of what trains: it would run with a start that is not its own.
+            error_msgs.append(
+                f"size mismatch for {key}: {tuple(whole.shape)} in the checkpoint; expected "
+                f"{shape}, the trained and the frozen half that FILet's adapters are saved with"
+            )
+            return
+        if whole is not None:
+            trained, start = whole.tensor_split([self.rank], self.dim)
+            if local_metadata.get("assign_to_params_buffers", False):
+                trained, self.start = trained.contiguous(), start.detach().contiguous()
+            else:
+                self.start.copy_(start)
+            state_dict = {**state_dict, key: trained}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+_WRITES = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
+_WRITES |= {"__set__", "__setitem__", "__imatmul__", "__iand__", "__ior__", "__ixor__"}
+
+
+class _ReadOnly(Tensor):
+    """What is read as a weight: a tensor like any other, but whoever writes to it is told.
+
+    PEFT's hot swap, for one, writes adapters into the weights that it finds.
+    """
+
+    @classmethod
+    def of(cls, whole: Tensor) -> Tensor:
+        weight = whole.as_subclass(cls)
+        weight._reference = weakref.ref(weight)  # type: ignore[attr-defined]  # no swap_tensors
+        return weight
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0]  # a way to write past autograd
+        name = func.__name__
+        in_place = name.endswith("_") and not name.endswith("__")
+        if (in_place or name in _WRITES) and isinstance(args[0], cls):
+            raise RuntimeError(
+                "this is the weight of a FILet factor, its trained and its frozen half joined when "
+                "it is read, so what is written to it would be lost; expected load_state_dict, or "
+                "the saved adapter loaded by PeftModel.from_pretrained, where it is a plain weight"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
