@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +65,14 @@ from filet.shards import (
 from filet.statistics import peak_memory
 from filet.targets import Target, check_init, check_targets, find_targets, fingerprints
 from filet.transfer import values
-from filet.walk import MomentHooks, first_samples, preserved, samples_in, token_masks
+from filet.walk import (
+    MomentHooks,
+    check_terms,
+    first_samples,
+    preserved,
+    samples_in,
+    token_masks,
+)
 from filet_kernels import cross_entropy_, fisher_energies, lora_factors, select
 
 __all__ = [
@@ -1073,10 +1081,20 @@ class Blockwise:
         self.scale *= factor
         peak = torch.zeros((), device=self.device)
         with MomentHooks(self.of_block[block], self.config) as hooks:
-            for index, (hidden, gradient, *leaves) in self._fetched(block, [arena, gradients]):
-                if factor != 1.0:
-                    gradient = gradient * factor
-                hidden = self._backward(block, index, hidden, gradient, leaves, hooks)
+
+            def through(index: int, hidden: Tensor, gradient: Tensor, *leaves: Tensor) -> Tensor:
+                gradient = gradient if factor == 1.0 else gradient * factor
+                return self._backward(block, index, hidden, gradient, leaves, hooks)
+
+            def again(index: int) -> Tensor:
+                of_block = self.calls[index].of(block)
+                return through(
+                    index, *self.copies.fetch([arena, gradients], index, of_block).ready()
+                )
+
+            for index, fetched in self._fetched(block, [arena, gradients]):
+                hidden = through(index, *fetched)
+                hooks.note_run(partial(again, index))
                 if made is not None:
                     assert hidden.grad is not None
                     if self.half:
@@ -1085,6 +1103,7 @@ class Blockwise:
                 else:
                     self._throttle(self._recorded())
                 self._advance(progress, block, index)
+            hooks.add_left_out()
         self.pool.put(arena)
         hooks.finish()
         hooks.check_finite("one of the batches")
@@ -1428,16 +1447,15 @@ def _read(
                     f"batch {number} has no {key} of shape (samples, tokens); expected a dict with "
                     "input_ids and labels"
                 )
-        size = samples_in(batch)
         if config.samples is not None:
-            size = min(size, config.samples - samples)
-            batch = first_samples(batch, size)
+            batch = first_samples(batch, config.samples - samples)
+        size = samples_in(batch)
         if size == 0:
             continue
-        masks, tokens = token_masks(batch, size, False)
+        masks, tokens = token_masks(batch, size, False, config.token_mask)
         batch = {
             key: value.cpu() if isinstance(value, Tensor) else value
-            for key, value in loss.without_padded_terms(batch).items()
+            for key, value in loss.without_padded_terms(batch, masks["decoder"]).items()
         }
         labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED)
         counted = labels != IGNORED
@@ -1445,11 +1463,10 @@ def _read(
         if config.fisher == "sampled":
             drawn = []
             for index, row in enumerate(counted):
-                generator = torch.Generator().manual_seed(loss._sample_seed(batch, index))
-                drawn.append(
-                    torch.rand(int(row.sum()), 1, generator=generator, dtype=torch.float64)
-                )
+                drawn.append(loss.uniform(batch, index, int(row.sum())))
             uniform = torch.cat(drawn)
+        if config.token_mask not in ("attention_mask", None):
+            del batch[config.token_mask]  # the model does not know it
         result.append(
             _Batch(
                 inputs=batch,
@@ -1466,6 +1483,7 @@ def _read(
             break
     if not result:
         raise ValueError("there was no sample; expected at least one")
+    check_terms(samples, sum(batch.rows.numel() for batch in result))
     return result
 
 

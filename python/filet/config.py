@@ -29,7 +29,12 @@ class FiletConfig:
             predictions ("sampled", the true Fisher; needs ``outputs.logits`` and labels that say
             which positions count).
         samples: size of the minibatch, 320 in the paper; the dataloader is read no further. None
-            reads all of it.
+            reads all of it. The last batch is cut to it, unless its tensors' rows are not its
+            samples (images as flattened patches): that one counts as a whole.
+        token_mask: name of the batch's entry that says which tokens count, (samples, tokens), 0 for
+            padding. One of another name than the default, "attention_mask", is not given to the
+            model (a ``forward_fn`` gets the whole batch). None counts every token. A mask from
+            which padding cannot be told (additive, or of queries and keys) is an error.
         seed: of the random selection and of the sampled labels.
         loss_reduction: what the loss is that the model (or ``forward_fn``) returns: the "mean" or
             the "sum" over the labelled positions. "auto" compares the first batch's loss with both,
@@ -52,6 +57,7 @@ class FiletConfig:
     normalization: Normalization = "mean"
     fisher: Fisher = "empirical"
     samples: int | None = 320
+    token_mask: str | None = "attention_mask"
     seed: int = 0
     loss_reduction: LossReduction = "auto"
     share_inputs: bool = True
@@ -67,6 +73,10 @@ class FiletConfig:
                     raise ValueError(f"{field.name}={value!r}; expected one of {allowed}")
         if self.samples is not None and (type(self.samples) is not int or self.samples < 1):
             raise ValueError(f"samples={self.samples!r}; expected an integer ≥ 1, or None for all")
+        if self.token_mask is not None and not isinstance(self.token_mask, str):
+            raise ValueError(
+                f"token_mask={self.token_mask!r}; expected a name, or None for no mask"
+            )
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r}; expected an integer in [0, 2**63)")
         if self.passes != "auto" and (type(self.passes) is not int or self.passes < 1):

@@ -69,21 +69,20 @@ class SummedLoss:
         self.reduction = None if config.loss_reduction == "auto" else config.loss_reduction
         self.settled = False
 
-    def without_padded_terms(self, batch: Any) -> Any:
-        """The batch less the labels that a padded position predicts: no padded position counts.
+    def without_padded_terms(self, batch: Any, mask: Tensor | None) -> Any:
+        """A copy of the batch less the labels that a padded position predicts: none of them counts.
 
-        With padding on the left, the first token's label is one of them. Labels stay as they are
-        for a model of which it is not known whether it shifts them.
+        ``mask`` (B, T) of the tokens that count, None for all. With padding on the left, the first
+        token's label is one of those. Labels stay as they are for a model of which it is not known
+        whether it shifts them.
         """
+        batch = dict(batch) if isinstance(batch, Mapping) else batch
         labels = labels_of(batch)
-        mask = batch.get("attention_mask") if labels is not None else None
-        if labels is None or not isinstance(mask, Tensor):
-            return batch
-        if self.is_encoder_decoder or not self.known:
+        if labels is None or mask is None or self.is_encoder_decoder or not self.known:
             return batch
         if labels.dim() != 2 or labels.shape != mask.shape or labels.is_floating_point():
             return batch
-        predicts = mask != 0
+        predicts = mask.to(labels.device)
         if self.shift:
             predicts = F.pad(predicts[:, :-1], (1, 0), value=True)
         return {**batch, "labels": labels.masked_fill(~predicts, IGNORED)}
@@ -202,11 +201,12 @@ class SummedLoss:
 
     def _sample_seed(self, batch: Any, index: int) -> int:
         digest = hashlib.blake2b(str(self.config.seed).encode(), digest_size=8)
-        mask = batch.get("attention_mask")
+        name = self.config.token_mask
+        mask = None if name is None else batch.get(name)
         for key in sorted(batch):
             value = batch[key]
             # Masks, labels and what the decoder takes carry the batch's padding.
-            if key in ("attention_mask", "labels") or key.startswith("decoder_"):
+            if key in ("attention_mask", "labels", name) or key.startswith("decoder_"):
                 continue
             if not isinstance(value, Tensor) or value.dim() == 0:
                 continue

@@ -32,6 +32,7 @@ from filet.walk import (
     _tensors,
     collect_moments,
     first_samples,
+    is_divisible,
     preserved,
     samples_in,
 )
@@ -192,8 +193,9 @@ def estimate(
 ) -> Plan:
     """What :func:`filet.collect_statistics` will need on data like this batch, and how it would go.
 
-    Runs one and two samples of the batch forward and backward (the whole batch, twice, where the
-    model is compiled: another shape would compile it anew). The model comes back as it was.
+    Runs one and two samples of the batch forward and backward (the whole batch, twice, where it
+    cannot be divided, and where the model is compiled: another shape would compile it anew). The
+    model comes back as it was.
 
     Args:
         peft_model, config, adapter_name, forward_fn: as in :func:`filet.collect_statistics`;
@@ -268,7 +270,8 @@ def _plan(
     tokens: int | None,
 ) -> Plan:
     given = samples_in(batch)
-    sizes = (1, 2) if given > 1 and not _is_compiled(peft_model) else (given, given)
+    divisible = given > 1 and is_divisible(batch) and not _is_compiled(peft_model)
+    sizes = (1, 2) if divisible else (given, given)
     gpus = _gpus(peft_model)
     free = {device: available(device) for device in gpus}
     probe = _probe(peft_model, targets, batch, config, forward_fn, sizes, gpus)

@@ -9,12 +9,16 @@ Weights stay frozen, so no weight gradient is ever computed.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import os
 import random
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +35,7 @@ from filet.config import FiletConfig
 from filet.forwards import Forwards
 from filet.fused import fused
 from filet.head import ChunkedLoss, HeadLoss
-from filet.loss import ModelLoss, SummedLoss
+from filet.loss import IGNORED, ModelLoss, SummedLoss
 from filet.memory import named_shortage
 from filet.targets import Target
 from filet.transfer import values
@@ -43,9 +47,11 @@ __all__ = [
     "HANDS_ON",
     "ForwardFn",
     "MomentHooks",
+    "check_terms",
     "collect_moments",
     "empty_moments",
     "first_samples",
+    "is_divisible",
     "preserved",
     "samples_in",
     "some",
@@ -55,18 +61,31 @@ __all__ = [
 
 ForwardFn = Callable[[Any, Any], Any]
 
+# Beginnings of what a batch of texts has of images and sounds: any number of them for a sample.
+_OF_IMAGES = ("pixel_values", "image_", "video_", "input_features", "audio_")
+
 # Loss scale where gradients are float16: the largest |g| of the first batch is put at 2⁴. That
 # leaves 2¹² of room below the largest float16 (65504), and 2¹⁸ above its smallest normal number.
 _FP16_PEAK = 2.0**4
 # Where another gradient on the way, the logits', say, overflows before that: this far below it.
 _FP16_ROOM = 2.0**5
 
+# By which transformers asks the flash-attn package, which does not listen to torch, for a backward
+# without atomics. Read at every call.
+_FLASH_ATTENTION = "FLASH_ATTENTION_DETERMINISTIC"
+
 # Where a linear layer in bfloat16 or float16 hands y and h on before it rounds them.
 HANDS_ON = {"cuda"}
 
 # They enter their moments as float16, each column scaled by a power of two that puts the largest
 # number of the first batch at 2 to 4. That leaves 2¹⁴ of room, and 11 bits to what is 2⁻¹⁶ of it.
+# Rows beyond that room are left out, and added by a smaller scale in a second run of their batch.
 _UNROUNDED_PEAK = 2.0
+# Of a column that was zero in the first batch: so whatever comes is beyond, and sets the scale.
+_UNKNOWN_SCALE = 2.0**100
+
+
+_OnHost = tuple[Tensor, torch.cuda.Event | None]  # flags, and when they are there
 
 
 @dataclass(frozen=True)
@@ -76,12 +95,23 @@ class _Awaited:
     where: str
     checks: list[tuple[str, SecondMoment]]
     places: list[list[int]]  # in checks, of each kind of moment
-    fine: list[
-        tuple[Tensor, torch.cuda.Event | None]
-    ]  # flags of each kind, and when they are there
+    fine: list[_OnHost]  # of each kind
+
+    @property
+    def waits(self) -> bool:
+        return any(event is not None for _, event in self.fine)
 
 
-def _to_host(flags: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+@dataclass(frozen=True)
+class _Run:
+    """A batch that went through: whether moments lack rows of it, and how it goes through again."""
+
+    left_out: dict[int, list[Tensor]]  # of each moment (by id), call by call: the rows
+    flags: list[_OnHost]  # of each device; by slots
+    again: Callable[[], object]
+
+
+def _to_host(flags: Tensor) -> _OnHost:
     if not flags.is_cuda:
         return flags, None
     host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
@@ -127,6 +157,11 @@ class MomentHooks:
         # Rows of each moment. On the host: 9 additions a block and batch would be 9 launches.
         self._counted: dict[int, tuple[SecondMoment, int]] = {}
         self._scales: dict[int, tuple[SecondMoment, Tensor]] = {}  # of the columns of y and h
+        self._slots: dict[int, int] = {}  # of those moments, in the flags of a device
+        self._flags: dict[torch.device, Tensor] = {}  # of this batch: a moment lacks rows of it
+        self._left_out: dict[int, list[Tensor]] = {}
+        self._missing: dict[int, list[Tensor]] | None = None  # in a second run: what to add
+        self._runs: list[_Run] = []
         self._handles: list[Any] = []
         self._awaited: _Awaited | None = None
         self._forwards = Forwards()
@@ -151,6 +186,7 @@ class MomentHooks:
 
     def finish(self) -> None:
         """Take the scales of y and h back out of their moments, and write the counts into them."""
+        assert not self._runs  # what they lack is added while the hooks are there
         self.judge()
         for moment, scale in self._scales.values():
             moment.sum.div_(scale).div_(scale.unsqueeze(1))
@@ -165,17 +201,47 @@ class MomentHooks:
         self._mask_counts = {k: int(m.sum()) for k, m in masks.items() if m is not None}
         self._seen.clear()
         self._calls.clear()
+        self._flags, self._left_out = {}, {}
 
-    def finish_batch(self, index: int) -> None:
-        """Look for what is wrong with this batch, and raise for it, on a GPU one batch later.
+    def finish_batch(self, index: int, again: Callable[[], object]) -> None:
+        """Look for what is wrong with this batch, and mend or raise it, on a GPU one batch later.
 
-        By then the answer has arrived, so that the GPU need not run dry for it.
+        By then the answer has arrived, so that the GPU need not run dry for it. ``again`` runs this
+        batch forward and backward once more.
         """
         self.check_sharing(index)
+        earlier = len(self._runs)
+        self.note_run(again)
         self.judge()
+        self.add_left_out(earlier)
         self._awaited = self._check(f"batch {index} (counted from 0)")
-        if all(event is None for _, event in self._awaited.fine):
+        if not self._awaited.waits:
             self.judge()
+
+    def note_run(self, again: Callable[[], object]) -> None:
+        """Keep, of the batch that just went through, which rows its moments lack."""
+        if self._left_out:
+            flags = [_to_host(flags) for flags in self._flags.values()]
+            self._runs.append(_Run(self._left_out, flags, again))
+
+    def add_left_out(self, runs: int | None = None) -> None:
+        """Add the rows that were left out of the first ``runs`` runs noted, of all by default.
+
+        Those were beyond float16 by the scale of their moments. Their batch goes through again, for
+        them alone, the moments and they scaled down by powers of two, which changes no bit.
+        """
+        settled, self._runs = self._runs[:runs], self._runs[len(self._runs[:runs]) :]
+        for run in settled:
+            flagged: set[int] = set()
+            for flags, event in run.flags:
+                if event is not None:
+                    event.synchronize()
+                flagged.update(flags.nonzero().flatten().tolist())
+            missing = {k: rows for k, rows in run.left_out.items() if self._slots[k] in flagged}
+            if missing:
+                self.counting, self._missing = False, missing
+                run.again()
+                self.counting, self._missing = True, None
 
     def check_sharing(self, index: int) -> None:
         """Raise where modules that shared an input did not in this batch. No synchronisation."""
@@ -266,21 +332,27 @@ class MomentHooks:
         )
 
     def take_y(self, target: Target, x: Tensor) -> Tensor | None:
-        """The layer's output, after x Wᵀ entered its moment; None where that is not wanted now."""
+        """The layer's output, after x Wᵀ entered its moment; None where that is not of y.
+
+        Also where it does not enter: the forward that gradient checkpointing runs once more has to
+        take the same product, or the gradients are of other activations (25 of 204,800 elements of
+        a layer's output differed).
+        """
         moment = self.moments[target.name].input
-        if self.phase != "forward" or moment.space != "y":
+        if moment.space != "y":
             return None
         y = _unrounded(x, target.weight.T, torch.float32)
-        return self._add_unrounded(target, moment, y, x.dtype, bias=target.bias)
+        enters = self.phase == "forward"
+        return self._add_unrounded(target, moment, y, x.dtype, enters, bias=target.bias)
 
     def take_h(self, target: Target, gradient: Tensor) -> Tensor | None:
         """The input's gradient g W, after it entered its moment; None as for :meth:`take_y`."""
         moment = self.moments[target.name].output
-        if self.phase != "backward" or moment.space != "h":
+        if moment.space != "h":
             return None
         h = _unrounded(gradient, target.weight, torch.float32)
-        alpha = self.gradient_scale**-2
-        return self._add_unrounded(target, moment, h, gradient.dtype, alpha=alpha)
+        enters, alpha = self.phase == "backward", self.gradient_scale**-2
+        return self._add_unrounded(target, moment, h, gradient.dtype, enters, alpha=alpha)
 
     def _add_unrounded(
         self,
@@ -288,26 +360,50 @@ class MomentHooks:
         moment: SecondMoment,
         v: Tensor,
         dtype: torch.dtype,
+        enters: bool,
         *,
         bias: Tensor | None = None,
         alpha: float = 1.0,
     ) -> Tensor:
-        """Adds the rows v to a moment, scaled; returns v + bias in ``dtype``."""
-        if not self.counting:
+        """Adds the rows v to a moment, scaled, if they enter; returns v + bias in ``dtype``."""
+        key = id(moment)
+        if enters and self._missing and self._missing.get(key):
+            self._add_beyond(target, moment, v, self._missing[key].pop(0), alpha)
+        if not enters or not self.counting:
             return (v if bias is None else v + bias).to(dtype)
-        if id(moment) not in self._scales and v.numel():
-            rows, weights = self._rows(target, v.abs())
-            if weights is not None:
-                rows = torch.where(weights.unsqueeze(-1), rows, 0)
-            largest = rows.flatten(0, -2).amax(0)
+        if v.numel() and key not in self._scales:
+            weights = self._rows(target, v)[1]
+            largest = _largest(v, weights)
+            # Where these rows say nothing of a column, what they say of the others.
             largest = torch.where(largest > 0, largest, largest.amax())
-            power = power_of_two(largest)
-            scale = torch.where(power > 0, _UNROUNDED_PEAK / power, 1)
-            self._scales[id(moment)] = (moment, scale)
-        scale = self._scales[id(moment)][1] if v.numel() else v.new_ones(v.shape[-1])
-        rounded, scaled = rounded_and_scaled(v, scale, bias=bias, dtype=dtype)
+            self._scales[key] = moment, _scale_for(largest)
+        scale = self._scales[key][1] if v.numel() else v.new_ones(v.shape[-1])
+        rounded, scaled, left_out = rounded_and_scaled(
+            v, scale, bias=bias, dtype=dtype, flag=self._flag(moment, v.device)
+        )
+        self._left_out.setdefault(key, []).append(left_out)
         self._add(target, moment, scaled, alpha=alpha)
         return rounded
+
+    def _flag(self, moment: SecondMoment, device: torch.device) -> Tensor:
+        """Where it is noted that this moment lacks a row of the batch."""
+        if device not in self._flags:
+            slots = 2 * len(self.targets)
+            self._flags[device] = torch.zeros(slots, dtype=torch.int32, device=device)
+        return self._flags[device][self._slots.setdefault(id(moment), len(self._slots))]
+
+    def _add_beyond(
+        self, target: Target, moment: SecondMoment, v: Tensor, left_out: Tensor, alpha: float
+    ) -> None:
+        """Adds the rows of v that were left out, all by the scale that they need."""
+        rows, weights = self._rows(target, v)
+        left_out = left_out.view(rows.shape[:-1])
+        weights = left_out if weights is None else left_out & weights
+        before = self._scales[id(moment)][1]
+        scale = torch.minimum(before, _scale_for(_largest(rows, weights)))
+        moment.sum.mul_(scale / before).mul_((scale / before).unsqueeze(1))
+        self._scales[id(moment)] = moment, scale
+        syrk_(moment.sum, (rows * scale).half(), alpha=alpha, weights=weights)
 
     def _count_input(self, target: Target, x: Tensor) -> None:
         name = target.name
@@ -413,6 +509,19 @@ class _Linear(torch.autograd.Function):
         return gradient @ ctx.target.weight if h is None else h, None, None
 
 
+def _largest(v: Tensor, weights: Tensor | None) -> Tensor:
+    """Of the rows that count, the largest number of each column."""
+    rows = v.abs()
+    if weights is not None:
+        rows = torch.where(weights.view(*rows.shape[:-1], 1), rows, 0)
+    return rows.flatten(0, -2).amax(0)
+
+
+def _scale_for(largest: Tensor) -> Tensor:
+    power = power_of_two(largest)
+    return torch.where(power > 0, _UNROUNDED_PEAK / power, _UNKNOWN_SCALE)
+
+
 def empty_moments(
     weight: Tensor,
     shared_input: SecondMoment | None = None,
@@ -485,7 +594,7 @@ def collect_moments(
     base_model = peft_model.base_model.model
     summed_loss = SummedLoss(config, base_model)
     head_loss = HeadLoss(config, peft_model, summed_loss, forward_fn)
-    forward_fn = forward_fn or _default_forward
+    default, forward_fn = forward_fn is None, forward_fn or _default_forward
     device = _input_device(base_model)
     is_encoder_decoder = bool(
         getattr(getattr(base_model, "config", None), "is_encoder_decoder", False)
@@ -493,6 +602,27 @@ def collect_moments(
     counts = {"samples": 0, "tokens": 0, "loss_terms": 0}
     scale = gradient_scale
     index, batch = -1, None  # for the message of a shortage
+
+    def through(host: Any, masks: dict[str, Tensor | None]) -> int:
+        """One batch forward and backward; returns the terms of its loss."""
+        nonlocal scale
+        batch = _to_device(host, device)
+        hooks.start_batch(masks)
+        hooks.phase = "forward"
+        loss: ChunkedLoss | ModelLoss | None = None
+        if head_loss.takes(host):
+            loss = head_loss(batch, host)
+            hooks.phase = "idle"  # if it goes through once more, its inputs are counted already
+        if loss is None:
+            loss = summed_loss(forward_fn(peft_model, batch), batch)
+        if scale is None and loss.terms:
+            scale = _loss_scale(hooks, loss, index) if hooks.half else 1.0
+        hooks.phase = "backward"
+        hooks.gradient_scale = scale or 1.0  # none yet: no term, and every gradient is zero
+        _backward(loss, hooks.gradient_scale, index)
+        hooks.phase = "idle"
+        return loss.terms
+
     progress = tqdm(
         total=_expected_samples(dataloader, config.samples),
         unit="sample",
@@ -505,42 +635,33 @@ def collect_moments(
         named_shortage("pass", lambda: _place(hooks, index, batch)),
     ):
         for index, batch in enumerate(dataloader):
-            size = samples_in(batch)
             if config.samples is not None:
-                size = min(size, config.samples - counts["samples"])
-                batch = first_samples(batch, size)
+                batch = first_samples(batch, config.samples - counts["samples"])
+            size = samples_in(batch)
             if size == 0:
                 continue
-            masks, tokens = token_masks(batch, size, is_encoder_decoder)
-            host = summed_loss.without_padded_terms(batch)
-            batch = _to_device(host, device)
-            hooks.start_batch(masks)
-            hooks.phase = "forward"
-            loss: ChunkedLoss | ModelLoss | None = None
-            if head_loss.takes(host):
-                loss = head_loss(batch, host)
-                hooks.phase = "idle"  # if it goes through once more, its inputs are counted already
-            if loss is None:
-                loss = summed_loss(forward_fn(peft_model, batch), batch)
-            if scale is None and loss.terms:
-                scale = _loss_scale(hooks, loss, index) if hooks.half else 1.0
-            hooks.phase = "backward"
-            hooks.gradient_scale = scale or 1.0  # none yet: no term, and every gradient is zero
-            _backward(loss, hooks.gradient_scale, index)
-            hooks.phase = "idle"
-            hooks.finish_batch(index)
+            masks, tokens = token_masks(batch, size, is_encoder_decoder, config.token_mask)
+            if counts["samples"] == 0 and not default:
+                _warn_of_other_masks(batch, config.token_mask)
+            batch = summed_loss.without_padded_terms(batch, masks["decoder"])
+            if default and config.token_mask not in ("attention_mask", None):
+                del batch[config.token_mask]  # the model does not know it
+            terms = through(batch, masks)
+            hooks.finish_batch(index, partial(through, batch, masks))
             counts["samples"] += size
             counts["tokens"] += tokens
-            counts["loss_terms"] += loss.terms
+            counts["loss_terms"] += terms
             progress.update(size)
             elapsed = progress.format_dict["elapsed"]
             if elapsed:
                 progress.set_postfix_str(f"{counts['tokens'] / elapsed:,.0f} tokens/s")
             if config.samples is not None and counts["samples"] >= config.samples:
                 break
+        hooks.add_left_out()
         progress.total = counts["samples"]
     if counts["samples"] == 0:
         raise ValueError("the dataloader gave no sample; expected at least one")
+    check_terms(counts["samples"], counts["loss_terms"])
     hooks.finish()
     for moments in hooks.moments.values():
         # Of the whole run, also for a module (an expert) that only later batches reached.
@@ -549,12 +670,38 @@ def collect_moments(
     return hooks, counts
 
 
+def check_terms(samples: int, terms: int) -> None:
+    """An error where the loss has no term: then every gradient is zero, and every energy."""
+    if not terms:
+        raise ValueError(
+            f"no position of the {samples} samples has a label (all labels are {IGNORED}, or stand "
+            "where nothing predicts them); expected labels, of 2 tokens or more in a causal model"
+        )
+
+
 def warn_of_padding(unmasked: list[str]) -> None:
     if unmasked:
         warnings.warn(
             f"{some(unmasked)}: the rows of their inputs do not follow the batch's "
             "attention_mask, so padding counts there like any token; expected batches without "
             "padding (of one sample, say)",
+            stacklevel=4,
+        )
+
+
+def _warn_of_other_masks(batch: Any, token_mask: str | None) -> None:
+    """A forward_fn may know of a mask that this library does not."""
+    if token_mask != "attention_mask" or not isinstance(batch, Mapping) or token_mask in batch:
+        return
+    others = [
+        key
+        for key, value in batch.items()
+        if "mask" in str(key) and isinstance(value, Tensor) and value.dim() > 1
+    ]
+    if others:
+        warnings.warn(
+            f"the batch has {others[0]!r} and no attention_mask, so padding counts like any token; "
+            f"expected FiletConfig(token_mask={others[0]!r}), or token_mask=None if all count",
             stacklevel=4,
         )
 
@@ -607,8 +754,7 @@ def _loss_scale(hooks: MomentHooks, loss: ChunkedLoss | ModelLoss, index: int) -
         if peak and wanted <= scale:
             return wanted
         scale = wanted
-    hooks.finish_batch(index)
-    hooks.judge()  # names the module where a NaN of the forward began
+    hooks.check_finite(f"batch {index} (counted from 0)")  # names where a NaN of the forward began
     raise FloatingPointError(
         f"no loss scale keeps the float16 gradients of batch {index} finite and non-zero; expected "
         "a model in bfloat16 or float32, or a batch without NaN"
@@ -656,13 +802,37 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def samples_in(batch: Any) -> int:
-    size = next((t.shape[0] for t in _tensors(batch) if t.dim() > 0), None)
+    """The first dimension of the ids, or of the first tensor where a batch has none."""
+    entry = batch if isinstance(batch, Mapping) else {}
+    named = [entry[key] for key in ("input_ids", "inputs_embeds") if key in entry]
+    tensors = itertools.chain(_tensors(named), _tensors(batch))
+    size = next((t.shape[0] for t in tensors if t.dim() > 0), None)
     if size is None:
         raise TypeError(
             f"the dataloader gave a {type(batch).__name__} without a tensor; expected a batch of "
             "tensors whose first dimension counts the samples"
         )
     return size
+
+
+def is_divisible(batch: Any) -> bool:
+    """Whether the rows of a batch's tensors are its samples, all of them, so that it can be cut.
+
+    They are not where images of several samples lie in one tensor (``pixel_values`` of patches,
+    with ``image_grid_thw``): such a batch goes through whole.
+    """
+    values = [batch] if isinstance(batch, Tensor) else batch
+    if isinstance(batch, Mapping):
+        if "input_ids" in batch and any(key.startswith(_OF_IMAGES) for key in batch):
+            return False
+        values = batch.values()
+    full = samples_in(batch)
+    return all(
+        value.dim() == 0 or value.shape[0] == full
+        if isinstance(value, Tensor)
+        else not isinstance(value, (Mapping, list, tuple))
+        for value in values
+    )
 
 
 def _map(batch: Any, function: Callable[[Any], Any]) -> Any:
@@ -675,15 +845,10 @@ def _map(batch: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def first_samples(batch: Any, size: int) -> Any:
-    full = samples_in(batch)
-    if size >= full:
+    """At most the first ``size`` samples of a batch; all of one that cannot be divided."""
+    if size >= samples_in(batch) or not is_divisible(batch):
         return batch
-
-    def cut(value: Any) -> Any:
-        whole = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == full
-        return value[:size] if whole else value
-
-    return _map(batch, cut)
+    return _map(batch, lambda v: v[:size] if isinstance(v, Tensor) and v.dim() > 0 else v)
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:
@@ -691,16 +856,14 @@ def _to_device(batch: Any, device: torch.device) -> Any:
 
 
 def token_masks(
-    batch: Any, size: int, is_encoder_decoder: bool
+    batch: Any, size: int, is_encoder_decoder: bool, token_mask: str | None
 ) -> tuple[dict[str, Tensor | None], int]:
-    """Masks (B, T) of the tokens that count, by side, and how many tokens the batch has."""
+    """Masks (B, T) of the tokens that count, by side, and how many tokens the batch has.
+
+    ``token_mask`` is the entry of the batch that has them, see :class:`filet.FiletConfig`.
+    """
     entry = batch if isinstance(batch, Mapping) else {}
-
-    def mask(key: str) -> Tensor | None:
-        value = entry.get(key)
-        return value != 0 if isinstance(value, Tensor) and value.dim() == 2 else None
-
-    attention = mask("attention_mask")
+    attention = None if token_mask is None else _mask(entry, token_mask)
     if attention is not None:
         tokens = int(attention.sum())
     else:
@@ -709,17 +872,38 @@ def token_masks(
     if not is_encoder_decoder:
         sides = {"decoder": attention}
     else:
-        decoder = mask("decoder_attention_mask")
+        decoder = None if token_mask is None else _mask(entry, "decoder_attention_mask")
         labels = entry.get("labels")
         if decoder is None and isinstance(labels, Tensor) and labels.dim() == 2:
             # The padding comes after the last label; what has none before that is a prompt.
-            decoder = (labels != -100).flip(1).cumsum(1).flip(1) > 0
+            decoder = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
         elif decoder is None and "decoder_input_ids" not in entry:
             decoder = attention  # a classifier, whose decoder takes the encoder's input
         sides = {"encoder": attention, "decoder": decoder}
     # A mask without a hole is dropped: the unweighted product is the cheaper one.
     holed = {k: m if m is not None and not bool(m.all()) else None for k, m in sides.items()}
     return holed, tokens
+
+
+def _mask(entry: Mapping[str, Any], key: str) -> Tensor | None:
+    """Which tokens a mask of the batch counts; an error where it does not tell."""
+    mask = entry.get(key)
+    if mask is None:
+        if key in ("attention_mask", "decoder_attention_mask"):
+            return None
+        raise ValueError(
+            f"token_mask={key!r} is not in the batch, which has {', '.join(map(str, entry))}; "
+            "expected the name of a mask (samples, tokens)"
+        )
+    additive = isinstance(mask, Tensor) and mask.is_floating_point() and bool((mask < 0).any())
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or additive:
+        what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"{key} is {'additive, ' if additive else ''}{what}, from which padding cannot be "
+            "told; expected 1 for the tokens that count and 0 for padding, (samples, tokens), or "
+            "FiletConfig(token_mask=...), the name of such a mask in the batch or None if all count"
+        )
+    return mask != 0
 
 
 def some(names: list[str], limit: int = 5) -> str:
@@ -754,6 +938,7 @@ def preserved(
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+    flash = os.environ.get(_FLASH_ATTENTION)
     memory: Any = torch.utils.deterministic  # its attribute is a property that mypy does not see
     fill = memory.fill_uninitialized_memory
     hooks = []
@@ -762,11 +947,15 @@ def preserved(
             stack.enter_context(torch.random.fork_rng(devices=cuda))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
+            # The switch of _deterministic_attention is the process's, and autograd has a thread of
+            # its own for each GPU: one would throw it while another computes.
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", message=".*CuBLAS.*deterministic")
             stack.enter_context(_as_it_starts(peft_model, adapter_name, targets))
             # cuDNN's attention differs from run to run, also where torch is told to be strict.
             torch.backends.cuda.enable_cudnn_sdp(False)
+            os.environ[_FLASH_ATTENTION] = "1"
             if cuda and deterministic != (True, False):
                 torch.use_deterministic_algorithms(True, warn_only=True)
                 stack.enter_context(_deterministic_attention())
@@ -804,6 +993,10 @@ def preserved(
         for parameter, flag in requires_grad.items():
             parameter.requires_grad_(flag)
         torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
+        if flash is None:
+            os.environ.pop(_FLASH_ATTENTION, None)
+        else:
+            os.environ[_FLASH_ATTENTION] = flash
         memory.fill_uninitialized_memory = fill
         random.setstate(random_states[0])
         np.random.set_state(random_states[1])
@@ -873,18 +1066,18 @@ def _adding_nothing(modules: Iterable[nn.Module]) -> set[tuple[int, str]]:
 
 @contextlib.contextmanager
 def _deterministic_attention() -> Iterator[None]:
-    """Makes the backward of scaled_dot_product_attention deterministic.
+    """Makes the backward of scaled_dot_product_attention deterministic, of calls by this thread.
 
     It adds with atomics, and differs from run to run, unless torch is told to be strict: a mere
     warning leaves it as it is. Being strict about everything would refuse the operations that have
-    no other way, so this is for the attention's own node of the graph. The function is replaced,
-    not watched by a mode: reentrant checkpointing calls it from a thread that has no modes.
+    no other way, so this is for the attention's own node of the graph, which runs in this thread as
+    all of the backward does (:func:`preserved`).
     """
-    plain = F.scaled_dot_product_attention
+    plain, mine = F.scaled_dot_product_attention, threading.get_ident()
 
     def attention(*args: Any, **kwargs: Any) -> Tensor:
         output = plain(*args, **kwargs)
-        node = output.grad_fn
+        node = output.grad_fn if threading.get_ident() == mine else None
         while node is not None and not node.name().startswith("ScaledDotProduct"):
             node = node.next_functions[0][0] if node.next_functions else None
         if node is not None:
