@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 import filet
@@ -234,6 +236,37 @@ def test_no_second_run_where_all_is_well(
     base(peft_model, c.targets[0]).register_forward_hook(lambda *_: calls.append(0))
     energies_of(peft_model, loader(c.samples))
     assert not second_runs and len(calls) == 3  # batches
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_block_by_block(
+    dtype: torch.dtype, device: torch.device, handed_on: Any, second_runs: list[int], tmp_path: Path
+) -> None:
+    """At the end of a block its batches go through again, with the gradients that they had."""
+    c = case("llama")
+    copy.deepcopy(c.model).to(dtype).save_pretrained(tmp_path / "model")
+    batches = uneven(c)
+    batches[0]["labels"].fill_(-100)
+
+    def run(engine: Any) -> dict[str, Tensor]:
+        report = filet.initialize_folder(
+            tmp_path / "model",
+            batches,
+            tmp_path / engine,
+            LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+            engine=engine,
+            device=device,
+            overwrite=True,
+            show_progress_bar=False,
+        )
+        return {name: module.energies for name, module in report.modules.items()}
+
+    handed_on(False)
+    expected = run("blockwise")
+    assert not second_runs
+    handed_on(True)
+    assert_energies(run("blockwise"), expected, CLOSE[dtype])
+    assert second_runs == [2, 2, 2] * 2  # gate and up of every block, of all batches with labels
 
 
 # The forward that gradient checkpointing runs once more.

@@ -531,7 +531,7 @@ class Blockwise:
         self.block_seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         self.plan: Plan | None = None
 
-        check_init(lora_config)
+        _check_adapter(lora_config)
         weights = entries(model)  # before PEFT renames them
         self.peft_model = get_peft_model(model, lora_config, low_cpu_mem_usage=True)
         self.model = self.peft_model.base_model.model
@@ -1417,6 +1417,18 @@ class Blockwise:
                 row["shape"] = tuple(row["shape"])
                 reports[name] = ModuleReport(energies=energies, indices=indices, **row)
         return metadata
+
+
+def _check_adapter(lora_config: LoraConfig) -> None:
+    """An error for what PEFT keeps of the base beside A and B: it is never whole here."""
+    check_init(lora_config)
+    for name in ("modules_to_save", "trainable_token_indices", "layer_replication", "bias"):
+        value = getattr(lora_config, name, None)
+        if value not in (None, [], {}, "none"):
+            raise ValueError(
+                f"lora_config has {name}={value!r}; the blockwise engine makes A and B of linear "
+                "layers only: expected a config without, or engine='memory'"
+            )
 
 
 def _on_one_disk(one: Path, other: Path) -> bool:
