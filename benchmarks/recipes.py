@@ -1,7 +1,8 @@
 """Initialisations that PEFT does not have, by their published recipes, in plain torch.
 
 Each takes the weight of one layer, W (m, n) = (out, in), computes in float32 and mutates nothing.
-s is PEFT's scaling of the adapter; A (r, n) and B (m, r) are float32.
+s is PEFT's scaling of the adapter; A (r, n) and B (m, r) are float32. And statistics of nothing,
+for what does not depend on the data.
 """
 
 from __future__ import annotations
@@ -11,7 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AsWritten", "dash_directions", "filet_as_written", "milora", "second_moment"]
+from filet import Statistics
+from filet.targets import find_targets, fingerprints
+from filet.walk import empty_moments
+
+__all__ = [
+    "AsWritten",
+    "dash_directions",
+    "filet_as_written",
+    "milora",
+    "random_statistics",
+    "second_moment",
+]
+
+_VECTORS = 64  # of random statistics
 
 
 def second_moment(rows: Tensor) -> Tensor:
@@ -97,3 +111,18 @@ class AsWritten:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def random_statistics(peft_model: Any, adapter_name: str = "default") -> Statistics:
+    """Statistics of random vectors, for every layer of an adapter that FILet can initialise."""
+    targets, _ = find_targets(peft_model, adapter_name)
+    generator = torch.Generator().manual_seed(0)
+    moments = {name: empty_moments(target.weight) for name, target in targets.items()}
+    for each in moments.values():
+        for side in (each.input, each.output):
+            rows = torch.randn(_VECTORS, side.sum.shape[0], generator=generator)
+            side.update(rows.to(side.sum))
+        each.loss_terms.fill_(_VECTORS)
+    hashes = fingerprints({name: target.weight for name, target in targets.items()})
+    counts = {"samples": 1, "tokens": _VECTORS, "loss_terms": _VECTORS}
+    return Statistics(moments, hashes, {}, **counts, fisher="empirical")

@@ -294,8 +294,10 @@ def load(
     """
     folder = Path(folder)
     layers = _described(folder)
-    _check_base(base_model, layers, folder)
     config = LoraConfig.from_pretrained(str(folder))
+    replicated = bool(config.layer_replication)
+    if not replicated:  # else its layers are not there yet
+        _check_base(base_model, layers, folder)
     config.inference_mode = False
     tensors = load_file(folder / _WEIGHTS)
     half = any(value.dtype in (torch.float16, torch.bfloat16) for value in tensors.values())
@@ -305,10 +307,12 @@ def load(
     )
     try:
         found = set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name)
-        if found.unexpected_keys:
-            raise ValueError(
-                f"the base model has no place for {found.unexpected_keys[0]!r}, which {folder} has"
-            )
+        # With bias="all" PEFT writes those of modules to save twice, once under a name of its own.
+        unknown = [key for key in found.unexpected_keys if ".modules_to_save." not in key]
+        if unknown:
+            raise ValueError(f"the base model has no place for {unknown[0]!r}, which {folder} has")
+        if replicated:
+            _check_base(base_model, layers, folder)
         targets, _ = find_targets(peft_model, adapter_name)
         for name, layer in layers.items():
             for linear, dim in ((targets[name].A, 0), (targets[name].B, 1)):
@@ -359,6 +363,8 @@ def _check_base(
             linear = base_model.get_submodule(name)
         except AttributeError:
             linear = base_model
+        if isinstance(linear, LoraLayer):
+            linear = linear.get_base_layer()
         if not isinstance(linear, (nn.Linear, Conv1D)):
             raise ValueError(f"the base model has no linear module {name!r}, which {folder} has")
         weights[name] = weight_of(linear)

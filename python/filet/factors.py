@@ -10,6 +10,7 @@ the two halves together.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -59,10 +60,14 @@ class StartedFactor(nn.Linear):
             linear.out_features, linear.in_features = linear.weight.shape
 
     @property
-    def trained(self) -> nn.Parameter:
-        parameter = self._parameters["weight"]
-        assert parameter is not None
-        return parameter
+    def trained(self) -> Tensor:
+        parameter = self._parameters.get("weight")
+        if parameter is not None:
+            return parameter
+        if "_view" in self.__dict__:
+            view: Tensor = self.__dict__["_view"]
+            return view
+        raise AttributeError("weight")  # which FSDP 1 is about to set
 
     @property
     def rank(self) -> int:
@@ -70,14 +75,30 @@ class StartedFactor(nn.Linear):
         return self.trained.shape[self.dim]
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        whole = self._whole()
-        return whole if torch.compiler.is_compiling() else _ReadOnly.of(whole)
+    def weight(self) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._whole()
+        # FSDP looks by its name for the parameter that it has made flat or sharded.
+        caller: str = sys._getframe(1).f_globals.get("__name__", "")
+        return self.trained if caller.startswith(_FSDP) else _ReadOnly.of(self._whole())
+
+    # These two only past nn.Module's own __setattr__ and __delattr__: FSDP 1 takes the parameter
+    # away for a flat one of its own, and puts views of that in its place.
+    @weight.setter
+    def weight(self, view: Tensor) -> None:
+        self.__dict__["_view"] = view
+
+    @weight.deleter
+    def weight(self) -> None:
+        self.__dict__.pop("_view", None)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """What trains may become another parameter (load_state_dict assigns), the whole may not."""
-        if name == "weight" and param is not None and param.shape != self.trained.shape:
+        whole = (self.out_features, self.in_features)
+        if name == "weight" and param is not None and param.shape == whole:
             raise RuntimeError(_LOST)
+        if name == "weight":
+            del self.weight  # FSDP's view, whose name it takes back
         super().register_parameter(name, param)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -85,6 +106,8 @@ class StartedFactor(nn.Linear):
 
     def _whole(self) -> Tensor:
         trained = self.trained
+        if hasattr(trained, "full_tensor"):  # FSDP 2 has shards, except in a forward
+            trained = trained.full_tensor()
         return torch.cat([trained, self.start.to(trained)], self.dim)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StartedFactor:
@@ -128,6 +151,7 @@ class StartedFactor(nn.Linear):
         )
 
 
+_FSDP = "torch.distributed.fsdp"
 _WRITES = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
 _WRITES |= {"__set__", "__setitem__", "__imatmul__", "__iand__", "__ior__", "__ixor__"}
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
