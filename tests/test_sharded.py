@@ -1,0 +1,102 @@
+"""An initialised adapter under FSDP 1 and 2, in one process: its parameters become another's views.
+
+FSDP looks for a parameter by its name in the module, where an initialised factor shows both of its
+halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+import filet
+from filet import FiletConfig
+from filet.factors import StartedFactor
+from models import case, collate, loader, peft_of
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),  # FSDP's, of a CPU and of one process
+]
+VERSIONS = pytest.mark.parametrize("version", [1, 2])
+
+
+@pytest.fixture(autouse=True)
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def initialised() -> PeftModel:
+    model = peft_of(case("llama"))
+    filet.initialize_lora_filet_weights(
+        model,
+        loader(case("llama").samples),
+        FiletConfig(scaling="singular", samples=None),
+        show_progress_bar=False,
+    )
+    return model.eval()  # no dropout
+
+
+def sharded(model: PeftModel, version: int) -> nn.Module:
+    if version == 1:
+        cpu = torch.device("cpu")
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=cpu)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in model.base_model.model.model.layers:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(**collate(case("llama").samples)).logits
+    return found
+
+
+def train(model: nn.Module) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for batch in loader(case("llama").samples):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@VERSIONS
+def test_it_trains_as_without(version: int) -> None:
+    alone = initialised()
+    start, before = logits(alone), {n: p.clone() for n, p in alone.named_parameters()}
+    together = sharded(initialised(), version)
+    torch.testing.assert_close(logits(together), start)
+    train(alone)
+    train(together)
+    torch.testing.assert_close(logits(together), logits(alone), rtol=1e-4, atol=1e-4)
+    moved = [n for n, p in alone.named_parameters() if not torch.equal(p, before[n])]
+    assert moved == [n for n, p in alone.named_parameters() if p.requires_grad]
+
+
+@VERSIONS
+def test_what_is_saved_is_both_halves(version: int) -> None:
+    model = initialised()
+    starts = {n: m.start.clone() for n, m in model.named_modules() if isinstance(m, StartedFactor)}
+    together = sharded(model, version)
+    train(together)
+    expected = logits(together)
+    state: dict[str, Any] = get_peft_model_state_dict(together)
+    for name, start in starts.items():
+        whole = state[name.replace(".default", "") + ".weight"]
+        dim = 0 if ".lora_A" in name else 1
+        assert torch.equal(whole.tensor_split(2, dim)[1], start)
+    again = initialised()
+    set_peft_model_state_dict(again, state)
+    torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
