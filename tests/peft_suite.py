@@ -38,10 +38,14 @@ def folder() -> Path:
     return HERE.parent / "build" / f"peft-{importlib.metadata.version('peft')}"
 
 
+def is_there() -> bool:
+    return (folder() / "tests" / "__init__.py").is_file()
+
+
 def fetch() -> Path:
     """PEFT's tests, as a package "tests" in a folder of their own; fetched where not there."""
     place = folder()
-    if not (place / "tests" / "__init__.py").is_file():
+    if not is_there():
         version = importlib.metadata.version("peft")
         with tempfile.TemporaryDirectory() as downloaded:
             subprocess.run(
