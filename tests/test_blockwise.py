@@ -1011,6 +1011,62 @@ def test_a_run_in_use_is_left_alone(folder: Path, tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_that_begins_while_a_folder_is_removed(
+    finished: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever step of the removal it comes before, it is refused or has a folder of its own."""
+    run_folder = tmp_path / "out.filet-run"
+    same = {"run_folder": run_folder, **CHEAP}
+    begun: list[Blockwise] = []
+
+    def before(module: Any, name: str) -> None:
+        plain = getattr(module, name)
+
+        def step(path: Any, *args: Any, **more: Any) -> Any:
+            if Path(path).name.startswith((".out.filet-run", "out.filet-run")) and not begun:
+                with contextlib.suppress(ValueError):  # in use by another process
+                    begun.append(run_of(folder, tmp_path, **same).__enter__())
+            return plain(path, *args, **more)
+
+        monkeypatch.setattr(module, name, step)
+
+    before(shutil, "rmtree")
+    before(os, "rename")
+    if finished:
+        initialize(folder, tmp_path / "out", **CHEAP)
+    else:
+        interrupt(monkeypatch, Crash(), after=0)
+        with pytest.raises(Crash):
+            initialize(folder, tmp_path / "out", **CHEAP)
+    (second,) = begun
+    assert {path.name for path in run_folder.iterdir()} == {"lock", "manifest.json"}
+    with pytest.raises(ValueError, match="in use"), run_of(folder, tmp_path, **same):
+        pass
+    second.__exit__()
+    assert not run_folder.exists() and (tmp_path / "out").exists() == finished
+
+
+def test_a_scratch_folder_belongs_to_one_run_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two names of one output have two run folders, which do not lock each other."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    seen: list[tuple[Path, Path]] = []
+
+    def entered(run: Blockwise) -> None:
+        assert run.scratch is not None
+        seen.append((run.folder, run.scratch))
+        raise Crash
+
+    monkeypatch.setattr(Blockwise, "__enter__", entered)
+    for name in ("out", "link", "out"):
+        with pytest.raises(Crash):
+            initialize(folder, tmp_path / name, scratch=tmp_path / "scratch", **CHEAP)
+    assert seen[0] == seen[2] and not {*seen[0]} & {*seen[1]}
+
+
 def test_a_folder_of_something_else(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out.filet-run").mkdir()
     (tmp_path / "out.filet-run" / "precious").write_text("")

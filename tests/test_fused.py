@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import sys
+import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -17,8 +20,10 @@ from transformers.activations import ACT2FN
 
 import filet.fused
 from filet.fused import fused
+from filet_kernels.rotary import rotary_reference
 from models import assert_energies, case, energies_of, llama, loader, peft_of
 
+Change = Callable[[Any, Tensor, Callable[[Tensor], Tensor]], Any]
 NORMS, MLPS, TURNS = {"RMSNorm"}, {"MLP"}, {"rotary"}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -128,44 +133,255 @@ class PlainNorm(GemmaNorm):
         return self.weight * v.to(x.dtype)
 
 
+class ChangedNorm(PlainNorm):
+    """A norm of which something else is made, by an attribute of the instance."""
+
+    def __init__(self, change: Change = lambda norm, x, run: run(x)) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(self, x, super().forward)
+
+
+class OtherEpsilon(PlainNorm):
+    """It has two, and uses the one that is not looked at."""
+
+    variance_epsilon = 1e-5
+
+
+class ByPlace(GemmaNorm):
+    """Over the channels of (B, n), which lie elsewhere in what has more dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = x.float() * torch.rsqrt(x.float().pow(2).mean(1, keepdim=True) + self.eps)
+        return self.weight * v.to(x.dtype)
+
+
 class Gated(nn.Module):
-    def __init__(self, act: str = "silu", factor: float = 1.0) -> None:
+    def __init__(self, act: str | nn.Module = "silu", change: Change | None = None) -> None:
         super().__init__()
         self.gate_proj, self.up_proj = (nn.Linear(8, 12, bias=True) for _ in range(2))
         self.down_proj = nn.Linear(12, 8)
-        self.act_fn = ACT2FN[act]
-        self.factor = factor
+        self.act_fn = ACT2FN[act] if isinstance(act, str) else act
+        self.change = change
+
+    def gated(self, x: Tensor) -> Tensor:
+        product: Tensor = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return product
+
+    def forward(self, x: Tensor) -> Any:
+        if self.change is not None:
+            return self.change(self, x, lambda x: self.down_proj(self.gated(x)))
+        return self.down_proj(self.gated(x))
+
+
+class Swish(nn.Module):
+    """x σ(slope x), times ``after`` where it is called."""
+
+    def __init__(self, slope: float = 1.0, after: float = 1.0) -> None:
+        super().__init__()
+        self.slope, self.after = slope, after
 
     def forward(self, x: Tensor) -> Tensor:
-        gated = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-        output: Tensor = self.down_proj(gated * self.factor if self.factor != 1 else gated)
-        return output
+        return F.silu(x) if self.slope == 1 else x * torch.sigmoid(self.slope * x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = super().__call__(x)
+        return y if self.after == 1 else y * self.after
+
+
+class Learned(Swish):
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones((), device=device), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x * self.beta)
+
+
+def half_detached(x: Tensor) -> Tensor:
+    """The same number, and half of its gradient."""
+    return (x + x.detach()) / 2
+
+
+CHANGES: dict[str, Change] = {
+    "scaled": lambda m, x, run: run(x) * 1.5,
+    "scaled input": lambda m, x, run: run(x * 1.5),
+    "in a tuple": lambda m, x, run: (run(x),),
+    "in float64": lambda m, x, run: run(x).double(),
+    "cut off": lambda m, x, run: run(x.clamp(-4096, 4096)),
+    "in place": lambda m, x, run: x.copy_(run(x)),
+    "detached": lambda m, x, run: run(x.detach()),
+    "half detached": lambda m, x, run: run(half_detached(x)),
+    "kept": lambda m, x, run: setattr(m, "change_seen", run(x)) or m.change_seen,
+    "in training": lambda m, x, run: F.dropout(run(x), 0.5, m.training),
+}
+
+
+def twice(m: Any, x: Tensor, run: Any) -> Tensor:
+    return m.down_proj(m.down_proj(m.gated(x)))  # type: ignore[no-any-return]
+
+
+def not_down(m: Any, x: Tensor, run: Any) -> Tensor:
+    return m.gated(x)  # type: ignore[no-any-return]
+
+
+def past_the_hooks(m: Any, x: Tensor, run: Any) -> Tensor:
+    return m.down_proj(m.act_fn(m.gate_proj.forward(x)) * m.up_proj(x))  # type: ignore[no-any-return]
+
+
+def limited(m: Any, x: Tensor, run: Any) -> Tensor:
+    gate, up = m.gate_proj(x).clamp(max=7), m.up_proj(x).clamp(-7, 7)
+    return m.down_proj(m.act_fn(gate) * up)  # type: ignore[no-any-return]
 
 
 @pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("module", "taken"),
     [
         (PlainNorm(), True),
         (GemmaNorm(), False),
+        (OtherEpsilon(), False),
+        (ByPlace(), False),
         (Gated(), True),
         (Gated("swish"), True),
         (Gated("gelu_pytorch_tanh"), False),
         (Gated("relu"), False),
-        (Gated(factor=0.5), False),
+        (Gated(Swish()), True),
+        (Gated(Swish(slope=1.702)), False),
+        (Gated(Swish(after=0.5)), False),
+        (Gated(Learned("cpu")), True),
+        (Gated(Learned("meta")), False),
+        (Gated(change=twice), False),
+        (Gated(change=not_down), False),
+        (Gated(change=past_the_hooks), False),
+        (Gated(change=limited), False),
+        (ChangedNorm(), True),
+        *(
+            pytest.param(ChangedNorm(how), False, id=f"norm {name}")
+            for name, how in CHANGES.items()
+        ),
+        *(
+            pytest.param(Gated(change=how), False, id=f"MLP {name}")
+            for name, how in CHANGES.items()
+        ),
+        (ChangedNorm(CHANGES["in training"]).eval(), True),
+        (Gated(change=CHANGES["in training"]).eval(), True),
         (PlainNorm().double(), False),
-        (nn.RMSNorm(8, eps=1e-6), False),  # a kernel of torch's own, rounded once
         (nn.LayerNorm(8), False),
     ],
 )
-def test_what_it_does_counts_not_its_name(module: nn.Module, taken: bool) -> None:
-    module = copy.deepcopy(module).bfloat16() if _is_float32(module) else module
+def test_what_it_does_counts_not_its_name(
+    module: nn.Module, taken: bool, dtype: torch.dtype
+) -> None:
+    module = copy.deepcopy(module).to(dtype) if _is_float32(module) else copy.deepcopy(module)
     module.requires_grad_(False)
-    before = torch.random.get_rng_state()
-    with fused(nn.Sequential(module)):
+    before = torch.random.get_rng_state(), {**vars(module)}
+    with fused(nn.ModuleList([module])):
         assert ("forward" in vars(module)) == taken
-    assert "forward" not in vars(module)
+    assert vars(module) == before[1]
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_norm_of_torchs_own(dtype: torch.dtype) -> None:
+    """Rounded once; in float32 that is the same."""
+    module = nn.RMSNorm(8, eps=1e-6, dtype=dtype).requires_grad_(False)
+    with fused(nn.ModuleList([module])):
+        assert "forward" not in vars(module)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda change: ChangedNorm(change or (lambda m, x, run: run(x))),
+        lambda change: Gated(change=change),
+        lambda change: Gated(Swish(slope=3.0) if change else Swish()),
+    ],
+)
+def test_every_instance_counts(make: Any, turned: bool, device: torch.device) -> None:
+    """Of one class, and not the same: each does in the pass what it does by itself."""
+    torch.manual_seed(0)
+    modules = nn.ModuleList([make(None), make(CHANGES["scaled"]), make(None)])
+    if turned:
+        modules = nn.ModuleList([modules[1], modules[0], make(CHANGES["scaled"])])
+    for parameter in modules.to(device).requires_grad_(False).parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(4, 8, device=device)
+    expected = [module(x) for module in modules]
+    with fused(modules):
+        assert ["forward" in vars(module) for module in modules] == [
+            not turned, turned, not turned,
+        ]  # fmt: skip
+        found = [module(x) for module in modules]
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_what_was_shown_is_the_same_for_all() -> None:
+    """Whoever writes what he is given, or draws numbers, changes nothing for those after him."""
+
+    def spoils(m: Any, x: Tensor, run: Any) -> Tensor:
+        with torch.no_grad():
+            x.add_(torch.rand_like(x))
+            m._parameters["weight"].zero_()
+        return run(x)  # type: ignore[no-any-return]
+
+    norms = [ChangedNorm(), ChangedNorm(spoils), ChangedNorm()]
+    before = torch.random.get_rng_state()
+    for _ in range(2):
+        with fused(nn.ModuleList(norms).requires_grad_(False)):
+            assert ["forward" in vars(norm) for norm in norms] == [True, False, True]
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_a_call_of_its_own(device: torch.device) -> None:
+    """What is replaced is the forward: who calls it, and what is made of it, stays."""
+
+    class Called(PlainNorm):
+        def __call__(self, x: Tensor) -> Tensor:
+            return 3 * super().__call__(x)
+
+    class Sidestepped(PlainNorm):
+        def __call__(self, x: Tensor) -> Tensor:
+            return x + 1
+
+    x = torch.randn(4, 8, device=device)
+    for module in (Called(), Sidestepped()):
+        nn.init.normal_(module.requires_grad_(False).to(device).weight)
+        expected = module(x)
+        with fused(nn.ModuleList([module])):
+            assert "forward" in vars(module)
+            torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_other_dtypes_than_was_shown(device: torch.device) -> None:
+    """Gates in float32 of a bfloat16 module: what its activation does with them is its own."""
+
+    class Upcast(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).float()
+
+    class Only(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.silu(x) if x.dtype == torch.bfloat16 else x
+
+    module = Gated(Only())
+    module.gate_proj, module.up_proj = Upcast(8, 12), Upcast(8, 12)
+    module.to(device, torch.bfloat16).requires_grad_(False)
+    module.down_proj.float()
+    x = torch.randn(4, 8, device=device, dtype=torch.bfloat16)
+    expected = module(x)
+    with fused(nn.ModuleList([module])):
+        assert torch.equal(module(x), expected)
 
 
 def _is_float32(module: nn.Module) -> bool:
@@ -240,6 +456,79 @@ def test_hooks_still_run_and_the_meta_device_is_fine() -> None:
     with fused(empty):
         assert len(replaced(empty)) == 2 + 1 + 1
         assert run(empty)[0].is_meta
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("who", ["a part", "forward_pre", "forward", "full_backward"])
+def test_who_watches_an_activation_otherwise(who: str) -> None:
+    """A part of it, or the modules of all models: the MLP stays, and nobody sees what is tried."""
+    m = llama(layers=1).requires_grad_(False)
+    mlp = m.model.layers[0].mlp
+    seen: list[str] = []
+    if who == "a part":
+        handle = mlp.act_fn.register_forward_hook(lambda *_: seen.append("a"))
+        mlp.act_fn = nn.Sequential(mlp.act_fn)
+    else:
+        watch = getattr(nn.modules.module, f"register_module_{who}_hook")
+        handle = watch(lambda *_: seen.append("a"))
+    try:
+        with fused(m):
+            assert len(replaced(m)) == 2 + 1 and "forward" not in vars(mlp) and not seen
+    finally:
+        handle.remove()
+    with fused(m):
+        assert len(replaced(m)) == 2 + 1 + 1
+
+
+def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    return rotary_reference(q, cos, sin), rotary_reference(k, cos, sin)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize(
+    ("function", "taken"),
+    [
+        (turned, True),
+        (lambda q, k, cos, sin, unsqueeze_dim=1: turned(q, k, cos, sin), True),
+        (lambda q, k, cos, sin: turned(q, k, cos[:1], sin[:1]), False),  # the first sample's
+        (lambda q, k, cos, sin: turned(q, k[:, :1].expand_as(q), cos, sin), False),
+        (lambda q, k, cos, sin: turned(q[:1].expand_as(q), k, cos, sin), False),
+        (lambda q, k, cos, sin: turned(q, half_detached(k), cos, sin), False),
+        (lambda q, k, cos, sin: turned(q, k, -cos, sin), False),
+        (lambda q, k, cos, sin: list(turned(q, k, cos, sin)), False),
+        (lambda q, k, cos: turned(q, k, cos, cos), False),
+        (None, False),
+    ],
+)
+def test_which_position_embeddings(
+    function: Any, taken: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Found beside the class of any module, tried whoever wrote them."""
+    source: Any = types.ModuleType("positions")
+    source.apply_rotary_pos_emb = function
+    monkeypatch.setitem(sys.modules, "positions", source)
+    module = type("Turns", (nn.Linear,), {"__module__": "positions"})(2, 2).to(device)
+    with fused(module.requires_grad_(False)):
+        assert (source.apply_rotary_pos_emb is not function) == taken
+    assert source.apply_rotary_pos_emb is function
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_learned_positions_get_their_gradient(device: torch.device) -> None:
+    m = llama(layers=1).to(device).requires_grad_(False)
+    source = sys.modules[type(m).__module__]
+    q, k = (torch.randn(2, heads, 5, 8, device=device) for heads in (4, 2))
+    cos, sin = (torch.randn(2, 5, 8, device=device, requires_grad=True) for _ in range(2))
+
+    def gradients() -> tuple[Tensor, ...]:
+        q_turned, k_turned = source.apply_rotary_pos_emb(q, k, cos, sin)
+        return torch.autograd.grad(q_turned.square().sum() + k_turned.sum(), (cos, sin))
+
+    expected, before = gradients(), source.apply_rotary_pos_emb
+    with fused(m):
+        assert source.apply_rotary_pos_emb is not before
+        for one, two in zip(gradients(), expected, strict=True):
+            assert torch.equal(one, two)
 
 
 @pytest.mark.usefixtures("everywhere")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import subprocess
 import sys
 import warnings
@@ -14,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from disk import files_up_to
 from filet import report as report_module
 from filet.report import REPORT_FILE, FiletReport, ModuleReport
 
@@ -309,22 +308,14 @@ def test_save_accepts_energies_that_share_storage(tmp_path: Path) -> None:
     assert torch.equal(FiletReport.load(tmp_path).modules["c"].energies, pool[::2])
 
 
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     old = make_report([make_module("old")])
     old.save(tmp_path)
-
-    def full(path: Path, content: bytes) -> None:
-        with path.open("wb") as file:
-            file.write(content[: len(content) // 2])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
-        make_report([make_module("new")]).save(tmp_path)
-    with pytest.raises(OSError, match="No space left"):
-        make_report([make_module("new")]).plot(tmp_path / "p.png")
+    with files_up_to(500):
+        with pytest.raises(OSError, match="File too large"):
+            make_report([make_module("new")]).save(tmp_path)
+        with pytest.raises(OSError, match="File too large"):
+            make_report([make_module("new")]).plot(tmp_path / "p.png")
     assert [entry.name for entry in tmp_path.iterdir()] == [REPORT_FILE]
     assert list(FiletReport.load(tmp_path).modules) == ["old"]
 

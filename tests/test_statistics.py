@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import tracemalloc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from disk import files_up_to
 from filet import FiletConfig, Statistics, apply_statistics, collect_statistics
 from filet.targets import fingerprints
-from filet_kernels import fisher_energies
+from filet_kernels import Moments, fisher_energies
 from models import (
     LENGTHS,
     Case,
@@ -236,27 +242,82 @@ def test_fingerprint(n: int, dtype: torch.dtype, device: torch.device) -> None:
     )
 
 
-def test_a_file_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_complete_or_absent(tmp_path: Path) -> None:
     c = case("llama")
     statistics = collected(peft_of(c), loader(c.samples[:2]))
     path = tmp_path / "statistics.safetensors"
-
-    def full(tensors: Any, file: Any, metadata: Any = None) -> None:
-        Path(file).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("filet.statistics.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with files_up_to(20_000), pytest.raises(OSError, match="File too large"):
         statistics.save(path)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.undo()
     statistics.save(path)
     content = path.read_bytes()
-    monkeypatch.setattr("filet.statistics.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with files_up_to(20_000), pytest.raises(OSError, match="File too large"):
         statistics.save(path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_bytes() == content, "the file that was there before is still whole"
+
+
+class Alive(TorchDispatchMode):
+    """Inside: the most bytes that tensors which operations made have held at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[weakref.ref[Tensor]] = []
+        self.most = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        mine = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, Tensor)}
+        output = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            # What lies where an argument lies, a view, is none of its own.
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in mine:
+                self.made.append(weakref.ref(tensor))
+        alive = [tensor for made in self.made if (tensor := made()) is not None]
+        self.most = max(self.most, sum(tensor.untyped_storage().nbytes() for tensor in alive))
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_saving_copies_one_moment_at_a_time(
+    dtype: torch.dtype, tmp_path: Path, device: torch.device
+) -> None:
+    """None on the GPU, and one in host memory; the file is what the library would have written."""
+    generator = torch.Generator().manual_seed(0)
+    moments: dict[str, Moments] = {}
+    for name in ("a", "b", "c", "d"):
+        shared = moments["a"].input if name == "b" else None
+        moments[name] = Moments.zeros((384, 256), dtype=dtype, device=device, input=shared)
+    sums = {id(side): side.sum for m in moments.values() for side in (m.input, m.output)}
+    for each in sums.values():
+        each.copy_(torch.randn(256, 256, generator=generator, dtype=dtype))
+    taken = Statistics(moments, dict.fromkeys(moments, "hash"), {"b": "a"}, 1, 2, 3, "empirical")
+    one = 256 * 256 * dtype.itemsize
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    tracemalloc.start()
+    try:
+        with Alive() as alive:
+            taken.save(tmp_path / "ours")
+        python = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert one <= alive.most + python < 2 * one
+    if device.type == "cuda":
+        assert torch.cuda.max_memory_allocated(device) == before
+    with safe_open(tmp_path / "ours", framework="pt") as file:
+        metadata = file.metadata()
+    tensors = {}
+    for name, module in json.loads(metadata["statistics"])["modules"].items():
+        for side in ("input", "output"):
+            moment = getattr(taken.moments[name], side)
+            tensors[f"{module[side]}.sum"] = moment.sum.tril().cpu()
+            tensors[f"{module[side]}.count"] = moment.count.cpu()
+    save_file(tensors, tmp_path / "theirs", metadata)
+    ours, theirs = load_file(tmp_path / "ours"), load_file(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys() and len(ours) == 2 * len(sums)
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == tensor.dtype and torch.equal(ours[key], tensor), key
 
 
 def test_wrong_files(tmp_path: Path) -> None:

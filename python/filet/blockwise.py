@@ -17,7 +17,6 @@ import collections
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -48,6 +47,7 @@ from filet.adapters import Layer, commit, save_as_lora
 from filet.config import FiletConfig
 from filet.files import PLOT_FILE, replaced, staged
 from filet.initialize import materialise_rest, nothing_seen, warn_of
+from filet.lock import FolderLock
 from filet.loss import IGNORED, SummedLoss, drawn
 from filet.memory import named_shortage
 from filet.offload import Abandoned, Arena, ArenaPool, BlockInputs, Copies, Fetched, Layout
@@ -210,8 +210,9 @@ def initialize_folder(
     with contextlib.ExitStack() as stack:
         scratch_folder = None
         if scratch is not None:
-            # One name for one output: what a killed run has left there is replaced.
-            name = hashlib.blake2b(str(output.resolve()).encode(), digest_size=6).hexdigest()
+            # One name for one run folder, which is locked: what a killed run has left there is
+            # replaced, and nothing of another one.
+            name = hashlib.blake2b(str(run_folder.resolve()).encode(), digest_size=6).hexdigest()
             scratch_folder = Path(scratch) / f"filet-scratch-{name}"
         run = stack.enter_context(
             Blockwise(
@@ -229,7 +230,7 @@ def initialize_folder(
         )
         run.sweep()
         report = run.write(output)
-    shutil.rmtree(run_folder)
+        run.discard()
     return report
 
 
@@ -575,6 +576,7 @@ class Blockwise:
         self._ahead: Loading | None = None  # what the next sweep begins with
         self._at = "the blocks' first inputs"  # what is under way, for the message of a shortage
         self._stack = contextlib.ExitStack()
+        self._needed = True  # the run folder
         # One for a gradient, which takes a while, and one for the blocks done meanwhile.
         self._output = ThreadPoolExecutor(2, "filet output")
 
@@ -599,15 +601,9 @@ class Blockwise:
 
     def __enter__(self) -> Blockwise:
         with contextlib.ExitStack() as stack:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((self.folder / "lock").open("w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"{self.folder} is in use by another process; expected one at a time"
-                ) from error
+            self._lock = stack.enter_context(FolderLock(self.folder))
             self._resume()
+            stack.callback(self._leave)
             if self.scratch is not None:
                 shutil.rmtree(self.scratch, ignore_errors=True)
                 self.scratch.mkdir(parents=True)
@@ -618,8 +614,14 @@ class Blockwise:
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
-        if not self._finished_before(self._next_block()):  # nothing to go on from
-            shutil.rmtree(self.folder)
+
+    def discard(self) -> None:
+        """Have the run folder removed on leaving, while it is locked: the adapter is there."""
+        self._needed = False
+
+    def _leave(self) -> None:
+        if not self._needed or not self._finished_before(self._next_block()):  # nothing to go on
+            self._lock.remove()
 
     # The run folder.
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from filet.files import replaced
+from filet.tensorfile import write_tensors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -302,19 +303,16 @@ class FiletReport:
         """Write ``filet_report.safetensors`` into ``folder`` and return its path.
 
         The energies and indices are the tensors ``<module>.energies`` and ``<module>.indices``;
-        the rest is JSON under ``report`` in the metadata. The file is written beside and renamed,
-        so that a full disk leaves no half of it.
+        the rest is JSON under ``report`` in the metadata.
 
         Raises:
             OSError: the file cannot be written; an existing one is left as it was.
         """
-        from safetensors.torch import save
-
         tensors: dict[str, torch.Tensor] = {}
         described: list[dict[str, Any]] = []
         for name, module in self.modules.items():
-            tensors[f"{name}.energies"] = _as_stored(module.energies, torch.float64)
-            tensors[f"{name}.indices"] = _as_stored(module.indices, torch.int64)
+            tensors[f"{name}.energies"] = module.energies
+            tensors[f"{name}.indices"] = module.indices
             described.append(
                 {"key": name}
                 | {
@@ -331,8 +329,7 @@ class FiletReport:
         content["modules"] = described
         metadata = {"format": _FORMAT, "version": _VERSION, "report": json.dumps(content)}
         path = Path(folder) / REPORT_FILE
-        with replaced(path) as beside:
-            beside.write_bytes(save(tensors, metadata=metadata))
+        write_tensors(path, tensors, metadata)
         return path
 
     @classmethod
@@ -376,14 +373,6 @@ class FiletReport:
             return cls(modules=modules, **content)
         except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a readable filet report: {error}") from error
-
-
-# -- helpers: files --------------------------------------------------------------------------------
-
-
-def _as_stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A contiguous CPU tensor of its own storage, as safetensors asks."""
-    return tensor.detach().to(device="cpu", dtype=dtype).contiguous().clone()
 
 
 # -- helpers: text ---------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from filet.files import read_at
+from filet.tensorfile import DTYPES
 
 __all__ = [
     "Entry",
@@ -44,18 +45,6 @@ __all__ = [
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _ALIGNMENT = 256  # bytes: what the allocator itself gives, and TMA and vector loads ask for
 _PIECE = 2**27  # bytes of a pinned buffer
 _READERS = 8  # threads that read a piece, each its share,
@@ -309,7 +298,7 @@ def _header(path: Path) -> dict[str, tuple[torch.dtype, torch.Size, int]]:
     for key, value in header.items():
         if key == "__metadata__":
             continue
-        dtype = _DTYPES.get(value["dtype"])
+        dtype = DTYPES.get(value["dtype"])
         if dtype is None:
             raise ValueError(f"{path}: {key} is {value['dtype']}: quantised weights")
         offset = 8 + size + value["data_offsets"][0]

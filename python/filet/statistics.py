@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from filet.config import FiletConfig
-from filet.files import replaced
 from filet.memory import named_shortage
 from filet.passes import Batches, collect_in_passes
 from filet.plan import passes_that_fit
 from filet.targets import Target, check_peft_model, check_targets, find_targets, fingerprints
+from filet.tensorfile import write_tensors
 from filet.walk import ForwardFn, empty_moments, preserved
 from filet_kernels import Moments, SecondMoment
 
@@ -59,7 +58,7 @@ class Statistics:
         """Write one safetensors file; complete, or not there at all.
 
         A moment that several modules share is stored once. Sums keep their dtype; above the
-        diagonal there are zeros.
+        diagonal there are zeros. A copy is made of one moment at a time, in host memory.
         """
         tensors: dict[str, Tensor] = {}
         modules = {}
@@ -69,7 +68,7 @@ class Statistics:
                 moment: SecondMoment = getattr(moments, side)
                 owner = self.shared_input.get(name, name) if side == "input" else name
                 keys[side] = f"{owner}.{moment.space}"
-                tensors[f"{keys[side]}.sum"] = moment.sum.tril()
+                tensors[f"{keys[side]}.sum"] = moment.sum
                 tensors[f"{keys[side]}.count"] = moment.count
             modules[name] = {**keys, "shape": moments.shape, "weight": self.fingerprints[name]}
         header = {
@@ -78,8 +77,7 @@ class Statistics:
             **{key: getattr(self, key) for key in _COUNTS},
         }
         metadata = {"format": _FORMAT, "statistics": json.dumps(header)}
-        with replaced(path) as beside:
-            save_file(tensors, beside, metadata=metadata)
+        write_tensors(path, tensors, metadata, _lower)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Statistics:
@@ -251,6 +249,12 @@ def collect_statistics(
         seconds=time.perf_counter() - start,
         peak_memory=peak_memory(devices),
     )
+
+
+def _lower(tensor: Tensor) -> None:
+    """Zeros above the diagonal, where a sum is undefined."""
+    if tensor.dim() == 2:
+        tensor.tril_()
 
 
 def check_statistics(statistics: Statistics, targets: dict[str, Target]) -> None:
