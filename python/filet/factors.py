@@ -74,6 +74,12 @@ class StartedFactor(nn.Linear):
         whole = self._whole()
         return whole if torch.compiler.is_compiling() else _ReadOnly.of(whole)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """What trains may become another parameter (load_state_dict assigns), the whole may not."""
+        if name == "weight" and param is not None and param.shape != self.trained.shape:
+            raise RuntimeError(_LOST)
+        super().register_parameter(name, param)
+
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(input, self._whole(), self.bias)
 
@@ -124,6 +130,12 @@ class StartedFactor(nn.Linear):
 
 _WRITES = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
 _WRITES |= {"__set__", "__setitem__", "__imatmul__", "__iand__", "__ior__", "__ixor__"}
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_LOST = (
+    "this is the weight of a FILet factor, its trained and its frozen half joined when it is read, "
+    "so what is written to it would be lost; expected load_state_dict, or the saved adapter loaded "
+    "by PeftModel.from_pretrained, where it is a plain weight"
+)
 
 
 class _ReadOnly(Tensor):
@@ -140,15 +152,14 @@ class _ReadOnly(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
-            return args[0]  # a way to write past autograd
+        kwargs = kwargs or {}
         name = func.__name__
-        in_place = name.endswith("_") and not name.endswith("__")
-        if (in_place or name in _WRITES) and isinstance(args[0], cls):
-            raise RuntimeError(
-                "this is the weight of a FILet factor, its trained and its frozen half joined when "
-                "it is read, so what is written to it would be lost; expected load_state_dict, or "
-                "the saved adapter loaded by PeftModel.from_pretrained, where it is a plain weight"
-            )
+        in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+        # torch.nn.init hands its tensor on by name.
+        written = (args[:1] or tuple(kwargs.values())) if in_place else (kwargs.get("out"),)
+        if any(isinstance(each, cls) for each in written):
+            raise RuntimeError(_LOST)
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            found = func(*args, **kwargs)
+            # What is read as data can be written to as well, past autograd.
+            return found.as_subclass(cls) if func == _DATA else found
