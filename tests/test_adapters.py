@@ -392,6 +392,42 @@ def test_full_disk_leaves_the_files_that_were_there(
     assert contents(tmp_path / "new") == {}
 
 
+def renames(patch: pytest.MonkeyPatch, k: int, error: BaseException, after: bool) -> Failing:
+    failing = Failing(os.rename, k, error, after)
+    patch.setattr(files.os, "rename", failing)
+    return failing
+
+
+# What comes of a signal between two lines.
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("error", [OSError("stale handle"), KeyboardInterrupt()])
+@pytest.mark.parametrize("k", range(1, 7))
+def test_files_are_replaced_together_or_not_at_all(
+    k: int, error: BaseException, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = initialised()
+    filet.save_as_lora(model, tmp_path / "old")
+    (tmp_path / "old" / "README.md").write_text("The user's.")
+    before = contents(tmp_path / "old")
+    train(model)
+    with monkeypatch.context() as patch:
+        failing = renames(patch, k, error, after)
+        with pytest.raises(type(error)):
+            filet.save_as_lora(model, tmp_path / "old")
+        assert failing.calls > k or k == 1  # which were brought back
+    assert contents(tmp_path / "old") == before
+    if k <= 3:
+        with monkeypatch.context() as patch:
+            renames(patch, k, error, after)
+            with pytest.raises(type(error)):
+                filet.save_as_lora(model, tmp_path / "new")
+        assert contents(tmp_path / "new") == {}
+    filet.save_as_lora(model, tmp_path / "old")
+    assert contents(tmp_path / "old").keys() == before.keys()
+    plain = PeftModel.from_pretrained(llama(), str(tmp_path / "old"))
+    assert torch.equal(logits(plain), logits(model))
+
+
 def test_killed_between_the_renames_nothing_loads_two_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
