@@ -498,6 +498,33 @@ def test_load_refuses_another_base_and_leaves_it_alone(tmp_path: Path) -> None:
         wrap(model)
 
 
+@pytest.mark.parametrize("error", [OSError("bad sector"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "place", ["get_peft_model", "set_peft_model_state_dict", "find_targets", "_describe"]
+)
+def test_load_that_fails_late_leaves_the_base_alone(
+    place: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what was trained of its own: heads, biases, tokens."""
+
+    def base() -> Any:
+        return llama(attention_bias=True)
+
+    more = {"modules_to_save": ["lm_head"], "bias": "all", "trainable_token_indices": [3]}
+    model = wrap(base(), **more)
+    initialise(model)
+    train(model)
+    filet.save_as_lora(model, tmp_path)
+    again = base()
+    before = snapshot(again)
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters, place, Failing(getattr(adapters, place), 1, error, after=True))
+        with pytest.raises(type(error)):
+            filet.load(again, tmp_path)
+    assert_unchanged(again, before)
+    assert torch.equal(logits(filet.load(again, tmp_path)), logits(model))
+
+
 def test_load_refuses_what_is_no_filet_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no filet\.json; expected a folder that filet\.save"):
         filet.load(llama(), tmp_path)
@@ -525,6 +552,23 @@ def test_load_refuses_a_description_of_another_adapter(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"describes another adapter .* is None; expected 8 rows"):
         filet.load(model, tmp_path)
     assert_unchanged(model, before)
+
+
+def test_load_refuses_a_base_that_lacks_a_module(tmp_path: Path) -> None:
+    filet.save_as_lora(initialised(), tmp_path)
+    with pytest.raises(ValueError, match=r"no linear module 'model\.layers\.1\..*', which"):
+        filet.load(llama(num_hidden_layers=1), tmp_path)
+    model = wrap(llama(attention_bias=True, mlp_bias=True), bias="all")
+    initialise(model)
+    train(model)
+    filet.save_as_lora(model, tmp_path)
+    small = llama(mlp_bias=True)  # which takes some of the biases, before one has no place
+    state = base_state(wrap(llama(attention_bias=True, mlp_bias=True)))
+    small.load_state_dict({key: state[key] for key in small.state_dict()})
+    before = snapshot(small)
+    with pytest.raises(ValueError, match=r"no place for '.*_proj.*bias', which"):
+        filet.load(small, tmp_path)
+    assert_unchanged(small, before)
 
 
 # Copies.
