@@ -223,7 +223,7 @@ def test_equals_the_engine_in_memory(
     [
         {"fisher": "sampled"},
         {"select": "max", "scaling": "singular", "samples": 7},
-        {"base": "untouched", "normalization": "sum", "share_inputs": False},
+        {"normalization": "sum", "share_inputs": False},
     ],
     ids=str,
 )
@@ -300,8 +300,6 @@ def test_the_folder_is_what_save_as_lora_writes(folder: Path, tmp_path: Path) ->
         assert mine == theirs, name
     saved = FiletReport.load(tmp_path / "blockwise")
     assert_equal(saved, report, 1e-5)
-    for name, module in saved.modules.items():
-        assert module.residual_error == report.modules[name].residual_error > 0
     files = {path.name for path in (tmp_path / "blockwise").iterdir()}
     assert files == {path.name for path in (tmp_path / "memory").iterdir()}
     assert not (tmp_path / "blockwise.filet-run").exists()
