@@ -237,6 +237,23 @@ def test_settings(settings: dict[str, Any], folder: Path, tmp_path: Path) -> Non
     assert_same_adapter(tmp_path / "blockwise", tmp_path / "memory")
 
 
+@pytest.mark.parametrize("engine", ["memory", "blockwise", "auto"])
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "olora", "loftq", "lora_ga"])
+def test_a_changed_base_is_refused_before_the_model_is_loaded(
+    init: str, engine: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("PEFT was called")
+
+    chosen = lora()
+    chosen.init_lora_weights = init  # type: ignore[assignment]
+    monkeypatch.setattr(blockwise, "get_peft_model", never)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
+    with pytest.raises(ValueError, match=f"lora_config has init_lora_weights='{init}', by which"):
+        initialize(folder, tmp_path / "out", engine, lora_config=chosen)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_padding_on_the_left(folder: Path, tmp_path: Path) -> None:
     reports = [
         initialize(folder, tmp_path / engine, engine, batches=batches("left"))

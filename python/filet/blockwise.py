@@ -173,6 +173,7 @@ def initialize_folder(
     config = config or FiletConfig()
     if engine not in ("auto", "memory", "blockwise"):
         raise ValueError(f"engine={engine!r}; expected 'auto', 'memory' or 'blockwise'")
+    check_init(lora_config)
     if host_memory is not None and host_memory < 1:
         raise ValueError(f"host_memory={host_memory}; expected a positive number of bytes")
     folder, output = Path(model), Path(output)
@@ -523,7 +524,6 @@ class Blockwise:
         self.block_seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         self.plan: Plan | None = None
 
-        check_init(lora_config)
         weights = entries(model)  # before PEFT renames them
         self.peft_model = get_peft_model(model, lora_config, low_cpu_mem_usage=True)
         self.model = self.peft_model.base_model.model
