@@ -29,16 +29,19 @@ from peft import (
 )
 from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file
-from torch import nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 import filet
 from adapted import (
     CLOSE,
     TARGETS,
+    VOCAB,
     Nested,
     assert_same,
     base_state,
+    batches,
     classifier,
     effective_weights,
     gpt2,
@@ -54,7 +57,7 @@ from adapted import (
     trained,
     wrap,
 )
-from filet import adapters, files
+from filet import FiletConfig, adapters, files
 from filet.factors import StartedFactor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -312,6 +315,103 @@ def test_embedding_layers_are_saved_as_they_are(tied: bool, tmp_path: Path) -> N
         loaded = filet.load(base(), tmp_path)
     assert torch.equal(logits(plain), logits(model))
     assert torch.equal(logits(loaded), logits(model))
+
+
+# What FILet does not initialise is named once, and saved beside what it does.
+
+
+class Encoder(nn.Module):
+    """torch's own attention, whose module PEFT replaces by one that merges and unmerges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, 12)
+        self.layer = nn.TransformerEncoderLayer(12, 2, dim_feedforward=20, dropout=0.0)
+        self.head = nn.Linear(12, VOCAB)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> Any:
+        logits = self.head(self.layer(self.embedding(input_ids)))
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+def encoder() -> Any:
+    return scaled(Encoder())
+
+
+def moe() -> Any:
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=32, pad_token_id=0,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+    )  # fmt: skip
+    return scaled(Qwen3MoeForCausalLM(config))
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ATTENTION = "nn.MultiheadAttention multiplies by its weights itself"
+PARTLY: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, str]]] = {
+    "attention of torch": (
+        encoder,
+        {"target_modules": ["self_attn", "linear1", "linear2"], "task_type": None},
+        {"layer.self_attn": ATTENTION},
+    ),
+    "attention of torch, all linear": (
+        encoder,
+        {"target_modules": "all-linear", "task_type": None},
+        {"layer.self_attn.out_proj": "it saw no token"},
+    ),
+    "experts": (
+        moe,
+        {"target_modules": ["q_proj", "k_proj"], "target_parameters": EXPERTS},
+        {f"model.layers.{i}.mlp.experts{x}": f"{proj} of this Qwen3MoeExperts is a parameter"
+         for i in range(2) for x, proj in (("", "down_proj"), (".base_layer", "gate_up_proj"))},
+    ),
+    "experts and routers, all linear": (
+        moe,
+        {"target_modules": "all-linear"},
+        {f"model.layers.{i}.mlp.{x}": "a parameter (target_parameters), no layer"
+         for i in range(2) for x in ("experts", "experts.base_layer", "gate")},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")  # PEFT's own keys
+@pytest.mark.parametrize("case", PARTLY)
+def test_what_is_not_initialised_is_named_once_and_saved(case: str, tmp_path: Path) -> None:
+    make, lora, left = PARTLY[case]
+    model = wrap(make(), **lora)
+    before = logits(model)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        report = filet.initialize_lora_filet_weights(
+            model,
+            batches(),
+            FiletConfig(scaling="singular", samples=None, loss_reduction="mean"),
+            show_progress_bar=False,
+        )
+    (said,) = [str(w.message) for w in found if "keep PEFT's default" in str(w.message)]
+    assert report.left_default.keys() == left.keys() and report.modules
+    for name, reason in left.items():
+        assert reason in report.left_default[name]
+    assert all(said.count(f"{name} (") == 1 for name in list(report.left_default)[:5])
+    started = {n for n, m in model.named_modules() if isinstance(m, StartedFactor)}
+    assert started == {
+        f"base_model.model.{name}.{side}.default"
+        for name in report.modules
+        for side in ("lora_A", "lora_B")
+    }
+    assert_same(base_state(model), base_state(wrap(make(), **lora)))
+    torch.testing.assert_close(logits(model), before, **CLOSE)
+    train(model)
+    assert (logits(model) - before).abs().max() > 0.3
+    filet.save_as_lora(model, tmp_path)
+    # PEFT merges into torch's attention for every forward, and unmerges: that rounds.
+    tolerance = CLOSE if "layer.self_attn" in left else {"rtol": 0, "atol": 0}
+    for again in (PeftModel.from_pretrained(make(), str(tmp_path)), filet.load(make(), tmp_path)):
+        torch.testing.assert_close(logits(again), logits(model), **tolerance)
 
 
 def test_only_initialised_adapters_are_saved(tmp_path: Path) -> None:
