@@ -84,7 +84,7 @@ def one_round(model: nn.Module, batches: Batches, rank: int) -> dict[str, Any]:
     results["bare"], results["bare peak"], _ = timed(lambda: bare(model, batches))
     with fused(model):
         results["fused"], results["fused peak"], _ = timed(lambda: bare(model, batches))
-    # A fresh adapter each time: (c) writes the residual, by which W moves less than it is rounded.
+    # A fresh adapter each time: (c) gives it its start.
     peft_model = shapes.with_lora(model, rank)
     results["statistics"], results["statistics peak"], taken = timed(
         lambda: filet.collect_statistics(peft_model, batches, config, show_progress_bar=False)

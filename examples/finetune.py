@@ -112,9 +112,8 @@ def methods(
     for method, init in {"LoRA": True, "PiSSA": "pissa_niter_16"}.items():
         config = LoraConfig(
             task_type="CAUSAL_LM",
-            r=chosen.r,
-            lora_alpha=chosen.lora_alpha,
-            use_rslora=chosen.use_rslora,
+            r=chosen.r // 2,  # half of FILet's is frozen
+            lora_alpha=chosen.lora_alpha / 2,
             target_modules=chosen.target_modules,
             init_lora_weights=init,
         )
@@ -221,7 +220,7 @@ def main() -> None:
     for method, model in methods(load_base, options.adapter):
         rank, alpha = model.peft_config["default"].r, model.peft_config["default"].lora_alpha
         settings = (
-            f"rank {rank}, alpha {alpha}, AdamW, learning rate {options.learning_rate:g}, "
+            f"rank {rank}, alpha {alpha:g}, AdamW, learning rate {options.learning_rate:g}, "
             f"{len(train)} steps of {options.batch_size}×{options.max_length} tokens, "
             f"seed {options.seed}, fp32 on {device}"
         )

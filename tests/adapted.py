@@ -139,7 +139,7 @@ def initialise(model: PeftModel, name: str = "default", **config: Any) -> FiletR
 @functools.cache
 def statistics_of(make: Callable[[], Any] = llama) -> Statistics:
     """Of every linear layer that PEFT takes."""
-    model = wrap(make(), target_modules="all-linear")
+    model = wrap(make(), target_modules="all-linear", task_type=None)
     config = FiletConfig(samples=None)
     return filet.collect_statistics(model, _batches_for(model), config, show_progress_bar=False)
 
@@ -221,11 +221,14 @@ def base_state(model: Any) -> dict[str, Tensor]:
     """The base model's own tensors under the names that they had before PEFT, copied."""
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-    return {
-        key.replace(".base_layer", "").replace(".original_module", ""): value.clone().cpu()
-        for key, value in model.state_dict().items()
-        if ".lora_" not in key and ".modules_to_save." not in key
-    }
+    adapter = (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")
+    found = {}
+    for key, value in model.state_dict().items():
+        if not any(part in key for part in adapter):
+            for part in (".base_layer", ".original_module", ".token_adapter"):
+                key = key.replace(part, "")
+            found[key] = value.clone().cpu()
+    return found
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:

@@ -198,7 +198,7 @@ def test_options_reach_the_adapter(init: list[str], tmp_path: Path) -> None:
     output = tmp_path / "out" / "adapter"
     chosen = ["--alpha", "10", "--rslora", "--target-modules", "q_proj", "down_proj"]
     chosen += ["--select", "random", "--scaling", "constant-min", "--normalization", "sum"]
-    chosen += ["--seed", "5", "--samples", "7", "--fisher", "sampled", "--base", "untouched"]
+    chosen += ["--seed", "5", "--samples", "7", "--fisher", "sampled"]
     assert main(init + chosen) == 0
     report = FiletReport.load(output)
     assert list(report.modules) == [
@@ -211,7 +211,6 @@ def test_options_reach_the_adapter(init: list[str], tmp_path: Path) -> None:
         "normalization": "sum",
         "fisher": "sampled",
         "seed": 5,
-        "base": "untouched",
     }.items():
         assert report.config[key] == value
     # The saved adapter is a plain LoRA of twice the rank with the scaling of rslora.

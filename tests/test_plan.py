@@ -409,7 +409,7 @@ def test_passes_are_found_for_a_gpu_that_is_full(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(plan_module, "_selection", lambda *_: 0)
 
     def passes() -> int:
-        with filet.walk.preserved(peft_model):
+        with filet.walk.preserved(peft_model, "default", targets):
             return plan_module.passes_that_fit(peft_model, targets, batch, FiletConfig(), None)
 
     [on] = filet.estimate(peft_model, batch).devices

@@ -158,7 +158,7 @@ def test_applied_to_other_ranks_and_targets_without_a_run(
 
     for module in peft_model.modules():
         monkeypatch.setattr(module, "forward", run)
-    report = apply_statistics(peft_model, statistics, FiletConfig(base="untouched", select="max"))
+    report = apply_statistics(peft_model, statistics, FiletConfig(select="max"))
     assert list(report.modules) == part
     for name, module in report.modules.items():
         order = torch.argsort(truth("llama")[name], descending=True, stable=True)
@@ -350,8 +350,8 @@ def test_statistics_belong_to_the_base_not_to_the_adapter() -> None:
     statistics = collected(peft_of(c), loader(c.samples))
     peft_model = peft_of(c, r=2)
     peft_model.add_adapter("other", LoraConfig(r=3, target_modules=["k_proj"]))
-    report = apply_statistics(peft_model, statistics, FiletConfig(base="untouched"), "other")
+    report = apply_statistics(peft_model, statistics, None, "other")
     assert [m.rank for m in report.modules.values()] == [3, 3]
     randomised(peft_model.base_model.model, seed=1)
     with pytest.raises(ValueError, match="another model"):
-        apply_statistics(peft_model, statistics, FiletConfig(base="untouched"), "other")
+        apply_statistics(peft_model, statistics, None, "other")

@@ -758,7 +758,7 @@ def snapshot(peft_model: PeftModel) -> dict[str, Any]:
             (n, key): value
             for n, m in modules.items()
             for key, value in vars(m).items()
-            if isinstance(value, (bool, int, float, str))
+            if isinstance(value, (bool, int, float, str)) and key != "_disable_adapters"
         },
         "hooks": {
             (n, key): list(vars(m)[key])
@@ -768,6 +768,12 @@ def snapshot(peft_model: PeftModel) -> dict[str, Any]:
         },
         "config": None if config is None else config.to_dict(),
         "active": list(peft_model.active_adapters),
+        "tuner's active": copy.copy(peft_model.base_model.active_adapter),
+        "switches": {
+            n: (copy.copy(m._active_adapter), m._disable_adapters)
+            for n, m in modules.items()
+            if hasattr(m, "_active_adapter")
+        },
         "torch": torch.get_rng_state(),
         "numpy": np.random.get_state()[1],
         "python": random.getstate(),
@@ -860,7 +866,7 @@ def test_state_is_restored(kind: str, how: str, device: torch.device) -> None:
     assert_unchanged(peft_model, before)
 
 
-def test_adapters_are_off_in_the_pass_and_as_before_after_it() -> None:
+def test_what_is_initialised_is_off_in_the_pass() -> None:
     c = case("llama")
     peft_model = peft_of(c)
     peft_model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
@@ -877,6 +883,175 @@ def test_adapters_are_off_in_the_pass_and_as_before_after_it() -> None:
     assert_energies(energies_of(peft_model, loader(c.samples)), truth("llama"), FLOAT32)
     assert_unchanged(peft_model, before)
     assert peft_model.get_model_status().enabled is False
+
+
+# The pass sees the model as the adapter's training will begin.
+
+
+def energies_in(seen_in: nn.Module, c: Case) -> dict[str, Tensor]:
+    """Energies of the case's own weights, where x and g are those of another model."""
+    seen, terms = observe(seen_in, c.targets, c.samples, c.shift)
+    return {
+        name: oracle.fisher_energies(weight_of(c.model, name), x, g) / terms**2
+        for name, (x, g) in seen.items()
+    }
+
+
+def without(kind: str, *names: str) -> Case:
+    c = case(kind)
+    return Case(c.model, c.samples, [t for t in c.targets if t not in names], c.shift)
+
+
+def randomise(peft_model: PeftModel, *parts: str) -> None:
+    """Adapter weights as after a training: with them the energies are others."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if any(part in name for part in parts):
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise / max(parameter.shape) ** 0.5)
+
+
+def _head(name: str, adapter: str = "default") -> Callable[[PeftModel, nn.Module], None]:
+    def put(peft_model: PeftModel, model: nn.Module) -> None:
+        wrapper: Any = hooked(peft_model, name)
+        model.get_submodule(name).load_state_dict(wrapper.modules_to_save[adapter].state_dict())
+
+    return put
+
+
+@torch.no_grad()
+def _tokens(peft_model: PeftModel, model: Any) -> None:
+    trained: Any = hooked(peft_model, "model.embed_tokens.token_adapter")
+    model.model.embed_tokens.weight[[3, 7]] = trained.trainable_tokens_delta["default"]
+
+
+@torch.no_grad()
+def _embedding(peft_model: PeftModel, model: Any) -> None:
+    layer: Any = hooked(peft_model, "model.embed_tokens")
+    A, B = (x["default"] for x in (layer.lora_embedding_A, layer.lora_embedding_B))
+    model.model.embed_tokens.weight += layer.scaling["default"] * (B @ A).T
+
+
+# What was trained before: model, LoRA's settings, names of its parameters, into a plain model.
+TRAINED: dict[str, tuple[str, dict[str, Any], tuple[str, ...], Any]] = {
+    "head": ("llama", {"modules_to_save": ["lm_head"]}, ("modules_to_save",), _head("lm_head")),
+    "classifier": (
+        "bert class",
+        {"modules_to_save": ["classifier"]},
+        ("modules_to_save",),
+        _head("classifier"),
+    ),
+    "tokens": ("llama", {"trainable_token_indices": [3, 7]}, ("tokens_delta",), _tokens),
+    "embedding": ("llama", {}, ("lora_embedding",), _embedding),
+}
+
+
+@pytest.mark.parametrize("what", TRAINED)
+def test_what_was_trained_before_is_part_of_the_function(what: str, device: torch.device) -> None:
+    kind, lora, parts, put = TRAINED[what]
+    c = without(kind, "classifier")
+    targets = [*c.targets, "embed_tokens"] if what == "embedding" else c.targets
+    peft_model = peft_of(Case(c.model, c.samples, targets), target_modules=targets, **lora)
+    randomise(peft_model, "lora_", *parts)  # of the targets as well, whose adapter is off
+    trained = copy.deepcopy(c.model)
+    put(peft_model, trained)
+    expected = energies_in(trained, c)
+    assert worst(expected, energies_in(c.model, c))[0] > 0.05
+    assert_energies(energies_of(peft_model.to(device), loader(c.samples)), expected, FLOAT32)
+
+
+def two_adapters(lora: dict[str, Any], **other: Any) -> PeftModel:
+    peft_model = peft_of(case("llama"), **lora)
+    settings = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "down_proj"], **other}
+    peft_model.add_adapter("other", LoraConfig(**settings))
+    randomise(peft_model, "lora_", "modules_to_save")
+    return peft_model
+
+
+def test_another_active_adapter_is_part_of_the_function() -> None:
+    c = case("llama")
+    peft_model = two_adapters({})
+    merged = copy.deepcopy(c.model)
+    with torch.no_grad():
+        for name in c.targets:
+            layer: Any = hooked(peft_model, name)
+            if "other" in layer.lora_A:
+                merged.get_submodule(name).weight += layer.get_delta_weight("other")
+    expected = energies_in(merged, c)
+    assert worst(expected, truth("llama"))[0] > 0.05
+    peft_model.base_model.set_adapter(["default", "other"])
+    assert_energies(energies_of(peft_model, loader(c.samples)), expected, FLOAT32)
+    peft_model.base_model.set_adapter(["other", "default"])
+    assert_energies(energies_of(peft_model, loader(c.samples)), expected, FLOAT32)
+
+
+def test_an_inactive_adapter_is_taken_to_be_alone() -> None:
+    """With the head that belongs to it, not that of the active one."""
+    c = case("llama")
+    heads = {"modules_to_save": ["lm_head"]}
+    peft_model = two_adapters(heads, **heads)
+    peft_model.set_adapter("other")
+    trained = copy.deepcopy(c.model)
+    _head("lm_head")(peft_model, trained)
+    assert_energies(energies_of(peft_model, loader(c.samples)), energies_in(trained, c), FLOAT32)
+    assert peft_model.active_adapters == ["other"]
+
+
+def _inactive(peft_model: PeftModel) -> None:
+    peft_model.set_adapter("other")
+
+
+def _both(peft_model: PeftModel) -> None:
+    peft_model.base_model.set_adapter(["other", "default"])
+
+
+def _disabled(peft_model: PeftModel) -> None:
+    peft_model.base_model.disable_adapter_layers()
+
+
+def _frozen(peft_model: PeftModel) -> None:
+    peft_model.set_adapter("default", inference_mode=True)
+
+
+@pytest.mark.parametrize("how", ["success", "exception", "interrupt"])
+@pytest.mark.parametrize("switch", [_inactive, _both, _disabled, _frozen])
+def test_switches_are_put_back(switch: Callable[[PeftModel], None], how: str) -> None:
+    peft_model = two_adapters({"trainable_token_indices": [3]}, modules_to_save=["lm_head"])
+    if switch is _both:  # PEFT has one module to save active at a time
+        peft_model = two_adapters({"trainable_token_indices": [3]})
+    switch(peft_model)
+    before = snapshot(peft_model)
+
+    def forward_fn(model: Any, batch: Any) -> Any:
+        if how == "exception":
+            raise ZeroDivisionError
+        if how == "interrupt":
+            raise KeyboardInterrupt
+        return model(**batch)
+
+    expected = {"exception": ZeroDivisionError, "interrupt": KeyboardInterrupt}
+    with pytest.raises(expected[how]) if how in expected else nothing():
+        statistics_of(peft_model, loader(case("llama").samples), forward_fn)
+    assert_unchanged(peft_model, before)
+
+
+def test_what_adds_nothing_is_not_run() -> None:
+    """A fresh adapter of fused experts would copy all their weights."""
+    c = case("llama")
+    peft_model = peft_of(Case(c.model, c.samples, ["q_proj"]))
+    peft_model.add_adapter("other", LoraConfig(r=2, target_modules=["up_proj", "down_proj"]))
+    peft_model.base_model.set_adapter(["default", "other"])
+    calls = []
+    for name, module in peft_model.named_modules():
+        if "lora_A." in name:
+            module.register_forward_hook(lambda *_, n=name: calls.append(n))
+    statistics_of(peft_model, loader(c.samples))
+    assert calls == []
+    up: Any = hooked(peft_model, "model.layers.0.mlp.up_proj")
+    nn.init.normal_(up.lora_B["other"].weight)
+    statistics_of(peft_model, loader(c.samples))
+    assert set(calls) == {"base_model.model.model.layers.0.mlp.up_proj.lora_A.other"}
 
 
 def test_inside_no_grad_and_inference_mode() -> None:

@@ -7,12 +7,13 @@ says which half is frozen, so that :func:`load` goes on training at rank r.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -301,11 +302,10 @@ def load(
     config.inference_mode = False
     tensors = load_file(folder / _WEIGHTS)
     half = any(value.dtype in (torch.float16, torch.bfloat16) for value in tensors.values())
-    flags = {parameter: parameter.requires_grad for parameter in base_model.parameters()}
-    peft_model = get_peft_model(
-        base_model, config, adapter_name=adapter_name, autocast_adapter_dtype=not half
-    )
-    try:
+    with _kept_on_error(base_model, tensors):
+        peft_model = get_peft_model(
+            base_model, config, adapter_name=adapter_name, autocast_adapter_dtype=not half
+        )
         found = set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name)
         # With bias="all" PEFT writes those of modules to save twice, once under a name of its own.
         unknown = [key for key in found.unexpected_keys if ".modules_to_save." not in key]
@@ -320,13 +320,33 @@ def load(
                 linear.weight = nn.Parameter(trained.clone())
                 StartedFactor.begin(linear, start.clone(), dim)
         _describe(peft_model, adapter_name, {n: layer["weight"] for n, layer in layers.items()})
+    return peft_model
+
+
+@contextlib.contextmanager
+def _kept_on_error(base_model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """On an exception the base model is as it was: its modules, what asks for gradients, values.
+
+    ``tensors`` are an adapter's. Those of the base's own weights among them (biases that were
+    trained, embeddings that were saved along) are loaded into it. PEFT's ``unload`` would leave
+    them there, and trained heads in place of the base's.
+    """
+    children = [(m, *child) for m in base_model.modules() for child in m.named_children()]
+    flags = {parameter: parameter.requires_grad for parameter in base_model.parameters()}
+    names = {k.removeprefix("base_model.model.").replace(".base_layer", "") for k in tensors}
+    own = dict(base_model.named_parameters(remove_duplicate=False))
+    values = {own[name]: own[name].detach().clone() for name in names & own.keys()}
+    try:
+        yield
     except BaseException:
-        peft_model.unload()
-        base_model.__dict__.pop("peft_config", None)  # PEFT's, which unload leaves
+        for module, name, child in children:
+            module._modules[name] = child
+        base_model.__dict__.pop("peft_config", None)  # PEFT's
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+        for parameter, value in values.items():
+            parameter.data.copy_(value)
         raise
-    return peft_model
 
 
 def _described(folder: Path) -> dict[str, dict[str, Any]]:

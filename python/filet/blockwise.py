@@ -181,6 +181,7 @@ def initialize_folder(
     config = config or FiletConfig()
     if engine not in ("auto", "memory", "blockwise"):
         raise ValueError(f"engine={engine!r}; expected 'auto', 'memory' or 'blockwise'")
+    check_init(lora_config)
     if host_memory is not None and host_memory < 1:
         raise ValueError(f"host_memory={host_memory}; expected a positive number of bytes")
     folder, output = Path(model), Path(output)
@@ -1423,7 +1424,6 @@ class Blockwise:
 
 def _check_adapter(lora_config: LoraConfig) -> None:
     """An error for what PEFT keeps of the base beside A and B: it is never whole here."""
-    check_init(lora_config)
     for name in ("modules_to_save", "trainable_token_indices", "layer_replication", "bias"):
         value = getattr(lora_config, name, None)
         if value not in (None, [], {}, "none"):

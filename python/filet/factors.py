@@ -101,6 +101,12 @@ class StartedFactor(nn.Linear):
             del self.weight  # FSDP's view, whose name it takes back
         super().register_parameter(name, param)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """What trains may become another parameter (load_state_dict assigns), the whole may not."""
+        if name == "weight" and param is not None and param.shape != self.trained.shape:
+            raise RuntimeError(_LOST)
+        super().register_parameter(name, param)
+
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(input, self._whole(), self.bias)
 

@@ -55,20 +55,19 @@ def replaced_together(source: Path, folder: Path, names: Sequence[str]) -> None:
     there before lies in a hidden folder beside.
     """
     with tempfile.TemporaryDirectory(prefix=".replaced.", dir=folder) as place:
-        aside, moved = Path(place), []
+        aside = Path(place)
         try:
             for name in reversed(names):
                 if (folder / name).exists():
                     os.rename(folder / name, aside / name)
             for name in names:
                 os.rename(source / name, folder / name)
-                moved.append(name)
         except BaseException:
-            for name in moved:
-                (folder / name).unlink()
             for name in names:
                 if (aside / name).exists():
                     os.rename(aside / name, folder / name)
+                elif not (source / name).exists():
+                    (folder / name).unlink()
             raise
 
 
