@@ -24,6 +24,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from filet.checks import Inputs
 from filet.config import FiletConfig
 from filet.forwards import Forwards
 from filet.fused import fused
@@ -226,7 +227,7 @@ class MomentHooks:
 
     def _before(self, target: Target, module: nn.Module, args: tuple[Any, ...]) -> Any:
         if not args or not isinstance(args[0], Tensor):
-            raise TypeError(
+            raise ValueError(
                 f"{target.name} was called with {type(args[0]).__name__ if args else 'no'} "
                 "positional input; expected a tensor"
             )
@@ -453,9 +454,9 @@ def _bound(method: Callable[..., Any], *first: Any) -> Callable[..., Any]:
     return bound
 
 
-def _sharing_broke(follower: str, leader: str, batch: int | None) -> RuntimeError:
+def _sharing_broke(follower: str, leader: str, batch: int | None) -> ValueError:
     where = "" if batch is None else f" in batch {batch}"
-    return RuntimeError(
+    return ValueError(
         f"{follower} took the same input tensor as {leader} at first, but not{where} later; "
         "expected FiletConfig(share_inputs=False) for a model that changes its data flow"
     )
@@ -481,6 +482,7 @@ def collect_moments(
     base_model = peft_model.base_model.model
     summed_loss = SummedLoss(config, base_model)
     head_loss = HeadLoss(config, peft_model, summed_loss, forward_fn)
+    inputs = Inputs(base_model, forward_fn)
     forward_fn = forward_fn or _default_forward
     device = _input_device(base_model)
     is_encoder_decoder = bool(
@@ -501,6 +503,7 @@ def collect_moments(
         named_shortage("pass", lambda: _place(hooks, index, batch)),
     ):
         for index, batch in enumerate(dataloader):
+            batch = inputs.checked(batch, index)
             size = samples_in(batch)
             if config.samples is not None:
                 size = min(size, config.samples - counts["samples"])
@@ -509,6 +512,7 @@ def collect_moments(
                 continue
             masks, tokens = token_masks(batch, size, is_encoder_decoder)
             host = summed_loss.without_padded_terms(batch)
+            inputs.check_labels(host, index, summed_loss.shift)
             batch = _to_device(host, device)
             hooks.start_batch(masks)
             hooks.phase = "forward"
@@ -577,7 +581,7 @@ def _backward(
     loss: ChunkedLoss | ModelLoss, scale: float, index: int, retain_graph: bool = False
 ) -> None:
     if not loss.requires_grad:
-        raise RuntimeError(
+        raise ValueError(
             f"the loss of batch {index} has no gradient: no target module took part in it, or "
             "forward_fn ran under torch.no_grad(); expected a loss that depends on the targets"
         )
@@ -616,11 +620,6 @@ def _nan_last(value: float) -> float:
 
 
 def _default_forward(model: Any, batch: Any) -> Any:
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"the dataloader gave a {type(batch).__name__}; expected a dict of the model's "
-            "arguments, or a forward_fn(model, batch) that knows what to do with it"
-        )
     return model(**batch)
 
 
