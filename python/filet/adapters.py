@@ -32,7 +32,14 @@ from transformers import TrainerCallback
 
 from filet.config import Base, FiletConfig
 from filet.files import replaced
-from filet.targets import Target, check_peft_model, check_targets, find_targets, fingerprints
+from filet.targets import (
+    Target,
+    check_fingerprint,
+    check_peft_model,
+    check_targets,
+    find_targets,
+    fingerprints,
+)
 from filet.transfer import background_copies, values
 from filet_kernels import residual_weight_
 
@@ -476,11 +483,7 @@ def load(
         found = fingerprints({name: targets[name].weight for name in description["weights"]})
         for name, expected in description["weights"].items():
             target = targets[name]
-            if found[name] != expected:
-                raise ValueError(
-                    f"{folder} belongs to another base model: the weight of {name} is "
-                    f"{found[name]}, expected {expected} (dtype:shape:hash)"
-                )
+            check_fingerprint(name, found[name], expected, f"{folder} belongs")
             A, B = (tensors[f"base_model.model.{name}.{key}.weight"] for key in _FACTORS)
             layers[name] = Layer(
                 A[target.rank :].to(target.A.weight),
