@@ -28,18 +28,23 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
+    BertLMHeadModel,
+    BertModel,
     Dinov2Config,
     Dinov2ForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
     OPTConfig,
     OPTForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    ViTModel,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -85,8 +90,9 @@ def llama(layers: int = 2, **config: Any) -> LlamaForCausalLM:
     return randomised(LlamaForCausalLM(LlamaConfig(**settings)))
 
 
-def _bert(kind: type[nn.Module]) -> nn.Module:
+def _bert(kind: type[nn.Module], **more: Any) -> nn.Module:
     config = BertConfig(
+        **more,
         vocab_size=VOCAB,
         hidden_size=24,
         intermediate_size=40,
@@ -350,6 +356,43 @@ def _build(kind: str) -> Case:
     if kind == "experts":
         return _case(randomised(Experts()), _tagged(13, VOCAB), "head")
     raise ValueError(kind)
+
+
+def _of_llama(kind: type[nn.Module], tied: bool = False) -> nn.Module:
+    return randomised(kind(llama(tie_word_embeddings=tied).config))
+
+
+# What a folder may hold that is no causal language model, or lacks a weight of one; and what is
+# said of it.
+UNFIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "classifier": (
+        lambda: _of_llama(LlamaForSequenceClassification),
+        "is a LlamaForSequenceClassification",
+    ),
+    "classifier, tied": (
+        lambda: _of_llama(LlamaForSequenceClassification, tied=True),
+        "is a LlamaForSequenceClassification",
+    ),
+    "no head": (lambda: _of_llama(LlamaModel), "has no weight for lm_head.weight;"),
+    "token classifier": (
+        lambda: case("bert tokens").model,
+        "is a BertForTokenClassification",
+    ),
+    "masked": (lambda: case("bert masked").model, "is a BertForMaskedLM"),
+    "bert": (lambda: _bert(BertModel), "'bert' and attends both ways"),
+    "bert, causal by name": (lambda: _bert(BertLMHeadModel), "'bert' and attends both ways"),
+    "encoder-decoder": (lambda: case("bart").model, "is an encoder-decoder"),
+    "images": (lambda: case("vit").model, "is a ViTForImageClassification"),
+    "bare images": (
+        lambda: ViTModel(case("vit").model.config),
+        "'vit' (in config.json), of which transformers has no causal",
+    ),
+}
+# Causal language models that look like them.
+FIT: dict[str, Callable[[], nn.Module]] = {
+    "no head, tied": lambda: _of_llama(LlamaModel, tied=True),
+    "bert, decoder": lambda: _bert(BertLMHeadModel, is_decoder=True),
+}
 
 
 KINDS = (

@@ -48,14 +48,9 @@ from models import (
     true_energies,
     truth,
 )
-from test_walk import FLOAT32, snapshot, statistics_of
+from test_walk import FLOAT32, models_own, snapshot, statistics_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def models_own(model: Any, batch: Any) -> Any:
-    """A forward_fn: the loss is the model's."""
-    return model(**batch)
 
 
 @pytest.fixture
@@ -343,9 +338,8 @@ def test_other_reasons(what: str, caplog: Any, chunks: list[float]) -> None:
     elif what == "forward_fn":
         forward_fn, message = models_own, "forward_fn was given"
     elif what == "key":
-        weights = {"num_items_in_batch": torch.tensor(2)}
-        batches = [b | weights for b in batches]
-        message = "the batch has num_items_in_batch"
+        batches = [b | {"logits_to_keep": 0} for b in batches]
+        message = "the batch has logits_to_keep"
     elif what == "short":
         batches = [{k: v[:, :2] for k, v in batch.items()} for batch in loader(samples)]
         message = "the batch has too few tokens"
@@ -357,10 +351,9 @@ def test_other_reasons(what: str, caplog: Any, chunks: list[float]) -> None:
         base = peft_model.base_model.model
         base.model.another = base.lm_head
         message = "its head is at 2 places"
-    config = {"loss_reduction": "sum"} if what == "key" else {}
-    found, why = own_loss_of(caplog, peft_model, batches, forward_fn, **config)
+    found, why = own_loss_of(caplog, peft_model, batches, forward_fn)
     assert not chunks and why.count(message) == 1, why
-    assert_energies(found, energies_of(peft_model, batches, models_own, **config), 1e-6)
+    assert_energies(found, energies_of(peft_model, batches, models_own), 1e-6)
 
 
 # Errors.
@@ -371,7 +364,8 @@ def test_label_outside_the_vocabulary(chunks: list[float]) -> None:
     for wrong in (VOCAB, -1):
         batch = collate(c.samples[:4])
         batch["labels"][1, 2] = wrong
-        with pytest.raises(ValueError, match=rf"labels has {wrong}; expected -100, or .* 0 … 28"):
+        message = rf"labels of batch 0 has {wrong}; expected -100, or .* 0 … 28"
+        with pytest.raises(ValueError, match=message):
             statistics_of(peft_of(c), [batch])
 
 

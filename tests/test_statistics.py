@@ -134,7 +134,9 @@ def test_merge_is_refused() -> None:
     with torch.no_grad():
         other.get_submodule(name).weight[3, 5] += 1
     theirs = collected(peft_of(Case(other, c.samples, c.targets)), loader(c.samples[:2]))
-    with pytest.raises(ValueError, match=f"another model: the weight of {name} is float32:48x32:"):
+    with pytest.raises(
+        ValueError, match=f"another base model: the weight of {name} is float32:48x32:"
+    ):
         mine.merge(theirs)
     fewer = collected(peft_of(Case(c.model, c.samples, c.targets[:3])), loader(c.samples[:2]))
     with pytest.raises(ValueError, match=f"no module {c.targets[3]!r}"):
@@ -192,7 +194,7 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
     weight = changed.get_submodule(name).weight
     with torch.no_grad():
         weight.view(torch.int32)[7, 3] ^= 1
-    refused(changed, f"{path} belong to another model: the weight of {name} is float32:16x32:")
+    refused(changed, f"{path} belong to another base model: the weight of {name} is float32:16x32:")
     wider = llama(intermediate_size=56)
     for target in c.targets:
         if "mlp" not in target:
@@ -206,11 +208,20 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
         apply_statistics(peft_model, statistics)
 
 
-def test_other_dtype_is_another_model(tmp_path: Path) -> None:
+def test_another_dtype_is_said_to_be_one() -> None:
+    """Which it is, which was expected and how to get it; in a merge too."""
     c = case("llama")
     statistics = collected(peft_of(c), loader(c.samples[:2]))
-    with pytest.raises(ValueError, match=r"is float32:32x32:\w+ there and bfloat16:32x32:"):
-        apply_statistics(peft_of(c, dtype=torch.bfloat16), statistics)
+    other = peft_of(c, dtype=torch.bfloat16)
+    message = (
+        r"^the statistics belong to a base model in float32: the weight of "
+        r"model\.layers\.0\.self_attn\.q_proj is bfloat16 in {}; expected float32: load the model "
+        r"with dtype=torch\.float32 \(--dtype float32\)$"
+    )
+    with pytest.raises(ValueError, match=message.format("this model")):
+        apply_statistics(other, statistics)
+    with pytest.raises(ValueError, match=message.format("the other statistics")):
+        statistics.merge(collected(other, loader(c.samples[:2])))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -353,5 +364,5 @@ def test_statistics_belong_to_the_base_not_to_the_adapter() -> None:
     report = apply_statistics(peft_model, statistics, None, "other")
     assert [m.rank for m in report.modules.values()] == [3, 3]
     randomised(peft_model.base_model.model, seed=1)
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match="another base model"):
         apply_statistics(peft_model, statistics, None, "other")

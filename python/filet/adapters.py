@@ -32,6 +32,7 @@ from filet.factors import StartedFactor
 from filet.files import replaced, replaced_together
 from filet.targets import (
     Target,
+    check_fingerprint,
     check_peft_model,
     check_unmerged,
     find_targets,
@@ -389,8 +390,4 @@ def _check_base(
             raise ValueError(f"the base model has no linear module {name!r}, which {folder} has")
         weights[name] = weight_of(linear)
     for name, found in fingerprints(weights).items():
-        if found != layers[name]["weight"]:
-            raise ValueError(
-                f"{folder} belongs to another base model: the weight of {name} is {found}, "
-                f"expected {layers[name]['weight']} (dtype:shape:hash)"
-            )
+        check_fingerprint(name, found, layers[name]["weight"], f"{folder} belongs")

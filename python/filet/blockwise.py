@@ -36,7 +36,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -44,8 +44,10 @@ from tqdm import tqdm
 
 from filet import walk
 from filet.adapters import Layer, commit, save_as_lora
+from filet.checks import Inputs, check_dataloader
 from filet.config import FiletConfig
 from filet.files import PLOT_FILE, replaced, staged
+from filet.folder import load_model, settings_of, understood
 from filet.initialize import materialise_rest, nothing_seen, warn_of
 from filet.lock import FolderLock
 from filet.loss import IGNORED, SummedLoss, drawn
@@ -63,7 +65,14 @@ from filet.shards import (
     size_of,
 )
 from filet.statistics import peak_memory
-from filet.targets import Target, check_init, check_targets, find_targets, fingerprints
+from filet.targets import (
+    Target,
+    adapted,
+    check_init,
+    check_targets,
+    find_targets,
+    fingerprints,
+)
 from filet.transfer import values
 from filet.walk import (
     MomentHooks,
@@ -143,13 +152,14 @@ def initialize_folder(
     it keeps its state in ``<output>.filet-run`` until the adapter is written.
 
     Args:
-        model: local folder of a causal language model: config.json and safetensors weights.
+        model: local folder of a causal language model: config.json and safetensors weights, one
+            for every weight of the model.
         batches: dicts of ``input_ids``, ``labels``, and what else the model takes
             (``attention_mask``, ``position_ids``), each a CPU tensor of (samples, tokens). Read to
             ``config.samples``. What goes through a block at once is one batch.
         output: folder to create, with the adapter and ``filet_report.safetensors``.
         lora_config: :class:`peft.LoraConfig`: rank, alpha, patterns, rslora, targets. The blockwise
-            engine takes linear layers inside the blocks only.
+            engine takes layers inside the blocks only, and nothing to save besides.
         config: :class:`FiletConfig`, the paper's settings by default. The blockwise engine computes
             the loss itself, the cross-entropy of the next token: ``loss_reduction`` has no use.
         engine: "memory" loads the whole model onto ``device``; "blockwise" never does; "auto" takes
@@ -170,15 +180,18 @@ def initialize_folder(
     Deterministic: bitwise the same for the same arguments on the same machine, killed or not.
 
     Raises:
-        ValueError: an argument that does not fit; a model that the blockwise engine does not do
-            (quantised, encoder-decoder, no safetensors, blocks that hand on more than one tensor
-            or share weights; targets outside the blocks), before any block is computed; a run
-            folder of other data or settings, naming the first difference.
+        TypeError: ``batches`` are none.
+        ValueError: an argument that does not fit, a batch among them; a model of another task, or
+            with a weight that no file has; a model that the blockwise engine does not do
+            (quantised, no safetensors, blocks that hand on more than one tensor or share weights;
+            targets outside the blocks), before any block is computed; a run folder of other data
+            or settings, naming the first difference.
         FloatingPointError: NaN or infinity, naming the module.
         OutOfMemoryError: naming what was asked for and what to change.
         OSError: a full disk, say. What was finished stays, and the same call goes on there.
     """
     config = config or FiletConfig()
+    check_dataloader(batches, "batches")
     if engine not in ("auto", "memory", "blockwise"):
         raise ValueError(f"engine={engine!r}; expected 'auto', 'memory' or 'blockwise'")
     check_init(lora_config)
@@ -246,18 +259,10 @@ def _in_memory(
     trust_remote_code: bool,
     show_progress_bar: bool,
 ) -> FiletReport:
-    from transformers import AutoModelForCausalLM
-
     from filet.initialize import initialize_lora_filet_weights
 
-    base = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        dtype=dtype,
-        local_files_only=True,
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,
-    ).to(device)
-    peft_model = get_peft_model(base, lora_config)
+    base = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    peft_model = adapted(base, lora_config, config.seed)
     report = initialize_lora_filet_weights(
         peft_model, batches, config, show_progress_bar=show_progress_bar
     )
@@ -276,6 +281,21 @@ def _write_folder(peft_model: PeftModel, report: FiletReport, output: Path) -> N
             report.plot(place / PLOT_FILE)
 
 
+def _check_alone(lora_config: LoraConfig) -> None:
+    """ValueError for what is saved with an adapter besides A and B."""
+    nothing: dict[str, Any] = {
+        "modules_to_save": None, "trainable_token_indices": None, "bias": "none",
+        "layer_replication": None,
+    }  # fmt: skip
+    for key, none in nothing.items():
+        value = getattr(lora_config, key)
+        if value and value != none:
+            raise ValueError(
+                f"{key}={value!r}: the blockwise engine has no weights left to save beside the "
+                f"adapter's; expected {none!r} (or engine='memory')"
+            )
+
+
 class Unsupported(ValueError):
     """A kind of model that the blockwise engine does not take."""
 
@@ -289,37 +309,31 @@ def empty_model(
     """The causal language model of a folder without its weights: parameters on the meta device.
 
     Buffers are real (rotary frequencies, say). Raises :class:`Unsupported` for what the blockwise
-    engine does not take, as far as config.json and the names of the files say it.
+    engine does not take, as far as config.json and the names of the files say it, and ValueError
+    for what no engine does (:func:`filet.folder.settings_of`).
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from filet.shards import shard_files
 
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"no config.json in {folder}; expected the folder of a model")
-    own = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    settings = AutoConfig.from_pretrained(str(folder), **own)
+    settings = settings_of(folder, trust_remote_code=trust_remote_code)
     if getattr(settings, "quantization_config", None) is not None:
         raise Unsupported(
             f"{folder} is quantised (quantization_config in config.json); expected weights in "
             "float32, bfloat16 or float16"
-        )
-    if getattr(settings, "is_encoder_decoder", False):
-        raise Unsupported(
-            f"{folder} is an encoder-decoder; the blockwise engine takes decoders, "
-            "engine='memory' also others"
         )
     try:
         files = shard_files(folder)
     except FileNotFoundError as error:
         raise Unsupported(str(error)) from error
     if dtype == "auto":
-        dtype = getattr(settings, "dtype", None) or _dtype_of(files)
+        with understood(folder):
+            dtype = getattr(settings, "dtype", None) or _dtype_of(files)
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
-    with init_empty_weights(include_buffers=False):
+    with understood(folder), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             settings, dtype=dtype, trust_remote_code=trust_remote_code
         )
@@ -356,7 +370,7 @@ def choose_engine(
     except Unsupported:
         return "memory"
     weights = size_of(entries(model))
-    peft_model = get_peft_model(model, lora_config, low_cpu_mem_usage=True)
+    peft_model = adapted(model, lora_config)
     targets, _ = find_targets(peft_model, _ADAPTER, loaded=False)
     moments = sum(2 * 4 * min(target.weight.shape) ** 2 for target in targets.values())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
@@ -533,9 +547,9 @@ class Blockwise:
         self.block_seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         self.plan: Plan | None = None
 
-        _check_adapter(lora_config)
+        _check_alone(lora_config)
         weights = entries(model)  # before PEFT renames them
-        self.peft_model = get_peft_model(model, lora_config, low_cpu_mem_usage=True)
+        self.peft_model = adapted(model, lora_config)
         self.model = self.peft_model.base_model.model
         self.targets, self.unsupported = find_targets(self.peft_model, _ADAPTER, loaded=False)
         check_targets(self.peft_model, self.targets, self.unsupported, _ADAPTER)
@@ -545,7 +559,7 @@ class Blockwise:
                     f"{name}: rank {target.rank} exceeds the {target.weight.shape[1]} columns of "
                     f"W {tuple(target.weight.shape)}; expected a smaller r"
                 )
-        self.parts = Parts(self.model, self.targets)
+        self.parts = Parts(self.model, self.targets, self.unsupported)
         self.number = len(self.parts.blocks)
         self._part_weights(weights)
         self.of_block: list[dict[str, Target]] = [{} for _ in range(self.number)]
@@ -1422,17 +1436,6 @@ class Blockwise:
         return metadata
 
 
-def _check_adapter(lora_config: LoraConfig) -> None:
-    """An error for what PEFT keeps of the base beside A and B: it is never whole here."""
-    for name in ("modules_to_save", "trainable_token_indices", "layer_replication", "bias"):
-        value = getattr(lora_config, name, None)
-        if value not in (None, [], {}, "none"):
-            raise ValueError(
-                f"lora_config has {name}={value!r}; the blockwise engine makes A and B of linear "
-                "layers only: expected a config without, or engine='memory'"
-            )
-
-
 def _on_one_disk(one: Path, other: Path) -> bool:
     return one.stat().st_dev == other.stat().st_dev
 
@@ -1451,13 +1454,15 @@ def _read(
             f"{type(model).__name__} is not a causal language model; the blockwise engine takes "
             "those whose logits predict the next token"
         )
+    inputs = Inputs(model)
     result: list[_Batch] = []
     samples = 0
     for number, batch in enumerate(batches):
+        batch = inputs.checked(batch, number)
         for key in ("input_ids", "labels"):
-            value = batch.get(key) if isinstance(batch, Mapping) else None
+            value = batch.get(key)
             if not isinstance(value, Tensor) or value.dim() != 2:
-                raise TypeError(
+                raise ValueError(
                     f"batch {number} has no {key} of shape (samples, tokens); expected a dict with "
                     "input_ids and labels"
                 )
@@ -1467,9 +1472,10 @@ def _read(
         if size == 0:
             continue
         masks, tokens = token_masks(batch, size, False, config.token_mask)
+        batch = loss.without_padded_terms(batch, masks["decoder"])
+        inputs.check_labels(batch, number, shift=True)
         batch = {
-            key: value.cpu() if isinstance(value, Tensor) else value
-            for key, value in loss.without_padded_terms(batch, masks["decoder"]).items()
+            key: value.cpu() if isinstance(value, Tensor) else value for key, value in batch.items()
         }
         labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED)
         counted = labels != IGNORED

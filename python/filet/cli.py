@@ -626,6 +626,7 @@ def _check_model_folder(args: argparse.Namespace) -> None:
 def _load_data(args: argparse.Namespace) -> Any:
     """Read and tokenise the data: its errors come before the model is loaded."""
     from filet.data import encode, read_samples
+    from filet.folder import settings_of
 
     samples = read_samples(
         args.data,
@@ -637,35 +638,53 @@ def _load_data(args: argparse.Namespace) -> Any:
     if args.mask_prompt and all(sample.response is None for sample in samples):
         raise ValueError(f"--mask-prompt: {args.data} has no responses, only whole texts")
 
-    transformers = _transformers(args)
+    _transformers(args)
     with _own_code(args):
+        # Before the tokenizer, which reads config.json as well and would be blamed for it.
+        settings_of(args.model, trust_remote_code=args.trust_remote_code)
+        tokenizer = _tokenizer(args)
+    return encode(samples, tokenizer, max_length=args.max_length, mask_prompt=args.mask_prompt)
+
+
+def _tokenizer(args: argparse.Namespace) -> Any:
+    transformers = _transformers(args)
+    expected = "expected its files, tokenizer.json say, beside the weights"
+    try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(args.model), local_files_only=True, trust_remote_code=args.trust_remote_code
         )
-    return encode(samples, tokenizer, max_length=args.max_length, mask_prompt=args.mask_prompt)
+    except Exception as error:  # of as many kinds as there are files
+        if "trust_remote_code" in str(error):
+            raise
+        raise ValueError(
+            f"--model: no tokenizer can be loaded from {args.model}; {expected} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    # Without files some kinds are made all the same, and know no word.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise ValueError(f"--model: the tokenizer in {args.model} has no words; {expected}")
+    return tokenizer
 
 
 def _load_peft_model(args: argparse.Namespace, *, rank: int, alpha: int | None) -> Any:
     """The model with a default LoRA adapter on its targets."""
-    import torch
-    from peft import get_peft_model
+    from filet.folder import load_model
+    from filet.targets import adapted
 
     device = _device(args)
-    transformers = _transformers(args)
+    _transformers(args)
     with _own_code(args):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(args.model),
+        model = load_model(
+            args.model,
+            device=device,
             dtype=_dtype(args),
-            local_files_only=True,
             trust_remote_code=args.trust_remote_code,
-            use_safetensors=None if args.allow_pickle else True,
+            allow_pickle=args.allow_pickle,
         )
-    model = model.to(device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.train()  # it checkpoints in this mode only; dropout is off in the pass
-    torch.manual_seed(args.seed)  # modules that keep PEFT's default get the same A every time
-    return get_peft_model(model, _lora_config(args, rank=rank, alpha=alpha))
+    return adapted(model, _lora_config(args, rank=rank, alpha=alpha), args.seed)
 
 
 def _engine(args: argparse.Namespace) -> str:
@@ -791,15 +810,16 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     """What a user can cause; anything else is a bug and keeps its traceback."""
     errors: tuple[type[Exception], ...] = (
         ValueError,
-        TypeError,
         OSError,
-        RuntimeError,
         FloatingPointError,
         ImportError,
         MemoryError,
     )
-    safetensors = sys.modules.get("safetensors")
-    return errors if safetensors is None else (*errors, safetensors.SafetensorError)
+    # Of packages that no error can be of before they are imported.
+    for package, name in (("torch", "OutOfMemoryError"), ("safetensors", "SafetensorError")):
+        if package in sys.modules:
+            errors += (getattr(sys.modules[package], name),)
+    return errors
 
 
 def _one_line(error: Exception) -> str:

@@ -98,13 +98,7 @@ class StartedFactor(nn.Linear):
         if name == "weight" and param is not None and param.shape == whole:
             raise RuntimeError(_LOST)
         if name == "weight":
-            del self.weight  # FSDP's view, whose name it takes back
-        super().register_parameter(name, param)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """What trains may become another parameter (load_state_dict assigns), the whole may not."""
-        if name == "weight" and param is not None and param.shape != self.trained.shape:
-            raise RuntimeError(_LOST)
+            self.__dict__.pop("_view", None)  # FSDP's, which it takes back
         super().register_parameter(name, param)
 
     def forward(self, input: Tensor) -> Tensor:

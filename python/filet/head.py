@@ -41,8 +41,8 @@ _FEW = 8
 # a mixture's router, say, is 1e-3 of the whole.
 _TOLERANCE = 1e-5
 
-# What goes to the decoder and leaves head and loss alone. With another key (shift_labels,
-# num_items_in_batch, images) the model's own loss is taken.
+# What goes to the decoder and leaves head and loss alone. With another key (shift_labels, images)
+# the model's own loss is taken.
 _KEYS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels"}
 _KEYS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
@@ -164,7 +164,6 @@ class HeadLoss:
         labels = host["labels"].cpu()
         predicts = F.pad(labels[:, 1:].ne(IGNORED), (0, 1))  # the last token predicts nothing
         wanted = labels[:, 1:][predicts[:, :-1]].long()
-        self._check(wanted)
         with self._without_head():
             if self.settled:
                 self.peft_model(**{key: batch[key] for key in batch if key != "labels"})
@@ -217,15 +216,6 @@ class HeadLoss:
                 f"their cross-entropy, {float(terms.mean()):.6g} on average"
             )
         return None
-
-    def _check(self, labels: Tensor) -> None:
-        vocabulary = self.head.weight.shape[0]
-        wrong = labels[(labels < 0) | (labels >= vocabulary)]
-        if wrong.numel():
-            raise ValueError(
-                f"labels has {int(wrong[0])}; expected {IGNORED}, or a word of the model's "
-                f"vocabulary, 0 … {vocabulary - 1}"
-            )
 
     def _said(self, reason: str | None) -> bool:
         """Whether there is no reason; one that is new goes to the log."""

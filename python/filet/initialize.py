@@ -254,29 +254,34 @@ def _moved(moments: Moments, device: torch.device) -> Moments:
 
 
 def materialise_rest(peft_model: PeftModel, adapter_name: str, seed: int) -> None:
-    """Give PEFT's default initialisation to adapter weights that are still on the meta device."""
+    """Give PEFT's default initialisation to adapter weights that are still on the meta device.
+
+    Drawn on the CPU, so that the same seed gives the same on every device and no GPU's random state
+    changes.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         for layer in peft_model.base_model.model.modules():
             if not isinstance(layer, LoraLayer):
                 continue
             device = next(layer.get_base_layer().parameters()).device  # experts have no weight
             if device.type == "meta":  # of a model that is never whole
                 device = torch.device("cpu")
-            waiting = False
+            drawn: list[nn.Parameter] = []
             for factors in (layer.lora_A, layer.lora_B):
                 if adapter_name in factors and factors[adapter_name].weight.device.type == "meta":
-                    factors[adapter_name].to_empty(device=device)
-                    waiting = True
+                    drawn += factors[adapter_name].to_empty(device="cpu").parameters()
             for parameters in (layer.lora_embedding_A, layer.lora_embedding_B):
                 if adapter_name in parameters and parameters[adapter_name].device.type == "meta":
                     old = parameters[adapter_name]
                     parameters[adapter_name] = nn.Parameter(
-                        torch.empty_like(old, device=device), requires_grad=old.requires_grad
+                        torch.empty_like(old, device="cpu"), requires_grad=old.requires_grad
                     )
-                    waiting = True
-            if waiting:
+                    drawn.append(parameters[adapter_name])
+            if drawn:
                 layer.reset_lora_parameters(adapter_name, True)
+            for parameter in drawn:
+                parameter.data = parameter.data.to(device)
 
 
 def warn_of(left_default: dict[str, str], layers: dict[str, Layer]) -> None:

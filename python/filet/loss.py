@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from filet.config import FiletConfig
 
-__all__ = ["IGNORED", "ModelLoss", "SummedLoss", "drawn", "labels_of"]
+__all__ = ["IGNORED", "NUM_ITEMS", "ModelLoss", "SummedLoss", "drawn", "labels_of"]
 
 IGNORED = -100
+# The key of a batch by which a model of transformers divides the sum of its losses.
+NUM_ITEMS = "num_items_in_batch"
 # The model's loss and ours are the same cross-entropy of the same logits. They differ by rounding
 # alone, 2⁻⁸ where the model sums in bfloat16.
 _TOLERANCE = 1e-2
@@ -99,6 +101,13 @@ class SummedLoss:
         """
         loss = result if isinstance(result, Tensor) else getattr(result, "loss", None)
         loss = loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
+        divided = isinstance(batch, Mapping) and NUM_ITEMS in batch
+        if loss is not None and divided and self.config.fisher == "empirical":
+            raise ValueError(
+                f"the batch has {NUM_ITEMS}, by which a model divides the sum of its losses, "
+                "not by their number; expected a batch without it, or a forward_fn that returns "
+                "(loss, terms) with loss their mean"
+            )
         logits, labels = getattr(result, "logits", None), labels_of(batch)
         if loss is not None and not self.settled:
             self._settle(float(loss.detach()), logits, labels)

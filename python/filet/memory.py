@@ -21,8 +21,9 @@ ADVICE = (
 )
 _UNITS = ("bytes", "KiB", "MiB", "GiB")
 
-Phase = Literal["checks", "pass", "selection", "blockwise"]
+Phase = Literal["loading", "checks", "pass", "selection", "blockwise"]
 _ADVICE: dict[Phase, tuple[str, ...]] = {
+    "loading": ("weights in 16 bits (--dtype bfloat16)", *ADVICE[5:]),
     "checks": ADVICE[3:],
     "pass": ADVICE,
     "selection": ADVICE[3:],
@@ -37,8 +38,9 @@ class OutOfMemoryError(torch.OutOfMemoryError, MemoryError):
     Python raised.
 
     Attributes:
-        phase: "pass", where smaller batches may help; "checks" of the weights, before it;
-            "selection" of directions, after it; "blockwise", all of that engine.
+        phase: "pass", where smaller batches may help; "loading" of a model from its folder and
+            "checks" of the weights, before it; "selection" of directions, after it; "blockwise",
+            all of that engine.
         requested: what was asked for, as torch wrote it ("2.00 GiB"); None where it does not say.
     """
 

@@ -196,7 +196,7 @@ def _write(file: int, piece: memoryview) -> None:
 
 def _check(code: Any, size: int) -> None:
     if int(code):
-        raise RuntimeError(
+        raise ValueError(
             f"pinning {size / 2**30:.2f} GiB of host memory failed (CUDA error {int(code)}); "
             "expected a smaller host_memory, or a higher limit of locked memory"
         )

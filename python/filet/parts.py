@@ -7,7 +7,7 @@ what follows them, is then known for any model that chains its blocks by one ten
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +67,12 @@ class Parts:
     Raises ValueError for a model that is not a chain of blocks, when that shows.
     """
 
-    def __init__(self, model: Any, targets: Mapping[str, Target]) -> None:
+    def __init__(
+        self, model: Any, targets: Mapping[str, Target], others: Iterable[str] = ()
+    ) -> None:
+        """``others``: modules with an adapter that are no targets."""
         self.model = model
-        self.path, self.blocks = _find_blocks(model, targets)
+        self.path, self.blocks = _find_blocks(model, targets, others)
         parent = self.path.rpartition(".")[0]
         self.parent: nn.Module = model.get_submodule(parent) if parent else model
         if self.parent is model:
@@ -268,7 +271,9 @@ def described(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _find_blocks(model: nn.Module, targets: Mapping[str, Target]) -> tuple[str, list[nn.Module]]:
+def _find_blocks(
+    model: nn.Module, targets: Mapping[str, Target], others: Iterable[str]
+) -> tuple[str, list[nn.Module]]:
     """The ModuleList that holds the most target weights, and the outermost one of those."""
     best: tuple[int, int, str] | None = None
     for path, module in model.named_modules():
@@ -286,11 +291,11 @@ def _find_blocks(model: nn.Module, targets: Mapping[str, Target]) -> tuple[str, 
             "engine takes models whose blocks are one"
         )
     path = best[2]
-    outside = [name for name in targets if not name.startswith(f"{path}.")]
+    outside = [name for name in [*targets, *others] if not name.startswith(f"{path}.")]
     if outside:
         raise ValueError(
-            f"{some(outside)}: outside the blocks {path}; the blockwise engine initialises layers "
-            "inside them only: expected target_modules without (or engine='memory')"
+            f"{some(outside)}: outside the blocks {path}; the blockwise engine takes layers inside "
+            "them only: expected target_modules without (or engine='memory')"
         )
     blocks: Any = model.get_submodule(path)
     return path, list(blocks)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from filet.checks import check_dataloader
 from filet.config import FiletConfig
 from filet.targets import Target
 from filet.transfer import background_copies
@@ -31,6 +32,7 @@ class Batches:
     """
 
     def __init__(self, dataloader: Iterable[Any]) -> None:
+        check_dataloader(dataloader)
         self.dataset = getattr(dataloader, "dataset", None)
         self.keep = False
         self._source = iter(dataloader)

@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from filet.files import read_at
+from filet.folder import check_shapes, missing_weight, understood
 from filet.tensorfile import DTYPES
 
 __all__ = [
@@ -161,8 +162,8 @@ class ShardedWeights:
     does it on loading.
 
     Raises FileNotFoundError for a folder without safetensors weights, ValueError for a shard that
-    is missing, and for a weight that no file has or that has another shape; SafetensorError for a
-    damaged file. The files are open as long as this is there.
+    is missing or damaged, and for a weight that no file has or that has another shape. The files
+    are open as long as this is there.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: nn.Module) -> None:
@@ -182,15 +183,10 @@ class ShardedWeights:
         self._model: Any = model
         self._plain: dict[str, str] = {}  # name in the model -> key in the files
         self._converted: dict[str, _Conversion] = {}
-        self._match(meta)
-        for entry in entries(model):
-            name = self._name(entry)
-            shape = self._shape(name, meta)
-            if shape != entry.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(shape)} in {self.folder}; expected "
-                    f"{tuple(entry.shape)}, as config.json describes it"
-                )
+        with understood(self.folder):
+            self._match(meta)
+        names = ((self._name(entry), entry.shape) for entry in entries(model))
+        check_shapes(self.folder, ((name, self._shape(name, meta), shape) for name, shape in names))
 
     def _match(self, meta: dict[str, Tensor]) -> None:
         """Which keys of the files make which weights of the model."""
@@ -225,10 +221,7 @@ class ShardedWeights:
         for name in entry.names:
             if name in self._plain or name in self._converted:
                 return name
-        raise ValueError(
-            f"{self.folder} has no weight for {entry.names[0]}; expected one in its safetensors "
-            "files"
-        )
+        raise missing_weight(self.folder, [entry.names[0]])
 
     def _shape(self, name: str, meta: dict[str, Tensor]) -> torch.Size:
         if name in self._plain:
@@ -289,8 +282,11 @@ def shard_files(folder: Path) -> list[Path]:
 
 def _header(path: Path) -> dict[str, tuple[torch.dtype, torch.Size, int]]:
     """Dtype, shape and offset in the file of each of its tensors."""
-    with safe_open(str(path), framework="pt"):
-        pass  # which has checked the whole header, also against the file's size
+    try:
+        with safe_open(str(path), framework="pt"):
+            pass  # which has checked the whole header, also against the file's size
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

@@ -20,7 +20,14 @@ from filet.config import FiletConfig
 from filet.memory import named_shortage
 from filet.passes import Batches, collect_in_passes
 from filet.plan import passes_that_fit
-from filet.targets import Target, check_peft_model, check_targets, find_targets, fingerprints
+from filet.targets import (
+    Target,
+    check_fingerprint,
+    check_peft_model,
+    check_targets,
+    find_targets,
+    fingerprints,
+)
 from filet.tensorfile import write_tensors
 from filet.walk import ForwardFn, empty_moments, preserved
 from filet_kernels import Moments, SecondMoment
@@ -182,7 +189,8 @@ def collect_statistics(
             exception.
         dataloader: batches, as dicts of the model's arguments with labels unless ``forward_fn``
             says otherwise. Positions with ``attention_mask`` 0 do not count; positions without a
-            label do. Moved to the model's device. Read once, a generator will do.
+            label do. ``num_items_in_batch`` is left out: the loss is summed, whatever divides it.
+            Moved to the model's device. Read once, a generator will do.
         config: :class:`FiletConfig`; uses ``samples``, ``fisher``, ``seed``, ``loss_reduction``,
             ``share_inputs`` and ``passes``.
         adapter_name: whose target modules.
@@ -202,7 +210,10 @@ def collect_statistics(
     to rounding however the samples are batched or ordered.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, or a loss of unknown reduction.
+        TypeError, ValueError: an argument that does not fit, or a batch (samples that are no
+            batch, ids beyond the embeddings, labels beyond what the model predicts, sequences
+            beyond its positions; with a ``forward_fn`` none of that is asked), or a loss of unknown
+            reduction.
         FloatingPointError: NaN or infinity, naming the module and the batch.
         OutOfMemoryError: naming what was asked for, the batch and what to change; also before the
             pass, with ``passes="auto"``, where the moments of one block and what one sample was
@@ -275,11 +286,7 @@ def _compare(
             if partial:
                 continue
             raise ValueError(f"{what} have no module {name!r}, which {_of(statistics)} have")
-        if mine != theirs:
-            raise ValueError(
-                f"{_of(statistics)} belong to another model: the weight of {name} is {mine} there "
-                f"and {theirs} in {what} (dtype:shape:hash)"
-            )
+        check_fingerprint(name, theirs, mine, f"{_of(statistics)} belong", what)
     extra = next((name for name in other if name not in statistics.fingerprints), None)
     if extra is not None:
         raise ValueError(f"{_of(statistics)} have no module {extra!r}, which {what} have")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, PeftType
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -18,6 +20,8 @@ from filet.transfer import values
 
 __all__ = [
     "Target",
+    "adapted",
+    "check_fingerprint",
     "check_init",
     "check_peft_model",
     "check_targets",
@@ -88,6 +92,51 @@ def weight_of(linear: nn.Module) -> Tensor:
     """A linear module's weight as a view (m, n) = (out, in), detached: Conv1D stores it turned."""
     weight: Tensor = linear.weight.detach()  # type: ignore[operator]
     return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def adapted(model: Any, lora_config: LoraConfig, seed: int | None = None) -> PeftModel:
+    """``model`` with an adapter, drawn by PEFT from ``seed``; without one A and B are on meta.
+
+    The process's own random state is what it was. PEFT may rewrite ``lora_config.target_modules``.
+
+    Raises ValueError for a name in it that no module has, where PEFT drops it in silence as long as
+    another name has some; and for an initialisation that changes the base weights.
+    """
+    check_init(lora_config)
+    modules = dict(model.named_modules())
+    try:
+        with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, for an embedding always
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+            peft_model = get_peft_model(model, lora_config, low_cpu_mem_usage=seed is None)
+    except ValueError:
+        _check_names(lora_config, modules, type(model).__name__)  # which says what is near
+        raise
+    # Not before: PEFT knows names of experts' layers that transformers has fused since.
+    _check_names(lora_config, modules, type(model).__name__)
+    return peft_model
+
+
+def _check_names(lora_config: LoraConfig, modules: dict[str, nn.Module], model: str) -> None:
+    names = lora_config.target_modules
+    if names is None or isinstance(names, str):  # PEFT's choice, or a pattern, which it checks
+        return
+    for name in sorted(names):
+        parts = name.count(".") + 1
+        called = {".".join(path.split(".")[-parts:]): None for path in modules}
+        if name in called:
+            continue
+        linear = {
+            path.rpartition(".")[2]: None
+            for path, module in modules.items()
+            if isinstance(module, (nn.Linear, Conv1D))
+        }
+        near: Sequence[str] = difflib.get_close_matches(name, called) or list(linear)[:12]
+        expected = f"names like {', '.join(map(repr, near))}"
+        raise ValueError(
+            f"target_modules has {name!r} (--target-modules), and {model} no module of that name; "
+            f"expected {'it alone' if name == 'all-linear' else expected}"
+        )
 
 
 def check_peft_model(peft_model: object, adapter_name: str) -> PeftModel:
@@ -232,6 +281,29 @@ def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:
         f"{total & (2**64 - 1):016x}"
         for (name, weight), total in zip(weights.items(), totals, strict=True)
     }
+
+
+def check_fingerprint(
+    name: str, here: str, there: str, subject: str, model: str = "this model"
+) -> None:
+    """ValueError where a weight is another one ``here``, in ``model``, than the subject's.
+
+    ``subject`` with its verb: "the statistics in FILE belong".
+    """
+    if here == there:
+        return
+    dtype, shape, _ = here.split(":")
+    its_dtype, its_shape, _ = there.split(":")
+    if dtype != its_dtype and shape == its_shape:
+        raise ValueError(
+            f"{subject} to a base model in {its_dtype}: the weight of {name} is {dtype} in "
+            f"{model}; expected {its_dtype}: load the model with dtype=torch.{its_dtype} "
+            f"(--dtype {its_dtype})"
+        )
+    raise ValueError(
+        f"{subject} to another base model: the weight of {name} is {there} there and {here} in "
+        f"{model} (dtype:shape:hash); expected the very same weights"
+    )
 
 
 def _hash(weight: Tensor) -> Tensor:

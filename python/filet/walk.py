@@ -31,6 +31,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from filet.checks import Inputs
 from filet.config import FiletConfig
 from filet.forwards import Forwards
 from filet.fused import fused
@@ -296,7 +297,7 @@ class MomentHooks:
 
     def _before(self, target: Target, module: nn.Module, args: tuple[Any, ...]) -> Any:
         if not args or not isinstance(args[0], Tensor):
-            raise TypeError(
+            raise ValueError(
                 f"{target.name} was called with {type(args[0]).__name__ if args else 'no'} "
                 "positional input; expected a tensor"
             )
@@ -566,9 +567,9 @@ def _bound(method: Callable[..., Any], *first: Any) -> Callable[..., Any]:
     return bound
 
 
-def _sharing_broke(follower: str, leader: str, batch: int | None) -> RuntimeError:
+def _sharing_broke(follower: str, leader: str, batch: int | None) -> ValueError:
     where = "" if batch is None else f" in batch {batch}"
-    return RuntimeError(
+    return ValueError(
         f"{follower} took the same input tensor as {leader} at first, but not{where} later; "
         "expected FiletConfig(share_inputs=False) for a model that changes its data flow"
     )
@@ -594,6 +595,7 @@ def collect_moments(
     base_model = peft_model.base_model.model
     summed_loss = SummedLoss(config, base_model)
     head_loss = HeadLoss(config, peft_model, summed_loss, forward_fn)
+    inputs = Inputs(base_model, forward_fn)
     default, forward_fn = forward_fn is None, forward_fn or _default_forward
     device = _input_device(base_model)
     is_encoder_decoder = bool(
@@ -635,6 +637,7 @@ def collect_moments(
         named_shortage("pass", lambda: _place(hooks, index, batch)),
     ):
         for index, batch in enumerate(dataloader):
+            batch = inputs.checked(batch, index)
             if config.samples is not None:
                 batch = first_samples(batch, config.samples - counts["samples"])
             size = samples_in(batch)
@@ -644,6 +647,7 @@ def collect_moments(
             if counts["samples"] == 0 and not default:
                 _warn_of_other_masks(batch, config.token_mask)
             batch = summed_loss.without_padded_terms(batch, masks["decoder"])
+            inputs.check_labels(batch, index, summed_loss.shift)
             if default and config.token_mask not in ("attention_mask", None):
                 del batch[config.token_mask]  # the model does not know it
             terms = through(batch, masks)
@@ -728,7 +732,7 @@ def _backward(
     loss: ChunkedLoss | ModelLoss, scale: float, index: int, retain_graph: bool = False
 ) -> None:
     if not loss.requires_grad:
-        raise RuntimeError(
+        raise ValueError(
             f"the loss of batch {index} has no gradient: no target module took part in it, or "
             "forward_fn ran under torch.no_grad(); expected a loss that depends on the targets"
         )
@@ -766,11 +770,6 @@ def _nan_last(value: float) -> float:
 
 
 def _default_forward(model: Any, batch: Any) -> Any:
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"the dataloader gave a {type(batch).__name__}; expected a dict of the model's "
-            "arguments, or a forward_fn(model, batch) that knows what to do with it"
-        )
     return model(**batch)
 
 

@@ -1,0 +1,203 @@
+"""What is asked of a batch before the model's own forward gets it.
+
+What does not fit would else come back from an embedding or a kernel, which know neither the batch
+nor its key, and on a GPU as an assertion of the device. What a ``forward_fn`` does with a batch is
+not known: of those that it gets nothing is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from filet.loss import IGNORED, NUM_ITEMS, labels_of
+
+__all__ = ["Inputs", "check_dataloader"]
+
+_LOADER = (
+    "torch.utils.data.DataLoader(dataset, batch_size=…, collate_fn=…), with batch_size=None where "
+    "its items are batches already"
+)
+
+
+def check_dataloader(dataloader: Any, name: str = "dataloader") -> None:
+    """TypeError for what gives no batches: a data set, one batch, no iterable at all."""
+    kind = type(dataloader).__name__
+    packages = {each.__module__.partition(".")[0] for each in type(dataloader).__mro__}
+    is_dataset = isinstance(dataloader, Dataset) or "datasets" in packages
+    if is_dataset and not isinstance(dataloader, IterableDataset):
+        raise TypeError(f"{name} is a {kind}, a data set of samples; expected batches: {_LOADER}")
+    if isinstance(dataloader, (Mapping, Tensor)):
+        raise TypeError(f"{name} is a {kind}; expected an iterable of batches, a list of one say")
+    if not hasattr(dataloader, "__iter__") and not hasattr(dataloader, "__getitem__"):
+        raise TypeError(f"{name} is a {kind}; expected an iterable of batches")
+
+
+class Inputs:
+    """What a model takes, and so what is asked of a batch: nothing where there is a forward_fn."""
+
+    def __init__(self, model: Any, forward_fn: Callable[[Any, Any], Any] | None = None) -> None:
+        self.asked = forward_fn is None
+        self.model = type(model).__name__
+        # What a model of transformers has to be given. Others may take what they like.
+        self.main: str | None = getattr(model, "main_input_name", None)
+        config: Any = getattr(model, "config", None)
+        self.is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        # Beside pictures or sound, the ids of their places may lie beyond the words.
+        self.rows = _rows(model, "get_input_embeddings") if text is config else None
+        self.longest, self.positions = _positions(model, text)
+        self.labels = _labels(model)
+
+    def checked(self, batch: Any, index: int) -> Any:
+        """The batch as the model's own forward takes it; an error that names what it does not.
+
+        ``num_items_in_batch``, which transformers' Trainer counts, is left out: by it a model
+        divides the sum of its losses instead of taking their mean, and of either the summed loss is
+        wanted.
+        """
+        if not self.asked:
+            return batch
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"the dataloader gave a {type(batch).__name__}; expected a dict of the model's "
+                "arguments, or a forward_fn(model, batch) that knows what to do with it"
+            )
+        if self.main is not None:
+            self._check_form(batch, f"of batch {index}")
+            self._check_range(batch, f"of batch {index}")
+        if NUM_ITEMS not in batch:
+            return batch
+        return {key: value for key, value in batch.items() if key != NUM_ITEMS}
+
+    def check_labels(self, batch: Any, index: int, shift: bool) -> None:
+        """ValueError for a label that the model has no output for.
+
+        ``shift``: the first of each sample is no label, being predicted by nothing.
+        """
+        labels = labels_of(batch)
+        if not self.asked or self.labels is None or labels is None or labels.is_floating_point():
+            return
+        if shift and labels.dim() > 1:
+            labels = labels[:, 1:]
+        wrong = labels[labels.ne(IGNORED) & (labels.lt(0) | labels.ge(self.labels))]
+        if wrong.numel():
+            raise ValueError(
+                f"labels of batch {index} has {int(wrong[0])}; expected {IGNORED}, or what "
+                f"{self.model} predicts, 0 … {self.labels - 1}"
+            )
+
+    def _check_form(self, batch: Mapping[str, Any], where: str) -> None:
+        """Samples stacked in tensors, of what the model takes."""
+        assert self.main is not None
+        known = ("input_ids", "inputs_embeds", self.main)
+        main = next((key for key in known if batch.get(key) is not None), None)
+        if main is None:
+            raise ValueError(
+                f"no {self.main} in the keys {where}, {', '.join(map(str, batch))}; expected the "
+                f"arguments of {self.model}, or a forward_fn(model, batch) that computes the loss "
+                "(of pairs for DPO, say)"
+            )
+        for key in (main, "labels"):
+            value = batch.get(key)
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{key} {where} is a {type(value).__name__}; expected a tensor of samples: "
+                    f"{_LOADER}"
+                )
+            if value.dim() < 1 + (key == main):
+                raise ValueError(
+                    f"{key} {where} has shape {tuple(value.shape)}, as one sample has; expected a "
+                    f"batch: {_LOADER}"
+                )
+            if value.shape[0] != batch[main].shape[0]:
+                raise ValueError(
+                    f"labels {where} is of {value.shape[0]} samples and {main} of "
+                    f"{batch[main].shape[0]}; expected as many"
+                )
+
+    def _check_range(self, batch: Mapping[str, Any], where: str) -> None:
+        """Ids within the embeddings, and sequences within the positions."""
+        ids = batch.get("input_ids")
+        if isinstance(ids, Tensor) and ids.numel() and self.rows is not None:
+            least, largest = map(int, ids.aminmax())
+            if least < 0 or largest >= self.rows:
+                raise ValueError(
+                    f"input_ids {where} has {least if least < 0 else largest}; expected 0 … "
+                    f"{self.rows - 1}, padding included: the rows of the model's embeddings (a "
+                    "token added to the tokenizer needs model.resize_token_embeddings)"
+                )
+        if self.longest is None or self.positions is None:
+            return
+        given = batch.get("position_ids")
+        if isinstance(given, Tensor) and given.numel():
+            if int(given.max()) >= self.positions:
+                raise ValueError(
+                    f"position_ids {where} has {int(given.max())}; expected 0 … "
+                    f"{self.positions - 1}, the positions that {self.model} has"
+                )
+            return
+        keys = ["input_ids", "inputs_embeds"]
+        keys += ["labels", "decoder_input_ids"] if self.is_encoder_decoder else []
+        for key in keys:
+            value = batch.get(key)
+            if not isinstance(value, Tensor) or value.dim() < 2:
+                continue
+            length = value.shape[1 if key == "inputs_embeds" else -1]  # of several choices, say
+            if length > self.longest:
+                raise ValueError(
+                    f"{key} {where} has {length} tokens a sample; expected at most {self.longest}, "
+                    f"the positions that {self.model} has: shorter samples "
+                    f"(--max-length {self.longest})"
+                )
+
+
+def _rows(model: Any, getter: str) -> int | None:
+    """Rows of the weight of a model's embeddings or head, None where it has none."""
+    try:
+        module = getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
+    weight = getattr(module, "weight", None)
+    return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else None
+
+
+def _labels(model: Any) -> int | None:
+    """How many labels a model tells apart, None where that is not known."""
+    words = _rows(model, "get_output_embeddings")
+    config = getattr(model, "config", None)
+    if words is not None or config is None:
+        return words
+    classes: int = getattr(config, "num_labels", 1)
+    kind = getattr(config, "problem_type", None) in (None, "single_label_classification")
+    # With one "class" it is a regression.
+    named = (getattr(model, "loss_type", None) or "").endswith("Classification")
+    return classes if named and kind and classes > 1 else None
+
+
+def _positions(model: Any, config: Any) -> tuple[int | None, int | None]:
+    """Tokens that a sample may have, and values that ``position_ids`` may; None for any number.
+
+    A table of positions ends, learned (GPT-2, OPT, BERT) or not (GPT-J). Rotary and relative ones
+    are computed, and do not. A table is known by its name and by its length, the config's: one of
+    pictures, beside the text, has another.
+    """
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None, None
+    for path, module in model.named_modules():
+        name = path.removesuffix(".base_layer").rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("pos" in name or name == "wpe"):
+            # Rows before the first position (OPT, BART), or those up to the padding's (RoBERTa).
+            if module.num_embeddings - getattr(module, "offset", 0) == most:
+                padding = -1 if module.padding_idx is None else module.padding_idx
+                return most - (padding + 1), most
+    for path, buffer in model.named_buffers():  # GPT-J, CTRL
+        if "pos" in path.rpartition(".")[2] and buffer.dim() == 2 and buffer.shape[0] == most:
+            return most, most
+    return None, None

@@ -1,0 +1,138 @@
+"""The causal language model in a local folder: what is refused of it, and the loading.
+
+transformers gives a weight that no file has random numbers, and a model of another task a head of
+its own: whoever only looks at the exit status trains on an initialisation of noise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from filet.memory import named_shortage
+
+__all__ = ["check_shapes", "load_model", "missing_weight", "settings_of", "understood"]
+
+_EXPECTED = (
+    "expected a causal language model (filet.initialize_lora_filet_weights takes others, loaded by "
+    "their own class)"
+)
+# What a class of transformers is for stands behind its last "For"; a bare model has none.
+_TASK = re.compile(r".*For([A-Z]\w*)")
+_TASKS = ("CausalLM", "ConditionalGeneration")
+
+
+def settings_of(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+    """The folder's config, of a causal language model; else a ValueError that says what it is of.
+
+    Loaded as a causal language model a classifier may lack nothing but sense: with tied embeddings
+    it has a head, and a BERT sees the very tokens that it is to predict.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        AutoConfig,
+    )
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no config.json in {folder}; expected the folder of a model")
+    with understood(folder):
+        settings = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    names = getattr(settings, "architectures", None) or []
+    tasks = [match[1] for match in map(_TASK.fullmatch, names) if match is not None]
+    if tasks and not any(task.startswith(_TASKS) for task in tasks):
+        raise ValueError(f"{folder} is a {names[0]} (architectures in config.json); {_EXPECTED}")
+    if getattr(settings, "is_encoder_decoder", False):
+        raise ValueError(f"{folder} is an encoder-decoder; {_EXPECTED}")
+    own_code = getattr(settings, "auto_map", None) or {}
+    if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
+        raise ValueError(
+            f"{folder} is of model_type {settings.model_type!r} (in config.json), of which "
+            f"transformers has no causal language model; {_EXPECTED}"
+        )
+    # The kinds that are masked language models as well attend both ways, unless they are told.
+    causal = getattr(settings, "is_decoder", False) or getattr(settings, "causal", False)
+    if type(settings) in MODEL_FOR_MASKED_LM_MAPPING and not causal:
+        raise ValueError(
+            f"{folder} is of model_type {settings.model_type!r} and attends both ways, so that it "
+            f"sees its labels (is_decoder in config.json is not true); {_EXPECTED}"
+        )
+    return settings
+
+
+def load_model(
+    folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Any:
+    """The causal language model of a folder, whole, on ``device``.
+
+    Raises ValueError for another kind of model (:func:`settings_of`), and for a weight that no file
+    has or that has another shape, naming it; OutOfMemoryError where it does not fit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder)
+    settings_of(folder, trust_remote_code=trust_remote_code)
+    with understood(folder), named_shortage("loading", lambda: f"the loading of {folder}"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused here, by name
+        )
+        check_shapes(folder, sorted(found["mismatched_keys"]))
+        if found["missing_keys"]:  # without those that are tied to one that is there
+            raise missing_weight(folder, sorted(found["missing_keys"]))
+        return model.to(device)
+
+
+def missing_weight(folder: Path, names: list[str]) -> ValueError:
+    """For weights of the model that the files do not have."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return ValueError(
+        f"{folder} has no weight for {names[0]}{more}; expected one in its files for every weight "
+        "of the model that config.json describes"
+    )
+
+
+def check_shapes(folder: Path, shapes: Iterable[tuple[str, Iterable[int], Iterable[int]]]) -> None:
+    """ValueError for the first weight whose shapes differ: (name, in the files, in the model)."""
+    for name, there, here in shapes:
+        if tuple(there) != tuple(here):
+            raise ValueError(
+                f"{name} has shape {tuple(there)} in {folder}; expected {tuple(here)}, as "
+                "config.json describes it"
+            )
+
+
+@contextlib.contextmanager
+def understood(folder: Path) -> Iterator[None]:
+    """What transformers trips over in a folder's files (a KeyError, say), as a ValueError.
+
+    What names its cause itself, ValueError, OSError and ImportError, stays what it is, and so does
+    a shortage of memory.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{folder} cannot be loaded as a model: {type(error).__name__}: {error}"
+        ) from error
