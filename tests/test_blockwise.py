@@ -247,7 +247,7 @@ def test_a_changed_base_is_refused_before_the_model_is_loaded(
 
     chosen = lora()
     chosen.init_lora_weights = init  # type: ignore[assignment]
-    monkeypatch.setattr(blockwise, "get_peft_model", never)
+    monkeypatch.setattr(filet.targets, "get_peft_model", never)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
     with pytest.raises(ValueError, match=f"lora_config has init_lora_weights='{init}', by which"):
         initialize(folder, tmp_path / "out", engine, lora_config=chosen)
