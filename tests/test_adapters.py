@@ -767,8 +767,10 @@ def test_an_exception_leaves_everything_as_it_was(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_write_residual(dtype: torch.dtype, tmp_path: Path, device: torch.device) -> None:
     original = llama().to(device, dtype)
+    original.name_or_path = "org/base"
     patterns: dict[str, Any] = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}}
     model = wrap(copy.deepcopy(original), use_rslora=True, **patterns)
+    assert model.peft_config["default"].base_model_name_or_path == "org/base"
     scalings = {name: layer.scaling["default"] for name, layer in lora_layers(model).items()}
     initialise(model)
     train(model)
@@ -807,6 +809,7 @@ def test_write_residual(dtype: torch.dtype, tmp_path: Path, device: torch.device
     train(model)
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "filet.json").exists()
+    assert "org/base" not in (tmp_path / "adapter_config.json").read_text()
     residual = copy.deepcopy(original)
     residual.load_state_dict(base_state(model))
     again = PeftModel.from_pretrained(residual, str(tmp_path))

@@ -343,6 +343,7 @@ CONVERSIONS: dict[str, Callable[[PeftModel], Any]] = {
     "to float64": lambda model: model.to(torch.float64),
     "bfloat16": lambda model: model.bfloat16(),
     "half": lambda model: model.half(),
+    "half and back": lambda model: model.half().float(),  # both halves rounded
     "parameters alone": _cast_parameters,
     "adapter alone": _cast_adapter,
     "cpu": lambda model: model.cpu(),
