@@ -1012,7 +1012,7 @@ def _disabled(peft_model: PeftModel) -> None:
 
 
 def _frozen(peft_model: PeftModel) -> None:
-    peft_model.set_adapter("default", inference_mode=True)
+    peft_model.requires_grad_(False)
 
 
 @pytest.mark.parametrize("how", ["success", "exception", "interrupt"])
