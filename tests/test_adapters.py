@@ -27,7 +27,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraModel, ParamWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -383,6 +383,8 @@ PARTLY: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, str]]] = {
 def test_what_is_not_initialised_is_named_once_and_saved(case: str, tmp_path: Path) -> None:
     make, lora, left = PARTLY[case]
     model = wrap(make(), **lora)
+    if "routers" in case and not any(isinstance(m, ParamWrapper) for m in model.modules()):
+        pytest.skip("this PEFT leaves parameters out of all-linear")
     before = logits(model)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
