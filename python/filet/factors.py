@@ -74,17 +74,18 @@ class StartedFactor(nn.Linear):
         whole = self._whole()
         return whole if torch.compiler.is_compiling() else _ReadOnly.of(whole)
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """What trains may become another parameter (load_state_dict assigns), the whole may not."""
-        if name == "weight" and param is not None and param.shape != self.trained.shape:
-            raise RuntimeError(_LOST)
-        super().register_parameter(name, param)
-
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(input, self._whole(), self.bias)
 
     def _whole(self) -> Tensor:
         trained = self.trained
+        if trained.shape != self.start.shape:
+            # accelerate's dispatch_model puts what it reads as the weight in the parameter's place.
+            raise RuntimeError(
+                f"the parameter of this FILet factor is {tuple(trained.shape)}; expected the "
+                f"trained half alone, {tuple(self.start.shape)}: a model is moved by .to(), or "
+                "dispatched before it is initialised"
+            )
         return torch.cat([trained, self.start.to(trained)], self.dim)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StartedFactor:
