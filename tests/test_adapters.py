@@ -27,7 +27,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraModel, ParamWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -383,6 +383,8 @@ PARTLY: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, str]]] = {
 def test_what_is_not_initialised_is_named_once_and_saved(case: str, tmp_path: Path) -> None:
     make, lora, left = PARTLY[case]
     model = wrap(make(), **lora)
+    if "routers" in case and not any(isinstance(m, ParamWrapper) for m in model.modules()):
+        pytest.skip("this PEFT leaves parameters out of all-linear")
     before = logits(model)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
@@ -767,8 +769,10 @@ def test_an_exception_leaves_everything_as_it_was(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_write_residual(dtype: torch.dtype, tmp_path: Path, device: torch.device) -> None:
     original = llama().to(device, dtype)
+    original.name_or_path = "org/base"
     patterns: dict[str, Any] = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}}
     model = wrap(copy.deepcopy(original), use_rslora=True, **patterns)
+    assert model.peft_config["default"].base_model_name_or_path == "org/base"
     scalings = {name: layer.scaling["default"] for name, layer in lora_layers(model).items()}
     initialise(model)
     train(model)
@@ -807,6 +811,7 @@ def test_write_residual(dtype: torch.dtype, tmp_path: Path, device: torch.device
     train(model)
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "filet.json").exists()
+    assert "org/base" not in (tmp_path / "adapter_config.json").read_text()
     residual = copy.deepcopy(original)
     residual.load_state_dict(base_state(model))
     again = PeftModel.from_pretrained(residual, str(tmp_path))

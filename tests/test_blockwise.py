@@ -247,7 +247,7 @@ def test_a_changed_base_is_refused_before_the_model_is_loaded(
 
     chosen = lora()
     chosen.init_lora_weights = init  # type: ignore[assignment]
-    monkeypatch.setattr(filet.targets, "get_peft_model", never)
+    monkeypatch.setattr("filet.targets.get_peft_model", never)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
     with pytest.raises(ValueError, match=f"lora_config has init_lora_weights='{init}', by which"):
         initialize(folder, tmp_path / "out", engine, lora_config=chosen)
@@ -1167,7 +1167,7 @@ def test_arguments_that_are_refused(folder: Path, tmp_path: Path) -> None:
         ({"lora_config": lora(bias="all")}, "bias='all': .* expected 'none'"),
         (
             {"lora_config": lora(init_lora_weights="pissa")},
-            "init_lora_weights='pissa'; expected one of",
+            "has init_lora_weights=.pissa., by which PEFT changes the base weights; expected",
         ),
         (
             {"lora_config": lora(target_modules=["q_proj", "mlp.upproj"])},

@@ -257,10 +257,6 @@ def _data_item(factor: StartedFactor) -> None:
     factor.weight.data[:2] = 1
 
 
-def _parameter(factor: StartedFactor) -> None:
-    factor.weight = nn.Parameter(torch.zeros(factor.weight.shape))
-
-
 WRITES: dict[str, Callable[[StartedFactor], Any]] = {
     "copy_": _in_place(lambda w: w.copy_(torch.zeros(w.shape))),
     "fill_": _in_place(lambda w: w.fill_(0)),
@@ -275,7 +271,6 @@ WRITES: dict[str, Callable[[StartedFactor], Any]] = {
     "nn.init.zeros_": lambda factor: nn.init.zeros_(factor.weight),
     "reset_parameters": lambda factor: factor.reset_parameters(),
     "requires_grad_": lambda factor: factor.weight.requires_grad_(False),
-    "= nn.Parameter": _parameter,
 }
 
 
@@ -296,6 +291,30 @@ def test_swapping_the_weight_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="Cannot swap t1"):
         torch.utils.swap_tensors(factor.weight, torch.zeros(3, 32))
     assert torch.equal(factor.weight, before)
+
+
+def _assigned(factor: StartedFactor) -> None:
+    factor.weight = nn.Parameter(factor.weight.detach())
+
+
+def _dispatched(factor: StartedFactor) -> None:
+    """What accelerate does to move a parameter to another device."""
+    factor._parameters["weight"] = nn.Parameter(factor.weight.to("cpu", copy=True))
+
+
+@pytest.mark.parametrize("put", [_assigned, _dispatched])
+def test_the_whole_in_the_place_of_what_trains_is_an_error(put: Callable[..., None]) -> None:
+    """Twice in it, [A; A0; A0] and [B, −B0, −B0] would fit each other."""
+    model = initialised()
+    for factor in factors(model).values():
+        put(factor)
+    with pytest.raises(
+        RuntimeError, match=r"is \(8, 32\); expected the trained half alone, \(4, 32\): .*dispatch"
+    ):
+        logits(model)
+    for factor in factors(model).values():
+        with pytest.raises(RuntimeError, match="expected the trained half alone"):
+            _ = factor.weight
 
 
 def test_reading_the_weight() -> None:
@@ -343,6 +362,7 @@ CONVERSIONS: dict[str, Callable[[PeftModel], Any]] = {
     "to float64": lambda model: model.to(torch.float64),
     "bfloat16": lambda model: model.bfloat16(),
     "half": lambda model: model.half(),
+    "half and back": lambda model: model.half().float(),  # both halves rounded
     "parameters alone": _cast_parameters,
     "adapter alone": _cast_adapter,
     "cpu": lambda model: model.cpu(),

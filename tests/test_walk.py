@@ -1241,6 +1241,7 @@ def test_another_active_adapter_is_part_of_the_function() -> None:
     peft_model.base_model.set_adapter(["default", "other"])
     assert_energies(energies_of(peft_model, loader(c.samples)), expected, FLOAT32)
     peft_model.base_model.set_adapter(["other", "default"])
+    peft_model.base_model.disable_adapter_layers()  # training will enable them
     assert_energies(energies_of(peft_model, loader(c.samples)), expected, FLOAT32)
 
 
@@ -1269,7 +1270,7 @@ def _disabled(peft_model: PeftModel) -> None:
 
 
 def _frozen(peft_model: PeftModel) -> None:
-    peft_model.set_adapter("default", inference_mode=True)
+    peft_model.requires_grad_(False)
 
 
 @pytest.mark.parametrize("how", ["success", "exception", "interrupt"])
@@ -1294,11 +1295,13 @@ def test_switches_are_put_back(switch: Callable[[PeftModel], None], how: str) ->
     assert_unchanged(peft_model, before)
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_what_adds_nothing_is_not_run() -> None:
     """A fresh adapter of fused experts would copy all their weights."""
     c = case("llama")
     peft_model = peft_of(Case(c.model, c.samples, ["q_proj"]))
-    peft_model.add_adapter("other", LoraConfig(r=2, target_modules=["up_proj", "down_proj"]))
+    up_and_down = ["up_proj", "down_proj"]
+    peft_model.add_adapter("other", LoraConfig(r=2, target_modules=up_and_down, lora_bias=True))
     peft_model.base_model.set_adapter(["default", "other"])
     calls = []
     for name, module in peft_model.named_modules():
@@ -1306,10 +1309,14 @@ def test_what_adds_nothing_is_not_run() -> None:
             module.register_forward_hook(lambda *_, n=name: calls.append(n))
     statistics_of(peft_model, loader(c.samples))
     assert calls == []
-    up: Any = hooked(peft_model, "model.layers.0.mlp.up_proj")
-    nn.init.normal_(up.lora_B["other"].weight)
+    factors: Any = [
+        hooked(peft_model, f"model.layers.{i}.mlp.up_proj.lora_B.other") for i in (0, 1)
+    ]
+    nn.init.normal_(factors[0].weight)
+    nn.init.normal_(factors[1].bias)
     statistics_of(peft_model, loader(c.samples))
-    assert set(calls) == {"base_model.model.model.layers.0.mlp.up_proj.lora_A.other"}
+    run = {f"base_model.model.model.layers.{i}.mlp.up_proj.lora_A.other" for i in (0, 1)}
+    assert set(calls) == run
 
 
 def test_inside_no_grad_and_inference_mode() -> None:

@@ -93,10 +93,6 @@ class StartedFactor(nn.Linear):
         self.__dict__.pop("_view", None)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """What trains may become another parameter (load_state_dict assigns), the whole may not."""
-        whole = (self.out_features, self.in_features)
-        if name == "weight" and param is not None and param.shape == whole:
-            raise RuntimeError(_LOST)
         if name == "weight":
             self.__dict__.pop("_view", None)  # FSDP's, which it takes back
         super().register_parameter(name, param)
@@ -108,6 +104,13 @@ class StartedFactor(nn.Linear):
         trained = self.trained
         if hasattr(trained, "full_tensor"):  # FSDP 2 has shards, except in a forward
             trained = trained.full_tensor()
+        if trained.shape != self.start.shape:
+            # accelerate's dispatch_model puts what it reads as the weight in the parameter's place.
+            raise RuntimeError(
+                f"the parameter of this FILet factor is {tuple(trained.shape)}; expected the "
+                f"trained half alone, {tuple(self.start.shape)}: a model is moved by .to(), or "
+                "dispatched before it is initialised"
+            )
         return torch.cat([trained, self.start.to(trained)], self.dim)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StartedFactor:

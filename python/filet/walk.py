@@ -964,8 +964,9 @@ def preserved(
             for module in training:
                 # Gradient checkpointing runs only in training mode, so the modules that do it keep
                 # that flag; their children lose it, and with it their dropout.
+                # (Not getattr: PEFT 0.18's wrapper of a head that is not active fails at any.)
                 module.training = training[module] and bool(
-                    getattr(module, "gradient_checkpointing", False)
+                    vars(module).get("gradient_checkpointing", False)
                 )
                 if module.training:
                     for name, value in list(vars(module).items()):
