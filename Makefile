@@ -12,6 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CPU_ONLY := $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
+# Some tests look at how much of a GPU is free, so there they run one at a time.
+TOGETHER := $(if $(CPU_ONLY),-n logical --maxprocesses 4 --dist worksteal)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 
 # The real model: SmolLM2-135M-Instruct. FILET_SMOLLM2 names a folder that holds it already.
@@ -35,7 +37,7 @@ demo: $(INSTALLED) $(MODEL)  ## initialise a real model with FILet, fine-tune it
 	$(BIN)/python examples/finetune.py --model $(FILET_SMOLLM2) --adapter $(DEMO)/adapter --data $(DEMO)
 
 test: $(INSTALLED) $(MODEL) $(PEFT_TESTS)  ## run the test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(if $(TOGETHER),OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(TOGETHER) $(PYTEST_ARGS)
 
 test-peft: $(INSTALLED) $(PEFT_TESTS)  ## run PEFT's own tests of LoRA, with FILet in every adapter
 	$(BIN)/python tests/peft_suite.py

@@ -165,7 +165,7 @@ class Kernel:
     duration: float
     within: tuple[str, ...]  # operators of the host that enclose its launch, outermost first
     dims: str  # of the innermost operator's arguments
-    backward: bool  # launched by the thread that runs the backward
+    backward: bool  # launched within the backward
     copy: bool
 
 
@@ -222,11 +222,6 @@ def kernels(trace: dict[str, Any]) -> list[Kernel]:
             operators[event["tid"]].append(event)
         elif event.get("cat") in ("cuda_runtime", "cuda_driver"):
             launches[event["args"].get("correlation")] = event
-    evaluates = "autograd::engine::evaluate_function"
-    backward = {
-        thread for thread, ops in operators.items() if any(evaluates in o["name"] for o in ops)
-    }
-    # Without a device thread of its own the backward runs in the thread that asked for it.
     points = defaultdict(list)  # by thread: launches, and for a CPU the operators themselves
     if on_device:
         for event in on_device:
@@ -243,7 +238,8 @@ def kernels(trace: dict[str, Any]) -> list[Kernel]:
             placed.add(id(event))
             args = scopes[-1].get("args", {}) if scopes else {}
             names = tuple(scope["name"] for scope in scopes)
-            back = any(evaluates in name for name in names) if not on_device else thread in backward
+            # The backward runs in the thread that asks for it, also on a GPU (filet.walk).
+            back = any("autograd::engine::evaluate_function" in name for name in names)
             found.append(_kernel(event, names, str(args.get("Input Dims", "")), back))
     found += [_kernel(e, (), "", False) for e in on_device if id(e) not in placed]
     return sorted(found, key=lambda kernel: kernel.start)

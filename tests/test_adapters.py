@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import importlib.metadata
 import io
 import itertools
 import json
@@ -382,6 +383,8 @@ PARTLY: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, str]]] = {
 @pytest.mark.parametrize("case", PARTLY)
 def test_what_is_not_initialised_is_named_once_and_saved(case: str, tmp_path: Path) -> None:
     make, lora, left = PARTLY[case]
+    if "experts" in case and importlib.metadata.version("peft").startswith("0.19."):
+        pytest.skip("with today's transformers this PEFT loads no adapter of Qwen3-MoE")
     model = wrap(make(), **lora)
     if "routers" in case and not any(isinstance(m, ParamWrapper) for m in model.modules()):
         pytest.skip("this PEFT leaves parameters out of all-linear")

@@ -355,9 +355,33 @@ def documented() -> dict[tuple[str, str], tuple[str, str]]:
 
 
 def check(name: str, option: str, scaling: str, folder: Path) -> None:
-    found = outcome(name, option, scaling, folder)
-    if importlib.metadata.version("peft") == PEFT:
+    newest = importlib.metadata.version("peft") == PEFT
+    try:
+        found = outcome(name, option, scaling, folder)
+    except Exception:
+        if newest or peft_keeps(kind_of(name), OPTIONS[option](kind_of(name)), folder / "plain"):
+            raise
+        pytest.skip("this PEFT does not keep the function by itself")
+    if newest:
         assert found == documented()[option, name]
+
+
+def peft_keeps(kind: Kind, lora: dict[str, Any] | None, folder: Path) -> bool:
+    """Whether an older PEFT keeps the function without FILet, with today's transformers."""
+    model = wrapped(kind, lora or {})
+    try:
+        if not torch.allclose(logits(model, kind), logits(kind.make(), kind), **CLOSE):
+            return False
+        train(model, kind)
+        model.save_pretrained(str(folder))
+        again = PeftModel.from_pretrained(kind.make(), str(folder))
+        again.add_adapter("other", LoraConfig(**{**settings_of(kind), **(lora or {})}))
+        again.set_adapter("other")
+        logits(again, kind)
+        again.set_adapter("default")
+        return torch.allclose(logits(again, kind), logits(model, kind), **CLOSE)
+    except Exception:
+        return False
 
 
 @pytest.mark.parametrize("option", OPTIONS)

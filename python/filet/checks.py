@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
@@ -163,6 +164,9 @@ def _rows(model: Any, getter: str) -> int | None:
         module = getattr(model, getter)()
     except (AttributeError, NotImplementedError):
         return None
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        # Trained ones are copies. PEFT 0.18 fails at reading a wrapper that has no active one.
+        module = module.original_module
     weight = getattr(module, "weight", None)
     return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else None
 
