@@ -489,8 +489,8 @@ def _selection(targets: Sequence[Target], shared_input: Mapping[str, str]) -> in
     """Bytes of :func:`filet_kernels.fisher_energies`, the largest layer's, and of A and B.
 
     On a GPU four matrices of a moment's size, the weight's float16 parts and two slices of 64 MiB;
-    else Gram matrices and copies of the weight in float64. A, B and the residual need one copy of
-    the weight after that, in float32 where it has 16 bits, else in float64.
+    else Gram matrices and copies of the weight in float64. A and B need less after that, one copy
+    of the weight.
     """
     most = factors = 0
     for target in targets:
@@ -501,8 +501,7 @@ def _selection(targets: Sequence[Target], shared_input: Mapping[str, str]) -> in
             energies = 8 * (4 * m * n + 2 * d**2)
         else:
             energies = 16 * d**2 + 4 * m * n + 2**27
-        copy = (4 if target.weight.element_size() == 2 else 8) * m * n
-        most = max(most, energies, copy)
+        most = max(most, energies)
         factors += item * target.rank * (m + n)
     return most + factors
 
