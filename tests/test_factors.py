@@ -6,6 +6,7 @@ The truth is the same adapter as plain PEFT loads it from disk, where both halve
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +75,11 @@ def test_parameters_are_those_of_the_trained_half() -> None:
     for name, parameter in theirs.items():
         assert ours[name].shape == parameter.shape
         assert ours[name].requires_grad == parameter.requires_grad
-    assert [name for name, _ in model.named_buffers()] == [n for n, _ in plain.named_buffers()]
+    buffers = {name for name, _ in model.named_buffers()} - {n for n, _ in plain.named_buffers()}
+    assert buffers == {f"{name}.start" for name in factors(model)}
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    for name, parameter in ours.items():
+        assert model.get_parameter(name) is parameter
     assert model.get_nb_trainable_parameters() == plain.get_nb_trainable_parameters()
 
 
@@ -230,58 +235,117 @@ def test_a_checkpoint_of_the_trained_half_alone_is_refused(load: Callable[..., N
 # Reading and writing `weight`.
 
 
-def _in_place(write: Callable[[Tensor], Any]) -> Callable[[StartedFactor], Any]:
+def _under_no_grad(write: Callable[[nn.Linear], Any]) -> Callable[[nn.Linear], Any]:
     @torch.no_grad()
-    def run(factor: StartedFactor) -> None:
-        write(factor.weight)
+    def run(linear: nn.Linear) -> None:
+        write(linear)
 
     return run
 
 
-def _augmented(factor: StartedFactor) -> None:
-    weight = factor.weight
-    with torch.no_grad():
-        weight += 1
+def _augmented(linear: nn.Linear) -> None:
+    weight = linear.weight
+    weight += 1
 
 
-def _item(factor: StartedFactor) -> None:
-    with torch.no_grad():
-        factor.weight[0] = 1
+def _item(linear: nn.Linear) -> None:
+    linear.weight[0] = 1
 
 
-def _data(factor: StartedFactor) -> None:
-    factor.weight.data = torch.zeros(factor.weight.shape)
+def _data(linear: nn.Linear) -> None:
+    linear.weight.data = torch.ones(linear.weight.shape)
 
 
-def _data_item(factor: StartedFactor) -> None:
-    factor.weight.data[:2] = 1
+def _data_item(linear: nn.Linear) -> None:
+    linear.weight.data[:2] = 1
 
 
-WRITES: dict[str, Callable[[StartedFactor], Any]] = {
-    "copy_": _in_place(lambda w: w.copy_(torch.zeros(w.shape))),
-    "fill_": _in_place(lambda w: w.fill_(0)),
-    "data.copy_": lambda factor: factor.weight.data.copy_(torch.zeros(factor.weight.shape)),
-    "data.mul_": lambda factor: factor.weight.data.mul_(2),
+def _in_two_steps(linear: nn.Linear) -> None:
+    """What was read before another write is not what was written."""
+    early = linear.weight.detach()
+    linear.weight.add_(1)
+    early[0].mul_(3)
+
+
+def _averaged(linear: nn.Linear) -> None:
+    """The average of weights of timm and others."""
+    for value in linear.state_dict().values():
+        value.mul_(0.5).add_(torch.ones(value.shape), alpha=0.5)
+
+
+WRITES: dict[str, Callable[[nn.Linear], Any]] = {
+    "copy_": lambda linear: linear.weight.copy_(torch.ones(linear.weight.shape)),
+    "data.copy_": lambda linear: linear.weight.data.copy_(torch.ones(linear.weight.shape)),
+    "detach().mul_": lambda linear: linear.weight.detach().mul_(2),
     "data[...] =": _data_item,
     "data =": _data,
     "+=": _augmented,
     "[...] =": _item,
-    "out=": _in_place(lambda w: torch.add(torch.zeros(w.shape), 1, out=w)),
-    "nn.init": lambda factor: nn.init.kaiming_uniform_(factor.weight),
-    "nn.init.zeros_": lambda factor: nn.init.zeros_(factor.weight),
-    "reset_parameters": lambda factor: factor.reset_parameters(),
-    "requires_grad_": lambda factor: factor.weight.requires_grad_(False),
+    "[...].zero_": lambda linear: linear.weight[:2, 1:].zero_(),
+    "view": lambda linear: linear.weight.data.view(-1)[3:9].fill_(5),
+    "T": lambda linear: linear.weight.T[1].fill_(5),
+    "chunk": lambda linear: linear.weight.chunk(2, 1)[1].fill_(5),
+    "out=": lambda linear: torch.add(torch.ones(linear.weight.shape), 1, out=linear.weight),
+    "_foreach": lambda linear: torch._foreach_mul_([linear.weight], 3.0),
+    "nn.init": lambda linear: nn.init.uniform_(linear.weight),
+    "nn.init.zeros_": lambda linear: nn.init.zeros_(linear.weight),
+    "reset_parameters": lambda linear: linear.reset_parameters(),
+    "state_dict": _averaged,
+    "state_dict, lerp": lambda linear: torch._foreach_lerp_(
+        list(linear.state_dict().values()), [torch.ones(linear.weight.shape)], 0.25
+    ),
+    "twice": _in_two_steps,
+    "= Parameter": lambda linear: setattr(
+        linear, "weight", nn.Parameter(torch.ones(linear.weight.shape))
+    ),
 }
 
 
 @pytest.mark.parametrize("side", ["lora_A", "lora_B"])
 @pytest.mark.parametrize("write", WRITES)
-def test_writing_to_the_weight_is_an_error(write: str, side: str) -> None:
+def test_what_is_written_to_the_weight_is_there(write: str, side: str) -> None:
+    factor = factor_of(trained(), side)
+    plain = nn.Linear(factor.in_features, factor.out_features, bias=False)
+    plain.weight.data.copy_(factor.weight.data)
+    before = plain.weight.detach().clone()
+    for linear in (factor, plain):
+        torch.manual_seed(0)
+        _under_no_grad(WRITES[write])(linear)
+    assert not torch.equal(plain.weight, before)
+    assert type(factor) is StartedFactor and torch.equal(factor.weight, plain.weight)
+    halves = [factor.trained, factor.start]
+    assert torch.equal(torch.cat(halves, factor.dim), plain.weight)
+    assert isinstance(halves[0], nn.Parameter) and halves[0].requires_grad
+
+
+REFUSED: dict[str, Callable[[StartedFactor], Any]] = {
+    "requires_grad_": lambda factor: factor.weight.requires_grad_(False),
+    "requires_grad =": lambda factor: setattr(factor.weight, "requires_grad", False),
+    "grad =": lambda factor: setattr(factor.weight, "grad", torch.ones(factor.weight.shape)),
+}
+
+
+@pytest.mark.parametrize("write", REFUSED)
+def test_what_would_be_lost_is_an_error(write: str) -> None:
     model = initialised()
     before = model.state_dict()
-    with pytest.raises(RuntimeError, match=READ):
-        WRITES[write](factor_of(model, side))
+    with pytest.raises(RuntimeError, match=r"would be lost; expected it on the parameter, which"):
+        REFUSED[write](factor_of(model))
     assert_same(model.state_dict(), before)
+
+
+def test_what_is_read_can_be_stored() -> None:
+    """As plain tensors, which need nothing of this package."""
+    factor = factor_of(trained())
+    whole = torch.cat([factor.trained.detach(), factor.start])
+    for read in (factor.weight, factor.weight.data, factor.state_dict()["weight"]):
+        stored = io.BytesIO()
+        torch.save(read, stored)
+        stored.seek(0)
+        for again in (torch.load(stored, weights_only=True), copy.deepcopy(read)):
+            assert type(again) is Tensor and torch.equal(again, whole)
+            again.zero_()
+    assert torch.equal(factor.weight, whole)
 
 
 def test_swapping_the_weight_is_an_error() -> None:
@@ -293,21 +357,16 @@ def test_swapping_the_weight_is_an_error() -> None:
     assert torch.equal(factor.weight, before)
 
 
-def _assigned(factor: StartedFactor) -> None:
-    factor.weight = nn.Parameter(factor.weight.detach())
-
-
 def _dispatched(factor: StartedFactor) -> None:
     """What accelerate does to move a parameter to another device."""
     factor._parameters["weight"] = nn.Parameter(factor.weight.to("cpu", copy=True))
 
 
-@pytest.mark.parametrize("put", [_assigned, _dispatched])
-def test_the_whole_in_the_place_of_what_trains_is_an_error(put: Callable[..., None]) -> None:
+def test_the_whole_in_the_place_of_what_trains_is_an_error() -> None:
     """Twice in it, [A; A0; A0] and [B, −B0, −B0] would fit each other."""
     model = initialised()
     for factor in factors(model).values():
-        put(factor)
+        _dispatched(factor)
     with pytest.raises(
         RuntimeError, match=r"is \(8, 32\); expected the trained half alone, \(4, 32\): .*dispatch"
     ):
@@ -339,8 +398,7 @@ def test_reading_the_weight() -> None:
     assert torch.equal(torch.zeros_like(weight), torch.zeros_like(whole))
     assert torch.equal(factor(x), x @ whole.T)
     assert torch.equal(weight.norm(), whole.norm())
-    for taken in (weight.detach(), weight.clone()):  # nobody's but the reader's
-        taken.data.zero_()
+    weight.clone().zero_()  # nobody's but the reader's
     assert torch.equal(factor.weight, whole)
 
 

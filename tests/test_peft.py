@@ -271,22 +271,74 @@ def test_its_plain_form_beside_it(tmp_path: Path) -> None:
     assert torch.equal(logits(model), expected)
 
 
-def test_hot_swapping_is_refused_and_done_with_the_saved_folder(tmp_path: Path) -> None:
+def test_hot_swapping(tmp_path: Path) -> None:
+    """Into the initialised adapter, which then goes on from there, and into what plain PEFT has."""
     first, second = trained(), start(wrap(llama()), select="max")
     train(second)
     filet.save_as_lora(first, tmp_path / "first")
     filet.save_as_lora(second, tmp_path / "second")
-    expected, before = logits(first), first.state_dict()
-    with pytest.raises(RuntimeError) as raised:
-        hotswap_adapter(first, str(tmp_path / "second"), "default")
-    assert "\n" not in str(raised.value)
-    assert "the weight of a FILet factor" in str(raised.value)
-    assert "the saved adapter loaded by PeftModel.from_pretrained" in str(raised.value)
-    assert_same(first.state_dict(), before)
-    assert torch.equal(logits(first), expected)
     served = PeftModel.from_pretrained(llama(), str(tmp_path / "first"))
-    hotswap_adapter(served, str(tmp_path / "second"), "default")
-    assert torch.equal(logits(served), logits(second))
+    for model in (first, served):
+        hotswap_adapter(model, str(tmp_path / "second"), "default")
+        assert torch.equal(logits(model), logits(second))
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, second.get_parameter(name)), name
+
+
+# Adapters made by the config of one that is initialised.
+
+
+def _reference(model: PeftModel, config: LoraConfig) -> None:
+    """What TRL's trainers do for a reference: another adapter, and its parameters by name."""
+    model.add_adapter("ref", config)
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_reference_as_trl_makes_it(rank: int, copied: bool, tmp_path: Path) -> None:
+    model = wrap(llama(), r=rank, lora_bias=True)
+    original = logits(model)
+    initialise(model)
+    train(model)
+    expected = logits(model)
+    config = model.peft_config["default"]
+    _reference(model, copy.deepcopy(config) if copied else config)
+    train(model)
+    after = logits(model)
+    model.set_adapter("ref")
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    assert (expected - original).abs().max() > 0.3 and (after - expected).abs().max() > 0.3
+    filet.save_as_lora(model, tmp_path, "ref")
+    model.save_pretrained(tmp_path / "all")
+    model.set_adapter("default")
+    torch.testing.assert_close(logits(model), after, **CLOSE)
+    for folder in (tmp_path, tmp_path / "all" / "ref"):
+        plain = PeftModel.from_pretrained(llama(), str(folder))
+        torch.testing.assert_close(logits(plain), expected, **CLOSE)
+        torch.testing.assert_close(logits(filet.load(llama(), folder)), expected, **CLOSE)
+
+
+def test_a_reference_begins_where_the_policy_did() -> None:
+    model = trained()
+    original = logits(llama())
+    model.add_adapter("ref", model.peft_config["default"])
+    model.set_adapter("ref")
+    torch.testing.assert_close(logits(model), original, **CLOSE)
+
+
+def test_another_model_by_that_config_is_plain(tmp_path: Path) -> None:
+    """Its layers know no start, and no file says that they had one."""
+    config = trained().peft_config["default"]
+    model = get_peft_model(llama(), config)
+    assert not any(isinstance(module, StartedFactor) for module in model.modules())
+    train(model)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "filet.json").exists()
+    plain = PeftModel.from_pretrained(llama(), str(tmp_path))
+    assert torch.equal(logits(plain), logits(model))
 
 
 # Configs.

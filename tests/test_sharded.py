@@ -1,12 +1,13 @@
-"""An initialised adapter under FSDP 1 and 2, in one process: its parameters become another's views.
+"""An initialised adapter under FSDP 1 and 2, in one process, and under DDP in two.
 
 FSDP looks for a parameter by its name in the module, where an initialised factor shows both of its
-halves.
+halves. DDP gives all ranks what rank 0 has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import filet
 from filet import FiletConfig
@@ -100,3 +102,47 @@ def test_what_is_saved_is_both_halves(version: int) -> None:
     again = initialised()
     set_peft_model_state_dict(again, state)
     torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
+
+
+def _rank_of_two(rank: int, folder: str) -> None:
+    """Each with data of its own, as a sampler or a prepared loader hands them out."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/two", rank=rank, world_size=2,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    model = peft_of(case("llama"))
+    batches = list(loader(case("llama").samples[:8], 2))  # four: as many a rank
+    filet.initialize_lora_filet_weights(
+        model,
+        batches[rank::2],
+        FiletConfig(scaling="singular", samples=None),
+        show_progress_bar=False,
+    )
+    model.eval()
+    batch = batches[0]
+    starts = [m.start.clone() for m in model.modules() if isinstance(m, StartedFactor)]
+    parallel = DistributedDataParallel(model)
+    with torch.no_grad(), model.disable_adapter():
+        original = model(**batch).logits
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, original, rtol=1e-4, atol=1e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for each in batches[rank::2]:
+        parallel(**each).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        logits = model(**batch).logits
+    theirs = [torch.empty_like(logits) for _ in range(2)]
+    dist.all_gather(theirs, logits)
+    assert torch.equal(theirs[0], theirs[1])
+    assert (logits - original).abs().max() > 0.01
+    kept = [m.start for m in model.modules() if isinstance(m, StartedFactor)]
+    same = all(map(torch.equal, starts, kept))
+    assert same == (rank == 0), "the ranks chose the same directions: the test says nothing"
+    dist.destroy_process_group()
+
+
+def test_ddp_of_ranks_that_saw_other_data(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank_of_two, (str(tmp_path),), nprocs=2)

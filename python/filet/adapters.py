@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,14 +22,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
 from peft.tuners.lora import LoraLayer, ParamWrapper
-from peft.utils import set_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import load_file
+from peft.utils import WEIGHTS_NAME, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from filet.factors import StartedFactor
+from filet.factors import OF_ADAPTER, StartedFactor, StartedLayer
 from filet.files import replaced, replaced_together
 from filet.targets import (
     Target,
@@ -48,8 +49,6 @@ _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
 _FILET = "filet.json"
 _FORMAT = "filet-adapter-2"
-# Attribute of an adapter's config: its initialised layers, name → rank and weight's fingerprint.
-_LAYERS = "_filet_layers"
 
 
 @dataclass(eq=False)
@@ -66,10 +65,10 @@ class FiletLoraConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        layers = self.__dict__.get(_LAYERS)
-        if layers is not None:  # else a copy with other layers, of a weighted adapter say
-            with replaced(Path(save_directory) / _FILET) as beside:
-                beside.write_text(json.dumps({"format": _FORMAT, "layers": layers}, indent=1))
+        # Of which adapter, only PEFT's save_pretrained knows: others may share this config.
+        caller = sys._getframe(1).f_locals
+        if isinstance(caller.get("self"), PeftModel):
+            _complete(Path(save_directory), caller["self"], caller["adapter_name"])
 
 
 # Writing an initialisation into the model.
@@ -87,7 +86,7 @@ def commit(
     try:
         for name, layer in layers.items():
             _start(targets[name], layer, undo)
-        _describe(peft_model, adapter_name, {n: x.fingerprint for n, x in layers.items()})
+        _describe(peft_model, adapter_name)
     except BaseException:
         for action in reversed(undo):
             action()
@@ -101,8 +100,13 @@ def _start(target: Target, layer: Layer, undo: list[Any]) -> None:
         _write(linear, "weight", value, undo)
         if linear.bias is not None:
             _write(linear, "bias", torch.zeros_like(linear.bias, device=value.device), undo)
-        undo.append(partial(_set_start, linear, getattr(linear, "start", None), dim))
-        _set_start(linear, value if dim == 0 else -value, dim)
+        if isinstance(linear, StartedFactor):
+            undo.append(partial(StartedFactor.begin, linear, linear.start, dim, linear.base))
+        else:
+            undo.append(partial(StartedFactor.end, linear))
+        StartedFactor.begin(linear, value if dim == 0 else -value, dim, layer.fingerprint)
+    undo.append(partial(setattr, place, "__class__", type(place)))
+    place.__class__ = StartedLayer
     rank = 2 * target.rank
     _set_rank(place, adapter, rank, _whole(scaling * rank), False, undo)
 
@@ -119,14 +123,6 @@ def _write(linear: nn.Linear, name: str, value: Tensor, undo: list[Any]) -> None
         parameter.data.copy_(value)
 
 
-def _set_start(linear: nn.Linear, start: Tensor | None, dim: int) -> None:
-    """Give a factor its start, or take it away. The module stays the one that hooks are on."""
-    if start is None:
-        StartedFactor.end(linear)
-    else:
-        StartedFactor.begin(linear, start, dim)
-
-
 def _set_rank(
     layer: LoraLayer, adapter: str, rank: int, alpha: float, rslora: bool, undo: list[Any]
 ) -> None:
@@ -138,27 +134,22 @@ def _set_rank(
 
 def _whole(alpha: float) -> float:
     """PEFT's alphas are integers: drop the rounding of s · r where it should be one."""
+    alpha = float(alpha)  # PEFT makes scalings tensors, for a hot swap of a compiled model
     nearest = round(alpha)
     return nearest if math.isclose(alpha, nearest, rel_tol=1e-12) else alpha
 
 
-def _describe(peft_model: PeftModel, adapter_name: str, hashes: Mapping[str, str]) -> None:
-    """Give the adapter a config that says what its layers are, and which of them have a start.
+def _describe(peft_model: PeftModel, adapter_name: str) -> None:
+    """Give the adapter a config that says what its layers are.
 
-    ``hashes`` are of the base weights of layers that got theirs just now. The config has no rslora,
-    whose α/√r is another at rank 2r, and says every rank by the layer's full name: a shorter one
-    would be taken for all modules whose name ends so. The user's own object stays as it is.
+    The config has no rslora, whose α/√r is another at rank 2r, and says every rank by the layer's
+    full name: a shorter one would be taken for all modules whose name ends so. The user's own
+    object stays as it is.
     """
     config = copy.deepcopy(peft_model.peft_config[adapter_name])
-    known = {n: x["weight"] for n, x in config.__dict__.pop(_LAYERS, {}).items()}
-    known |= hashes
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    layers: dict[str, dict[str, Any]] = {}
     for name, layer in layers_of(peft_model, adapter_name):
-        A = layer.lora_A[adapter_name] if adapter_name in layer.lora_A else None
-        if isinstance(A, StartedFactor):
-            layers[name] = {"rank": A.rank, "weight": known[name]}
         if isinstance(layer, ParamWrapper):  # several may be nested at one place
             name = f"{name.removesuffix('.base_layer')}.{layer.parameter_name}"
         rank = ranks[f"^{name}"] = layer.r[adapter_name]
@@ -166,10 +157,23 @@ def _describe(peft_model: PeftModel, adapter_name: str, hashes: Mapping[str, str
     config.r, config.rank_pattern = _pattern(ranks)
     config.lora_alpha, config.alpha_pattern = _pattern(alphas)
     config.use_rslora, config.init_lora_weights, config.eva_config = False, True, None
-    config.__class__ = FiletLoraConfig if layers else LoraConfig
-    if layers:
-        config.__dict__[_LAYERS] = layers
+    config.__dict__.pop(OF_ADAPTER, None)
+    config.__class__ = LoraConfig
+    if _factors(peft_model, adapter_name):
+        config.__class__ = FiletLoraConfig
+        config.__dict__[OF_ADAPTER] = adapter_name
     peft_model.peft_config[adapter_name] = config
+
+
+def _factors(
+    peft_model: PeftModel, adapter_name: str
+) -> dict[str, tuple[StartedFactor, StartedFactor]]:
+    """A and B of the adapter's layers that have a start, by the layers' paths."""
+    return {
+        name: (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
+        for name, layer in layers_of(peft_model, adapter_name)
+        if adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], StartedFactor)
+    }
 
 
 def _pattern(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -183,7 +187,7 @@ def _started(peft_model: PeftModel, adapter_name: str) -> dict[str, Target]:
     """The layers that hold a start, an error where there is none."""
     check_peft_model(peft_model, adapter_name)
     targets, _ = find_targets(peft_model, adapter_name, loaded=False)
-    found = {name: t for name, t in targets.items() if isinstance(t.A, StartedFactor)}
+    found = {name: targets[name] for name in _factors(peft_model, adapter_name)}
     if not found:
         raise ValueError(
             f"adapter {adapter_name!r} is not one that FILet initialised; expected one of "
@@ -218,12 +222,15 @@ def write_residual(peft_model: PeftModel, adapter_name: str = "default") -> None
             A, B = target.A, target.B
             assert isinstance(A, StartedFactor) and isinstance(B, StartedFactor)
             rank, scaling = target.rank, target.scaling
-            residual_weight_(target.weight, A.start, -B.start, scaling)
+            dtype = target.dtype
+            residual_weight_(target.weight, A.start.to(dtype), -B.start.to(dtype), scaling)
             StartedFactor.end(A)
             StartedFactor.end(B)
+            if not any(isinstance(x, StartedFactor) for x in target.layer.lora_A.values()):
+                target.layer.__class__ = lora.Linear
             _set_rank(target.layer, adapter_name, rank, _whole(scaling * rank), False, [])
     finally:
-        _describe(peft_model, adapter_name, {})
+        _describe(peft_model, adapter_name)
         peft_model.peft_config[adapter_name].base_model_name_or_path = None
         if hasattr(model, "name_or_path"):
             model.name_or_path = ""
@@ -268,13 +275,61 @@ def save_as_lora(
     Raises ValueError for an adapter that FILet did not initialise.
     """
     _started(peft_model, adapter_name)
-    _describe(peft_model, adapter_name, {})  # with scalings that somebody changed meanwhile
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    config = peft_model.peft_config[adapter_name]
     with tempfile.TemporaryDirectory(prefix=".filet.", dir=folder) as beside:
-        peft_model.save_pretrained(beside, selected_adapters=[adapter_name])
+        try:
+            _describe(peft_model, adapter_name)  # with scalings that somebody changed, for now
+            peft_model.save_pretrained(beside, selected_adapters=[adapter_name])
+        finally:
+            peft_model.peft_config[adapter_name] = config
         place = Path(beside) / ("" if adapter_name == "default" else adapter_name)
         replaced_together(place, folder, (_WEIGHTS, _FILET, _CONFIG))
+
+
+def _complete(folder: Path, peft_model: PeftModel, adapter_name: str) -> None:
+    """Write which half of an adapter is frozen beside what PEFT has just saved of it.
+
+    The frozen halves themselves too, where its weights were gathered from ``named_parameters``, as
+    many training scripts do. Weights of another rank are no longer this adapter: PEFT can save its
+    difference to another one.
+    """
+    factors = _factors(peft_model, adapter_name)
+    tensors = load_peft_weights(str(folder), device="cpu") if factors else {}
+    halves = [
+        (_key(name, side), factor)
+        for name, pair in factors.items()
+        for side, factor in zip("AB", pair, strict=True)
+    ]
+    halved = [(k, f) for k, f in halves if tensors[k].shape == f.start.shape]
+    for key, factor in halved:
+        start = factor.start.to("cpu", tensors[key].dtype)
+        tensors[key] = torch.cat([tensors[key], start], factor.dim)
+    if halved and (folder / _WEIGHTS).exists():
+        save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    elif halved:
+        torch.save(tensors, folder / WEIGHTS_NAME)
+    if not factors or any(tensors[k].shape[f.dim] != 2 * f.rank for k, f in halves):
+        (folder / _FILET).unlink(missing_ok=True)
+        return
+    layers = {
+        name: {"rank": A.rank, "weight": A.base, **_starts(tensors, name, A.rank)}
+        for name, (A, _) in factors.items()
+    }
+    with replaced(folder / _FILET) as beside:
+        beside.write_text(json.dumps({"format": _FORMAT, "layers": layers}, indent=1))
+
+
+def _key(name: str, side: str) -> str:
+    """Of a factor in a file of PEFT's."""
+    return f"base_model.model.{name}.lora_{side}.weight"
+
+
+def _starts(tensors: Mapping[str, Tensor], name: str, rank: int) -> dict[str, str]:
+    """Fingerprints of the frozen halves of a layer's factors."""
+    A, B = tensors[_key(name, "A")], tensors[_key(name, "B")]
+    return fingerprints({"A0": A[rank:], "B0": B[:, rank:]})
 
 
 def load(
@@ -294,14 +349,15 @@ def load(
         ValueError: no such adapter in the folder, or a base model of other weights (the first
             module that differs is named); ``base_model`` is then as it was.
     """
+    if isinstance(base_model, PeftModel):
+        raise ValueError("base_model is a PeftModel; expected the model without adapters")
     folder = Path(folder)
-    layers = _described(folder)
+    layers, tensors = _described(folder)
     config = LoraConfig.from_pretrained(str(folder))
     replicated = bool(config.layer_replication)
     if not replicated:  # else its layers are not there yet
         _check_base(base_model, layers, folder)
     config.inference_mode = False
-    tensors = load_file(folder / _WEIGHTS)
     half = any(value.dtype in (torch.float16, torch.bfloat16) for value in tensors.values())
     with _kept_on_error(base_model, tensors):
         peft_model = get_peft_model(
@@ -319,8 +375,9 @@ def load(
             for linear, dim in ((targets[name].A, 0), (targets[name].B, 1)):
                 trained, start = linear.weight.detach().tensor_split([layer["rank"]], dim)
                 linear.weight = nn.Parameter(trained.clone())
-                StartedFactor.begin(linear, start.clone(), dim)
-        _describe(peft_model, adapter_name, {n: layer["weight"] for n, layer in layers.items()})
+                StartedFactor.begin(linear, start.clone(), dim, layer["weight"])
+            targets[name].layer.__class__ = StartedLayer
+        _describe(peft_model, adapter_name)
     return peft_model
 
 
@@ -350,8 +407,8 @@ def _kept_on_error(base_model: nn.Module, tensors: Mapping[str, Tensor]) -> Iter
         raise
 
 
-def _described(folder: Path) -> dict[str, dict[str, Any]]:
-    """Which layers of the adapter in a folder have a start: name → rank, weight's fingerprint."""
+def _described(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """The layers of the adapter in a folder that have a start, and all its tensors."""
     try:
         description = json.loads((folder / _FILET).read_text())
     except FileNotFoundError as error:
@@ -363,16 +420,17 @@ def _described(folder: Path) -> dict[str, dict[str, Any]]:
             f"{folder / _FILET}: format {description.get('format')!r}; expected {_FORMAT!r}"
         )
     layers: dict[str, dict[str, Any]] = description["layers"]
-    with safe_open(str(folder / _WEIGHTS), framework="pt") as file:
-        stored = {key: file.get_slice(key).get_shape() for key in file.keys()}
+    tensors = load_peft_weights(str(folder), device="cpu")
     for name, layer in layers.items():
-        shape = stored.get(f"base_model.model.{name}.lora_A.weight")
-        if shape is None or shape[0] != 2 * layer["rank"]:
+        starts = {key: layer[key] for key in ("A0", "B0")}
+        key = _key(name, "A")
+        if key not in tensors or _starts(tensors, name, layer["rank"]) != starts:
             raise ValueError(
-                f"{folder / _FILET} describes another adapter than lies beside it: A of {name} is "
-                f"{shape and tuple(shape)}; expected {2 * layer['rank']} rows"
+                f"{folder / _FILET} describes another adapter than lies beside it: the frozen half "
+                f"of {name} is another; expected them of one save (peft.PeftModel.from_pretrained "
+                "loads the adapter as an ordinary LoRA)"
             )
-    return layers
+    return layers, tensors
 
 
 def _check_base(
