@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
-from peft.utils.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
 
 import filet
@@ -283,6 +283,67 @@ def test_hot_swapping(tmp_path: Path) -> None:
         assert torch.equal(logits(model), logits(second))
     for name, parameter in first.named_parameters():
         assert torch.equal(parameter, second.get_parameter(name)), name
+
+
+# Saves.
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("safe", [True, False])
+def test_weights_gathered_by_parameter_names(rank: int, safe: bool, tmp_path: Path) -> None:
+    """Many training scripts save so. What they give lacks the frozen halves."""
+    model = trained(r=rank)
+    gathered = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
+    model.save_pretrained(tmp_path, state_dict=gathered, safe_serialization=safe)
+    plain = PeftModel.from_pretrained(llama(), str(tmp_path))
+    assert torch.equal(logits(plain), logits(model))
+    assert torch.equal(logits(filet.load(llama(), tmp_path)), logits(model))
+
+
+def test_the_difference_to_another_adapter(tmp_path: Path) -> None:
+    """Of another rank: a plain LoRA, and the folder says nothing else."""
+    model = initialised()
+    model.save_pretrained(tmp_path / "first")
+    train(model)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(
+        tmp_path / "both", path_initial_model_for_weight_conversion=str(tmp_path / "first")
+    )
+    assert not (tmp_path / "both" / "filet.json").exists()
+    plain = PeftModel.from_pretrained(llama(), str(tmp_path / "both"))
+    assert_close(logits(plain), logits(model))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_save_under_a_scale_of_the_moment(rslora: bool, tmp_path: Path) -> None:
+    model = trained(use_rslora=rslora)
+    expected = logits(model)
+    with rescale_adapter_scale(model, 0.5):
+        scaled = logits(model)
+        filet.save_as_lora(model, tmp_path / "scaled")
+    assert (scaled - expected).abs().max() > 0.3
+    model.save_pretrained(tmp_path / "as it is")
+    for folder, right in (("scaled", scaled), ("as it is", expected)):
+        for again in (
+            PeftModel.from_pretrained(llama(), str(tmp_path / folder)),
+            filet.load(llama(), tmp_path / folder),
+        ):
+            assert_close(logits(again), right)
+
+
+def test_prepared_for_a_compiled_hot_swap(tmp_path: Path) -> None:
+    """PEFT makes scalings tensors; with a larger rank it makes the factors plain ones of that."""
+    model = trained()
+    expected = logits(model)
+    prepare_model_for_compiled_hotswap(model)
+    filet.save_as_lora(model, tmp_path)
+    assert_close(logits(filet.load(llama(), tmp_path)), expected)
+    model = trained()
+    prepare_model_for_compiled_hotswap(model, target_rank=16)
+    assert_close(logits(model), expected)
+    assert not any(isinstance(module, StartedFactor) for module in model.modules())
+    model.save_pretrained(tmp_path / "padded")
+    assert not (tmp_path / "padded" / "filet.json").exists()
 
 
 # Adapters made by the config of one that is initialised.
