@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 __all__ = ["StartedFactor", "StartedLayer"]
 
@@ -130,8 +129,10 @@ class StartedFactor(nn.Linear):
         """Take both halves from a weight, (2r, n) or (m, 2r). Mutates ``trained`` and ``start``."""
         with torch.no_grad():
             trained, start = whole.detach().tensor_split([self.rank], self.dim)
-            old = self.trained
-            if isinstance(old, DTensor):  # every rank has the whole
+            old: Any = self.trained
+            if hasattr(old, "full_tensor"):  # FSDP 2's; every rank has the whole
+                from torch.distributed.tensor import distribute_tensor
+
                 trained = distribute_tensor(
                     trained, old.device_mesh, old.placements, src_data_rank=None
                 )
