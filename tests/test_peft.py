@@ -360,7 +360,7 @@ def _reference(model: PeftModel, config: LoraConfig) -> None:
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_reference_as_trl_makes_it(rank: int, copied: bool, tmp_path: Path) -> None:
-    model = wrap(llama(), r=rank, lora_bias=True)
+    model = wrap(llama(), r=rank)
     original = logits(model)
     initialise(model)
     train(model)
