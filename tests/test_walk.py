@@ -19,14 +19,30 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import (
     BartForSequenceClassification,
+    BertForSequenceClassification,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    CTRLConfig,
+    CTRLLMHeadModel,
     GemmaConfig,
+    GitConfig,
+    GitForCausalLM,
     GPTJConfig,
     GPTJForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     RobertaConfig,
     RobertaForCausalLM,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
     SiglipVisionConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 import oracle
@@ -214,6 +230,55 @@ def test_rows_that_follow_no_mask_are_named() -> None:
     with pytest.warns(UserWarning, match=r"experts\.0\.0.*attention_mask") as caught:
         statistics_of(peft_of(c), loader(c.samples))
     assert sum("attention_mask" in str(w.message) for w in caught) == 1
+
+
+def padding_warnings(c: Case, batches: list[Any], **config: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        statistics_of(peft_of(c), batches, c.forward_fn, **config)
+    return [str(w.message) for w in caught if "so padding counts" in str(w.message)]
+
+
+def test_frames_of_fixed_length_have_no_padding() -> None:
+    """Of Whisper, whose encoder takes no mask: as many frames with every sample."""
+    config = WhisperConfig(
+        vocab_size=VOCAB, d_model=24, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=40,
+        decoder_ffn_dim=40, encoder_attention_heads=3, decoder_attention_heads=3, num_mel_bins=6,
+        max_source_positions=10, max_target_positions=16, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        {
+            "input_features": torch.randn(6, 20, generator=generator),
+            "attention_mask": (torch.arange(20) < 8 + index).long(),
+            "labels": sample["labels"],
+        }
+        for index, sample in enumerate(case("t5").samples)
+    ]
+    model = randomised(WhisperForConditionalGeneration(config))
+    c = Case(model, samples, linears(model, "proj_out"))
+    assert padding_warnings(c, list(loader(samples, 4))) == []
+    found = energies_of(peft_of(c), loader(samples, 4))
+    assert_energies(found, true_energies(model, c.targets, samples), FLOAT32)
+
+
+def test_frames_that_a_convolution_made_are_named() -> None:
+    """Fewer than the mask has, and among them those of what pads the shorter sample."""
+    config = Wav2Vec2Config(
+        vocab_size=VOCAB, hidden_size=24, num_hidden_layers=1, num_attention_heads=3,
+        intermediate_size=40, conv_dim=(8, 8), conv_kernel=(4, 4), conv_stride=(2, 2),
+        num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    model = randomised(Wav2Vec2ForCTC(config))
+    batch = {
+        "input_values": torch.randn(2, 64, generator=torch.Generator().manual_seed(0)),
+        "attention_mask": (torch.arange(64) < torch.tensor([[64], [40]])).long(),
+        "labels": torch.tensor([[3, 4, 5], [3, 4, -100]]),
+    }
+    c = Case(model, [], linears(model, "lm_head"))
+    assert len(padding_warnings(c, [batch], loss_reduction="sum")) == 1
 
 
 def test_experts() -> None:

@@ -150,7 +150,8 @@ class MomentHooks:
         self.gradient_scale = 1.0  # what g and h of this batch are multiplied by
         self.half = False  # a target gave float16, and so will its gradient be
         self.peaks: list[Tensor] = []  # of a probe: max |g| of each gradient that arrived
-        self.unmasked: set[str] = set()  # modules whose rows the attention mask could not be put to
+        # Modules whose rows the attention mask could not be put to, and how many of a sample.
+        self.unmasked: dict[str, int] = {}
         self._masks: dict[str, Tensor | None] = {}
         self._seen: dict[int, tuple[weakref.ref[Tensor], SecondMoment]] = {}
         self._calls: dict[str, int] = {}
@@ -475,7 +476,7 @@ class MomentHooks:
         if rows.shape[:-1] == (mask.numel(),):
             return rows, mask.flatten()
         if rows.shape[:-1] != mask.shape[:1]:  # one row a sample (a pooler) always counts
-            self.unmasked.add(target.name)
+            self.unmasked[target.name] = rows.shape[-2]
         return rows, None
 
     def _side(self, name: str) -> str:
@@ -483,11 +484,8 @@ class MomentHooks:
         if "encoder" not in self._masks:
             return "decoder"
         parts = name.split(".")
-        crosses = any(
-            word in part for part in parts for word in ("EncDec", "encoder_attn", "cross")
-        )
-        if crosses:
-            return "encoder" if parts[-1].lower()[:1] in ("k", "v") else "decoder"
+        if _crosses(parts):
+            return "encoder" if _is_key_or_value(parts) else "decoder"
         return "encoder" if "encoder" in parts and "decoder" not in parts else "decoder"
 
 
@@ -512,6 +510,15 @@ class _Linear(torch.autograd.Function):
 
 def _largest(v: Tensor, weights: Tensor | None) -> Tensor:
     """Of the rows that count, the largest number of each column."""
+def _crosses(parts: list[str]) -> bool:
+    """Whether a module's path is one of cross-attention."""
+    return any(word in part for part in parts for word in ("EncDec", "encoder_attn", "cross"))
+
+
+def _is_key_or_value(parts: list[str]) -> bool:
+    return parts[-1].lower()[:1] in ("k", "v")
+
+
     rows = v.abs()
     if weights is not None:
         rows = torch.where(weights.view(*rows.shape[:-1], 1), rows, 0)
@@ -670,7 +677,8 @@ def collect_moments(
     for moments in hooks.moments.values():
         # Of the whole run, also for a module (an expert) that only later batches reached.
         moments.loss_terms.fill_(counts["loss_terms"])
-    warn_of_padding(sorted(hooks.unmasked))
+    padded = {name for name, rows in hooks.unmasked.items() if _is_padded(base_model, name, rows)}
+    warn_of_padding(sorted(padded))
     return hooks, counts
 
 
@@ -704,6 +712,29 @@ def _warn_of_other_masks(batch: Any, token_mask: str | None) -> None:
     ]
     if others:
         warnings.warn(
+def _is_padded(model: nn.Module, name: str, rows: int) -> bool:
+    """Whether a module that is given so many rows may see what the batch's mask leaves out.
+
+    Beside a text's part, those of images and sounds, and what brings theirs to it (projections,
+    keys and values across), see only what is there. Whisper's encoder is given as many frames with
+    every sample.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return True
+    path = name.split(".")
+    across = _crosses(path) and _is_key_or_value(path)
+    if across and not getattr(config, "is_encoder_decoder", False):
+        return False
+    parts = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1)]
+    configs: list[Any] = [getattr(part, "config", None) for part in parts]
+    nearest = next(each for each in configs if hasattr(each, "get_text_config"))
+    if type(nearest) is not type(config):
+        return hasattr(nearest, "vocab_size")
+    filled = rows == getattr(config, "max_source_positions", None)
+    return config.get_text_config() is config and not filled
+
+
             f"the batch has {others[0]!r} and no attention_mask, so padding counts like any token; "
             f"expected FiletConfig(token_mask={others[0]!r}), or token_mask=None if all count",
             stacklevel=4,
