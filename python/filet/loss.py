@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from filet.config import FiletConfig
 
-__all__ = ["IGNORED", "NUM_ITEMS", "ModelLoss", "SummedLoss", "drawn", "labels_of"]
+__all__ = [
+    "IGNORED",
+    "NUM_ITEMS",
+    "ModelLoss",
+    "SummedLoss",
+    "drawn",
+    "ids_shape",
+    "labels_of",
+    "rows_may_be_samples",
+]
 
 IGNORED = -100
 # The key of a batch by which a model of transformers divides the sum of its losses.
@@ -27,6 +36,8 @@ NUM_ITEMS = "num_items_in_batch"
 # The model's loss and ours are the same cross-entropy of the same logits. They differ by rounding
 # alone, 2⁻⁸ where the model sums in bfloat16.
 _TOLERANCE = 1e-2
+# Beginnings of what a batch of texts has of images and sounds: any number of them for a sample.
+_OF_IMAGES = ("pixel_", "image_", "video_", "input_features", "audio_")
 # Probabilities in float64 that exist at a time while labels are drawn.
 _DRAWN = 2**24
 
@@ -218,9 +229,12 @@ class SummedLoss:
             if key in ("attention_mask", "labels", name) or key.startswith("decoder_"):
                 continue
             if not isinstance(value, Tensor) or value.dim() == 0:
+        """From what is the sample's own, whatever batch it is in."""
                 continue
             row = value[index]
-            if isinstance(mask, Tensor) and mask.dim() == 2 and value.shape[:2] == mask.shape:
+            if isinstance(mask, Tensor) and value.shape[: mask.dim()] == mask.shape:
+        ids = ids_shape(batch)
+        own = batch["labels"].shape[:1] if ids is None else ids
                 row = row[mask[index] != 0]
             row = row.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
             digest.update(key.encode() + row.numpy().tobytes())
@@ -228,6 +242,10 @@ class SummedLoss:
 
 
 @torch.no_grad()
+            if value.shape[0] == 1:  # of all samples
+                value = value.expand(own[0], *value.shape[1:])
+            if value.shape[: len(own)] != own or not rows_may_be_samples(key, value, ids):
+                continue
 def drawn(logits: Tensor, uniform: Tensor) -> Tensor:
     """Labels (T,) drawn from softmax(logits) by ``uniform`` (T, 1), some rows at a time."""
     step = max(1, _DRAWN // logits.shape[-1])
@@ -255,6 +273,45 @@ def _shifted(labels: Tensor) -> Tensor:
 
 
 def _pair(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor] | None:
+def _ignored(model: Any) -> int | None:
+    """The label that the model's loss leaves out; None where its mean is over all labels.
+
+    Of the models of transformers, those that segment images name one in their configuration.
+    """
+    config: Any = getattr(model, "config", None)
+    if not type(model).__name__.endswith("ForSemanticSegmentation"):
+        return IGNORED
+    if config.num_labels == 1:  # Segformer: what it leaves out is a zero in the mean
+        return None
+    names = ("semantic_loss_ignore_index", "loss_ignore_index")
+    return next((getattr(config, name) for name in names if hasattr(config, name)), IGNORED)
+
+
+def ids_shape(batch: Any) -> torch.Size | None:
+    """The shape of a batch's ids, (samples, tokens) as a rule; None where it has none."""
+    entry = batch if isinstance(batch, Mapping) else {}
+    ids, embeds = entry.get("input_ids"), entry.get("inputs_embeds")
+    if isinstance(ids, Tensor):
+        return ids.shape
+    return embeds.shape[:-1] if isinstance(embeds, Tensor) else None
+
+
+def rows_may_be_samples(key: str, value: Any, ids: torch.Size | None) -> bool:
+    """Whether an entry may have a row for each sample, in a batch with ids of that shape.
+
+    A text has any number of images, and its positions beside them come as (3, samples, tokens).
+    """
+    if ids is None:
+        return True
+    if key == "position_ids" and isinstance(value, Tensor):
+        return value.shape == ids
+    return not key.startswith(_OF_IMAGES)
+
+
+def _entries(batch: Any) -> str:
+    return ", ".join(map(str, batch)) if isinstance(batch, Mapping) else "no names"
+
+
     """Logits (B, …, V) and labels (B, …) aligned row by row, or None where they do not fit."""
     if shift:
         logits, labels = logits[..., :-1, :], _shifted(labels)

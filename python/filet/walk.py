@@ -36,7 +36,7 @@ from filet.config import FiletConfig
 from filet.forwards import Forwards
 from filet.fused import fused
 from filet.head import ChunkedLoss, HeadLoss
-from filet.loss import IGNORED, ModelLoss, SummedLoss
+from filet.loss import IGNORED, ModelLoss, SummedLoss, ids_shape, rows_may_be_samples
 from filet.memory import named_shortage
 from filet.targets import Target
 from filet.transfer import values
@@ -61,9 +61,6 @@ __all__ = [
 ]
 
 ForwardFn = Callable[[Any, Any], Any]
-
-# Beginnings of what a batch of texts has of images and sounds: any number of them for a sample.
-_OF_IMAGES = ("pixel_values", "image_", "video_", "input_features", "audio_")
 
 # Loss scale where gradients are float16: the largest |g| of the first batch is put at 2⁴. That
 # leaves 2¹² of room below the largest float16 (65504), and 2¹⁸ above its smallest normal number.
@@ -510,6 +507,9 @@ class _Linear(torch.autograd.Function):
 
 def _largest(v: Tensor, weights: Tensor | None) -> Tensor:
     """Of the rows that count, the largest number of each column."""
+    rows = v.abs()
+    if weights is not None:
+        rows = torch.where(weights.view(*rows.shape[:-1], 1), rows, 0)
 def _crosses(parts: list[str]) -> bool:
     """Whether a module's path is one of cross-attention."""
     return any(word in part for part in parts for word in ("EncDec", "encoder_attn", "cross"))
@@ -519,9 +519,6 @@ def _is_key_or_value(parts: list[str]) -> bool:
     return parts[-1].lower()[:1] in ("k", "v")
 
 
-    rows = v.abs()
-    if weights is not None:
-        rows = torch.where(weights.view(*rows.shape[:-1], 1), rows, 0)
     return rows.flatten(0, -2).amax(0)
 
 
@@ -712,6 +709,9 @@ def _warn_of_other_masks(batch: Any, token_mask: str | None) -> None:
     ]
     if others:
         warnings.warn(
+            f"the batch has {others[0]!r} and no attention_mask, so padding counts like any token; "
+            f"expected FiletConfig(token_mask={others[0]!r}), or token_mask=None if all count",
+            stacklevel=4,
 def _is_padded(model: nn.Module, name: str, rows: int) -> bool:
     """Whether a module that is given so many rows may see what the batch's mask leaves out.
 
@@ -735,9 +735,6 @@ def _is_padded(model: nn.Module, name: str, rows: int) -> bool:
     return config.get_text_config() is config and not filled
 
 
-            f"the batch has {others[0]!r} and no attention_mask, so padding counts like any token; "
-            f"expected FiletConfig(token_mask={others[0]!r}), or token_mask=None if all count",
-            stacklevel=4,
         )
 
 
@@ -849,11 +846,13 @@ def is_divisible(batch: Any) -> bool:
     """Whether the rows of a batch's tensors are its samples, all of them, so that it can be cut.
 
     They are not where images of several samples lie in one tensor (``pixel_values`` of patches,
-    with ``image_grid_thw``): such a batch goes through whole.
+    with ``image_grid_thw``), or where positions in three dimensions, of height and width too, come
+    first (``position_ids`` of 3, samples, tokens): such a batch goes through whole.
     """
     values = [batch] if isinstance(batch, Tensor) else batch
     if isinstance(batch, Mapping):
-        if "input_ids" in batch and any(key.startswith(_OF_IMAGES) for key in batch):
+        ids = ids_shape(batch)
+        if ids is not None and not all(rows_may_be_samples(*entry, ids) for entry in batch.items()):
             return False
         values = batch.values()
     full = samples_in(batch)
@@ -910,8 +909,12 @@ def token_masks(
         elif decoder is None and "decoder_input_ids" not in entry:
             decoder = attention  # a classifier, whose decoder takes the encoder's input
         sides = {"encoder": attention, "decoder": decoder}
-    # A mask without a hole is dropped: the unweighted product is the cheaper one.
-    holed = {k: m if m is not None and not bool(m.all()) else None for k, m in sides.items()}
+    # A mask without a hole is dropped: the unweighted product is the cheaper one. Of several
+    # choices a sample (B, C, T), models make as many samples.
+    holed = {
+        k: m.flatten(0, -2) if m is not None and not bool(m.all()) else None
+        for k, m in sides.items()
+    }
     return holed, tokens
 
 
@@ -926,7 +929,7 @@ def _mask(entry: Mapping[str, Any], key: str) -> Tensor | None:
             "expected the name of a mask (samples, tokens)"
         )
     additive = isinstance(mask, Tensor) and mask.is_floating_point() and bool((mask < 0).any())
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or additive:
+    if not isinstance(mask, Tensor) or additive or (mask.dim() != 2 and mask.shape != ids):
         what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"{key} is {'additive, ' if additive else ''}{what}, from which padding cannot be "
@@ -939,6 +942,7 @@ def _mask(entry: Mapping[str, Any], key: str) -> Tensor | None:
 def some(names: list[str], limit: int = 5) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+    ids = ids_shape(entry)
 
 
 @contextlib.contextmanager
