@@ -461,10 +461,12 @@ def test_loss_that_fits_no_reduction() -> None:
 def test_losses_that_cannot_be_used() -> None:
     c = case("perceptron")
     peft_model = peft_of(c)
-    with pytest.raises(ValueError, match="without a scalar loss"):
+    keys = "input_ids, attention_mask, labels"
+    message = f"^the model returned a Tensor without a scalar loss; .* batch, which has {keys}, or"
+    with pytest.raises(ValueError, match=message):
         statistics_of(peft_model, loader(c.samples))
     unlabelled = [{k: v for k, v in s.items() if k != "labels"} for s in c.samples]
-    with pytest.raises(ValueError, match="no 'labels'"):
+    with pytest.raises(ValueError, match="no 'labels' but input_ids, attention_mask, so"):
         statistics_of(peft_model, loader(unlabelled), lambda m, b: m(**b).square().mean())
     with pytest.raises(TypeError, match="gave a Tensor"):
         statistics_of(peft_model, [torch.ones(2, 3, dtype=torch.int64)])
@@ -475,6 +477,83 @@ def test_losses_that_cannot_be_used() -> None:
             return loss.detach(), terms
 
         statistics_of(peft_model, loader(c.samples), detached)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+@pytest.mark.parametrize("kind", ["llama", "bert class"])
+def test_labels_of_another_name(kind: str, fisher: str) -> None:
+    """The message says what the batch has."""
+    c = case(kind)
+    for batch in loader(c.samples):
+        none = {**batch, "labels": None}
+        with pytest.raises(ValueError, match=r"batch, which has input_ids, attention_mask, labels"):
+            statistics_of(peft_of(c), [none], fisher=fisher)
+        batch["some_label"] = batch.pop("labels")
+        forward_fn = lambda model, batch: model(input_ids=batch["input_ids"])  # noqa: E731
+        with pytest.raises(ValueError, match=r"which has input_ids, attention_mask, some_label"):
+            statistics_of(peft_of(c), [batch], forward_fn, fisher=fisher)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+@pytest.mark.parametrize("where", ["batch", "config"])
+@pytest.mark.parametrize("kind", ["llama", "bert class"])
+def test_a_model_that_returns_a_tuple(kind: str, where: str, fisher: str) -> None:
+    c = case(kind)
+    peft_model, batches = peft_of(c), list(loader(c.samples))
+    if where == "batch":
+        batches = [{**batch, "return_dict": False} for batch in batches]
+    else:
+        peft_model.base_model.model.config.return_dict = False
+    said = r"^return_dict=False in the" if where == "config" else r"expected .*return_dict=True"
+    with pytest.raises(ValueError, match=said):
+        statistics_of(peft_model, batches, fisher=fisher)
+
+
+def test_logits_of_one_sample_and_class_are_no_number_of_terms() -> None:
+    config = copy.deepcopy(case("bert class").model.config)
+    config.num_labels, config.return_dict = 1, False
+    model = randomised(BertForSequenceClassification(config))
+    sample = case("bert class").samples[0] | {"labels": torch.tensor(0.3)}
+    c = Case(model, [sample], linears(model))
+    with pytest.raises(ValueError, match=r"expected .*return_dict=True"):
+        statistics_of(peft_of(c), loader([sample]), models_own)
+
+
+@pytest.mark.parametrize("classes", [1, 4])
+@pytest.mark.parametrize("ignored", [255, 3])
+def test_labels_that_a_segmentation_ignores(classes: int, ignored: int) -> None:
+    """Its configuration names the label that does not count, in batches that have many and few."""
+    config = SegformerConfig(
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16],
+        patch_sizes=[3, 3], strides=[2, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2],
+        decoder_hidden_size=8, num_labels=classes, semantic_loss_ignore_index=ignored,
+    )  # fmt: skip
+    model = randomised(SegformerForSemanticSegmentation(config))
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for share in (0.05, 0.95):
+        labels = torch.randint(0, min(classes, 3), (2, 16, 16), generator=generator)
+        hidden = torch.rand(labels.shape, generator=generator) < share
+        images = torch.randn(2, 3, 16, 16, generator=generator)
+        batches.append({"pixel_values": images, "labels": labels.masked_fill(hidden, ignored)})
+    c = Case(model, [], linears(model))
+
+    def counted(model: Any, batch: Any) -> Any:
+        labels = batch["labels"]  # with one class, transformers' mean is over all of them
+        return model(**batch).loss, (labels != (ignored if classes > 1 else -100)).sum()
+
+    expected = energies_of(peft_of(c), batches, counted)
+    assert_energies(energies_of(peft_of(c), batches, loss_reduction="mean"), expected, 0)
+
+
+def test_labels_of_another_task_are_ignored_by_none() -> None:
+    """Image classifiers share their configuration with those that segment."""
+    c = case("vit")
+    model = copy.deepcopy(c.model)
+    assert type(model) is ViTForImageClassification
+    model.config.semantic_loss_ignore_index = 3
+    found = energies_of(peft_of(Case(model, c.samples, c.targets)), loader(c.samples))
+    assert_energies(found, truth("vit"), FLOAT32)
 
 
 def models_own(model: Any, batch: Any) -> Any:

@@ -81,6 +81,7 @@ class SummedLoss:
         self.known = causal or loss_type is not None
         self.reduction = None if config.loss_reduction == "auto" else config.loss_reduction
         self.settled = False
+        self.ignored = _ignored(base_model)
 
     def without_padded_terms(self, batch: Any, mask: Tensor | None) -> Any:
         """A copy of the batch less the labels that a padded position predicts: none of them counts.
@@ -128,15 +129,21 @@ class SummedLoss:
             loss, terms = result[0], int(result[1])
             return ModelLoss(loss, float(terms), terms)
         if loss is None:
+            expected = (
+                "return_dict=True in the batch and the model's config"
+                if type(result) is tuple and labels is not None
+                else f"labels in the batch, which has {_entries(batch)}"
+            )
             raise ValueError(
                 f"the model returned a {type(result).__name__} without a scalar loss; expected "
-                "labels in the batch, or a forward_fn(model, batch) that returns the loss, an "
-                "output with .loss, or (loss, terms)"
+                f"{expected}, or a forward_fn(model, batch) that returns the loss, an output with "
+                ".loss, or (loss, terms)"
             )
         if labels is None:
             raise ValueError(
-                "the batch has no 'labels', so the number of terms in its loss is unknown; "
-                "expected labels, or a forward_fn that returns (loss, terms) with loss their mean"
+                f"the batch has no 'labels' but {_entries(batch)}, so the number of terms in its "
+                "loss is unknown; expected labels, or a forward_fn that returns (loss, terms) with "
+                "loss their mean"
             )
         terms = self._terms(labels)
         if terms == 0 and logits is not None:
@@ -186,7 +193,8 @@ class SummedLoss:
     def _terms(self, labels: Tensor) -> int:
         if labels.is_floating_point():
             return labels.numel()
-        return int((_shifted(labels) if self.shift else labels).ne(IGNORED).sum())
+        counted = _shifted(labels) if self.shift else labels
+        return counted.numel() if self.ignored is None else int(counted.ne(self.ignored).sum())
 
     def _sampled(self, logits: Tensor | None, labels: Tensor | None, batch: Any) -> ModelLoss:
         """Cross-entropy against labels drawn from the model, at the positions that have one.
@@ -196,8 +204,9 @@ class SummedLoss:
         """
         if logits is None or labels is None or labels.is_floating_point():
             raise ValueError(
-                "fisher='sampled' draws labels from the model; expected outputs with .logits, and "
-                "integer 'labels' in the batch that say which positions count"
+                "fisher='sampled' draws labels from the model; expected outputs with .logits "
+                "(return_dict=True), and integer 'labels' in the batch, which has "
+                f"{_entries(batch)}, that say which positions count"
             )
         pair = _pair(logits, labels, self.shift and labels.dim() > 1)
         if pair is None:
@@ -220,21 +229,25 @@ class SummedLoss:
         return torch.rand(rows, 1, generator=generator, dtype=torch.float64)
 
     def _sample_seed(self, batch: Any, index: int) -> int:
+        """From what is the sample's own, whatever batch it is in."""
         digest = hashlib.blake2b(str(self.config.seed).encode(), digest_size=8)
         name = self.config.token_mask
         mask = None if name is None else batch.get(name)
+        ids = ids_shape(batch)
+        own = batch["labels"].shape[:1] if ids is None else ids
         for key in sorted(batch):
             value = batch[key]
             # Masks, labels and what the decoder takes carry the batch's padding.
             if key in ("attention_mask", "labels", name) or key.startswith("decoder_"):
                 continue
             if not isinstance(value, Tensor) or value.dim() == 0:
-        """From what is the sample's own, whatever batch it is in."""
+                continue
+            if value.shape[0] == 1:  # of all samples
+                value = value.expand(own[0], *value.shape[1:])
+            if value.shape[: len(own)] != own or not rows_may_be_samples(key, value, ids):
                 continue
             row = value[index]
             if isinstance(mask, Tensor) and value.shape[: mask.dim()] == mask.shape:
-        ids = ids_shape(batch)
-        own = batch["labels"].shape[:1] if ids is None else ids
                 row = row[mask[index] != 0]
             row = row.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
             digest.update(key.encode() + row.numpy().tobytes())
@@ -242,10 +255,6 @@ class SummedLoss:
 
 
 @torch.no_grad()
-            if value.shape[0] == 1:  # of all samples
-                value = value.expand(own[0], *value.shape[1:])
-            if value.shape[: len(own)] != own or not rows_may_be_samples(key, value, ids):
-                continue
 def drawn(logits: Tensor, uniform: Tensor) -> Tensor:
     """Labels (T,) drawn from softmax(logits) by ``uniform`` (T, 1), some rows at a time."""
     step = max(1, _DRAWN // logits.shape[-1])
@@ -258,21 +267,12 @@ def drawn(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _has_rows(value: Any) -> bool:
+    # Logits of one sample and class, (1, 1), are no number.
     return not isinstance(value, (int, float)) and not (
-        isinstance(value, Tensor) and value.numel() == 1
+        isinstance(value, Tensor) and value.numel() == 1 and value.dim() < 2
     )
 
 
-def labels_of(batch: Any) -> Tensor | None:
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return labels if isinstance(labels, Tensor) else None
-
-
-def _shifted(labels: Tensor) -> Tensor:
-    return labels[..., 1:]
-
-
-def _pair(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor] | None:
 def _ignored(model: Any) -> int | None:
     """The label that the model's loss leaves out; None where its mean is over all labels.
 
@@ -312,6 +312,16 @@ def _entries(batch: Any) -> str:
     return ", ".join(map(str, batch)) if isinstance(batch, Mapping) else "no names"
 
 
+def labels_of(batch: Any) -> Tensor | None:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return labels if isinstance(labels, Tensor) else None
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    return labels[..., 1:]
+
+
+def _pair(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor] | None:
     """Logits (B, …, V) and labels (B, …) aligned row by row, or None where they do not fit."""
     if shift:
         logits, labels = logits[..., :-1, :], _shifted(labels)

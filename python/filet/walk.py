@@ -602,14 +602,18 @@ def collect_moments(
     inputs = Inputs(base_model, forward_fn)
     default, forward_fn = forward_fn is None, forward_fn or _default_forward
     device = _input_device(base_model)
-    is_encoder_decoder = bool(
-        getattr(getattr(base_model, "config", None), "is_encoder_decoder", False)
-    )
+    is_encoder_decoder = bool(getattr(model_config, "is_encoder_decoder", False))
     counts = {"samples": 0, "tokens": 0, "loss_terms": 0}
     scale = gradient_scale
     index, batch = -1, None  # for the message of a shortage
 
     def through(host: Any, masks: dict[str, Tensor | None]) -> int:
+    model_config = getattr(base_model, "config", None)
+    if forward_fn is None and getattr(model_config, "return_dict", True) is False:
+        raise ValueError(
+            "return_dict=False in the model's config; expected True, or a forward_fn(model, batch) "
+            "that returns (loss, terms) with loss their mean"
+        )
         """One batch forward and backward; returns the terms of its loss."""
         nonlocal scale
         batch = _to_device(host, device)
@@ -708,10 +712,6 @@ def _warn_of_other_masks(batch: Any, token_mask: str | None) -> None:
         if "mask" in str(key) and isinstance(value, Tensor) and value.dim() > 1
     ]
     if others:
-        warnings.warn(
-            f"the batch has {others[0]!r} and no attention_mask, so padding counts like any token; "
-            f"expected FiletConfig(token_mask={others[0]!r}), or token_mask=None if all count",
-            stacklevel=4,
 def _is_padded(model: nn.Module, name: str, rows: int) -> bool:
     """Whether a module that is given so many rows may see what the batch's mask leaves out.
 
@@ -735,6 +735,10 @@ def _is_padded(model: nn.Module, name: str, rows: int) -> bool:
     return config.get_text_config() is config and not filled
 
 
+        warnings.warn(
+            f"the batch has {others[0]!r} and no attention_mask, so padding counts like any token; "
+            f"expected FiletConfig(token_mask={others[0]!r}), or token_mask=None if all count",
+            stacklevel=4,
         )
 
 
@@ -938,11 +942,11 @@ def _mask(entry: Mapping[str, Any], key: str) -> Tensor | None:
         )
     return mask != 0
 
+    ids = ids_shape(entry)
 
 def some(names: list[str], limit: int = 5) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-    ids = ids_shape(entry)
 
 
 @contextlib.contextmanager
