@@ -818,6 +818,128 @@ def test_a_linear_that_is_called_with_something_else() -> None:
         statistics_of(peft_of(listing), loader(listing.samples), mean_and_terms)
 
 
+def test_a_linear_that_returns_something_else() -> None:
+    """Llama 4's router, which PEFT's "all-linear" targets."""
+    config = Llama4TextConfig(
+        vocab_size=VOCAB, hidden_size=24, intermediate_size=40, intermediate_size_mlp=40,
+        num_hidden_layers=1, num_attention_heads=3, num_key_value_heads=3, head_dim=8,
+        num_local_experts=2, pad_token_id=0,
+    )  # fmt: skip
+    c = Case(randomised(Llama4ForCausalLM(config)), case("llama").samples, [])
+    routed = peft_of(c, target_modules="all-linear")
+    message = r"^model\.layers\.0\.feed_forward\.router returned a tuple; .* target_modules without"
+    with pytest.raises(ValueError, match=message):
+        statistics_of(routed, loader(c.samples))
+
+
+# Embeddings that the model writes to.
+
+_SMALL = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3}
+_TOWER = {**_SMALL, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+_SMALL |= {"vocab_size": VOCAB, "num_hidden_layers": 2, "pad_token_id": 0}
+
+
+class Marked(Perceptron):
+    """Marks the positions of a token in its embeddings."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        x = self.embedding(input_ids)
+        x[input_ids == 5] = 1.0
+        return self.head(self.down(self.up(x)))
+
+
+def writing(kind: str) -> Case:
+    samples = copy.deepcopy(case("llama").samples)
+    if kind == "ctrl":
+        config = CTRLConfig(
+            vocab_size=VOCAB, n_embd=24, n_layer=2, n_head=3, dff=40, n_positions=64
+        )
+        model = randomised(CTRLLMHeadModel(config))
+        return Case(model, samples, linears(model, "lm_head"), shift=True)
+    if kind == "marked":
+        c = case("perceptron")
+        return Case(randomised(Marked()), c.samples, ["up"], forward_fn=mean_and_terms)
+    generator = torch.Generator().manual_seed(0)
+    for sample in samples:
+        sample["pixel_values"] = torch.randn(3, 8, 8, generator=generator)
+    if kind == "git":
+        model = randomised(GitForCausalLM(GitConfig(vision_config=_TOWER, **_SMALL)))
+        # Of one length: the mask that it makes of pictures and text is not the batch's.
+        samples = [sample for sample in samples if len(sample["input_ids"]) > 6]
+        samples = [{k: v[:7] if v.dim() == 1 else v for k, v in s.items()} for s in samples]
+    else:
+        text = {**_SMALL, "label_smoothing": 0.0, "encoder_hidden_size": 24, "projection_dim": 24}
+        text |= {"bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
+        config = BlipConfig(text_config=text, vision_config={**_TOWER, "projection_dim": 24})
+        model = randomised(BlipForConditionalGeneration(config))
+    targets = [name for name in linears(model) if name.endswith(("query", "value"))]
+    return Case(model, samples, targets, shift=True)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("kind", "checkpointed"),
+    [
+        ("ctrl", False),
+        ("blip", False),
+        ("blip", True),
+        ("git", False),
+        ("git", True),
+        ("marked", False),
+    ],
+)
+def test_embeddings_that_are_written_to(kind: str, checkpointed: bool) -> None:
+    c = writing(kind)
+    peft_model = peft_of(c)
+    model = peft_model.base_model.model
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    settings = {"loss_reduction": "mean"} if kind == "git" else {}  # of the text behind the image
+    found = energies_of(peft_model, loader(c.samples), c.forward_fn, **settings)
+    if kind == "git":
+        expected = energies_of(peft_of(c), loader(c.samples, 1), **settings)
+    else:
+        expected = true_energies(c.model, c.targets, c.samples, c.shift)
+    assert_energies(found, expected, FLOAT32)
+
+
+def test_keys_and_values_of_pictures_have_no_padding() -> None:
+    c = writing("blip")
+    assert any("crossattention.self.value" in name for name in c.targets)
+    assert padding_warnings(c, list(loader(c.samples))) == []
+
+
+class Between(nn.Module):
+    """Two linears, and their input is another in between: the same tensor, or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes = True
+        self.embedding = nn.Embedding(VOCAB, 10)
+        self.a, self.b = nn.Linear(10, VOCAB), nn.Linear(10, VOCAB)
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        x = self.embedding(input_ids)
+        y = self.a(x)
+        x = x.mul_(input_ids.unsqueeze(-1)) if self.writes else x * input_ids.unsqueeze(-1)
+        return y + self.b(x)
+
+
+def test_an_input_that_was_written_to_is_not_shared() -> None:
+    c = case("perceptron")
+    model = randomised(Between())
+    other = copy.deepcopy(model)
+    other.writes = False
+    found, expected = (
+        energies_of(peft_of(Case(each, [], ["a", "b"])), loader(c.samples), mean_and_terms)
+        for each in (model, other)
+    )
+    assert_energies(found, expected, 0)
+
+
 # Gradient checkpointing, dropout, training flags.
 
 

@@ -150,7 +150,7 @@ class MomentHooks:
         # Modules whose rows the attention mask could not be put to, and how many of a sample.
         self.unmasked: dict[str, int] = {}
         self._masks: dict[str, Tensor | None] = {}
-        self._seen: dict[int, tuple[weakref.ref[Tensor], SecondMoment]] = {}
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int, SecondMoment]] = {}
         self._calls: dict[str, int] = {}
         self._mask_counts: dict[str, int] = {}
         # Rows of each moment. On the host: 9 additions a block and batch would be 9 launches.
@@ -297,7 +297,7 @@ class MomentHooks:
         if not args or not isinstance(args[0], Tensor):
             raise ValueError(
                 f"{target.name} was called with {type(args[0]).__name__ if args else 'no'} "
-                "positional input; expected a tensor"
+                "positional input; expected a tensor, or target_modules without it"
             )
         x = args[0]
         if self.phase == "forward" and target.name in self.counted:
@@ -307,7 +307,12 @@ class MomentHooks:
         # The first target on its path: gradients start here.
         return (x.detach().requires_grad_(), *args[1:])
 
-    def _after(self, target: Target, module: nn.Module, args: Any, output: Tensor) -> None:
+    def _after(self, target: Target, module: nn.Module, args: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"{target.name} returned a {type(output).__name__}; expected a tensor, as a linear "
+                "layer returns it, or target_modules without it"
+            )
         self.half = self.half or output.dtype == torch.float16
         if output.requires_grad:
             output.register_hook(_bound(self._gradient, target, self._hands_on(target, args[0])))
@@ -407,9 +412,9 @@ class MomentHooks:
     def _count_input(self, target: Target, x: Tensor) -> None:
         name = target.name
         self._calls[name] = self._calls.get(name, 0) + 1
-        reference, moment = self._seen.get(id(x), (None, None))
-        if reference is not None and reference() is not x:
-            moment = None  # another tensor that has died since
+        reference, version, moment = self._seen.get(id(x), (None, 0, None))
+        if reference is not None and (reference() is not x or version != _version(x)):
+            moment = None  # another tensor that has died since, or this one was written to
         if name not in self.moments:
             share = moment if self.config.share_inputs else None
             # Where nothing is counted, only the spaces matter.
@@ -425,7 +430,7 @@ class MomentHooks:
                 raise _sharing_broke(name, self.shared_input[name], None)
         elif mine.space == "x":
             self._add(target, mine, x.detach())
-            self._seen[id(x)] = (weakref.ref(x), mine)
+            self._seen[id(x)] = (weakref.ref(x), _version(x), mine)
         elif not self._hands_on(target, x):
             self._add(target, mine, _unrounded(x.detach(), target.weight.T, mine.sum.dtype))
 
@@ -505,11 +510,6 @@ class _Linear(torch.autograd.Function):
         return gradient @ ctx.target.weight if h is None else h, None, None
 
 
-def _largest(v: Tensor, weights: Tensor | None) -> Tensor:
-    """Of the rows that count, the largest number of each column."""
-    rows = v.abs()
-    if weights is not None:
-        rows = torch.where(weights.view(*rows.shape[:-1], 1), rows, 0)
 def _crosses(parts: list[str]) -> bool:
     """Whether a module's path is one of cross-attention."""
     return any(word in part for part in parts for word in ("EncDec", "encoder_attn", "cross"))
@@ -519,6 +519,11 @@ def _is_key_or_value(parts: list[str]) -> bool:
     return parts[-1].lower()[:1] in ("k", "v")
 
 
+def _largest(v: Tensor, weights: Tensor | None) -> Tensor:
+    """Of the rows that count, the largest number of each column."""
+    rows = v.abs()
+    if weights is not None:
+        rows = torch.where(weights.view(*rows.shape[:-1], 1), rows, 0)
     return rows.flatten(0, -2).amax(0)
 
 
@@ -561,6 +566,11 @@ def _unrounded(v: Tensor, M: Tensor, dtype: torch.dtype) -> Tensor:
             return v.to(dtype) @ M.to(dtype)
 
 
+def _version(x: Tensor) -> int:
+    """How often x was written to in place."""
+    return 0 if x.is_inference() else x._version
+
+
 def _bound(method: Callable[..., Any], *first: Any) -> Callable[..., Any]:
     """``method`` with its first arguments fixed, as a plain function that torch can hook.
 
@@ -600,6 +610,12 @@ def collect_moments(
     summed_loss = SummedLoss(config, base_model)
     head_loss = HeadLoss(config, peft_model, summed_loss, forward_fn)
     inputs = Inputs(base_model, forward_fn)
+    model_config = getattr(base_model, "config", None)
+    if forward_fn is None and getattr(model_config, "return_dict", True) is False:
+        raise ValueError(
+            "return_dict=False in the model's config; expected True, or a forward_fn(model, batch) "
+            "that returns (loss, terms) with loss their mean"
+        )
     default, forward_fn = forward_fn is None, forward_fn or _default_forward
     device = _input_device(base_model)
     is_encoder_decoder = bool(getattr(model_config, "is_encoder_decoder", False))
@@ -608,12 +624,6 @@ def collect_moments(
     index, batch = -1, None  # for the message of a shortage
 
     def through(host: Any, masks: dict[str, Tensor | None]) -> int:
-    model_config = getattr(base_model, "config", None)
-    if forward_fn is None and getattr(model_config, "return_dict", True) is False:
-        raise ValueError(
-            "return_dict=False in the model's config; expected True, or a forward_fn(model, batch) "
-            "that returns (loss, terms) with loss their mean"
-        )
         """One batch forward and backward; returns the terms of its loss."""
         nonlocal scale
         batch = _to_device(host, device)
@@ -702,16 +712,6 @@ def warn_of_padding(unmasked: list[str]) -> None:
         )
 
 
-def _warn_of_other_masks(batch: Any, token_mask: str | None) -> None:
-    """A forward_fn may know of a mask that this library does not."""
-    if token_mask != "attention_mask" or not isinstance(batch, Mapping) or token_mask in batch:
-        return
-    others = [
-        key
-        for key, value in batch.items()
-        if "mask" in str(key) and isinstance(value, Tensor) and value.dim() > 1
-    ]
-    if others:
 def _is_padded(model: nn.Module, name: str, rows: int) -> bool:
     """Whether a module that is given so many rows may see what the batch's mask leaves out.
 
@@ -735,6 +735,16 @@ def _is_padded(model: nn.Module, name: str, rows: int) -> bool:
     return config.get_text_config() is config and not filled
 
 
+def _warn_of_other_masks(batch: Any, token_mask: str | None) -> None:
+    """A forward_fn may know of a mask that this library does not."""
+    if token_mask != "attention_mask" or not isinstance(batch, Mapping) or token_mask in batch:
+        return
+    others = [
+        key
+        for key, value in batch.items()
+        if "mask" in str(key) and isinstance(value, Tensor) and value.dim() > 1
+    ]
+    if others:
         warnings.warn(
             f"the batch has {others[0]!r} and no attention_mask, so padding counts like any token; "
             f"expected FiletConfig(token_mask={others[0]!r}), or token_mask=None if all count",
@@ -932,6 +942,7 @@ def _mask(entry: Mapping[str, Any], key: str) -> Tensor | None:
             f"token_mask={key!r} is not in the batch, which has {', '.join(map(str, entry))}; "
             "expected the name of a mask (samples, tokens)"
         )
+    ids = ids_shape(entry)
     additive = isinstance(mask, Tensor) and mask.is_floating_point() and bool((mask < 0).any())
     if not isinstance(mask, Tensor) or additive or (mask.dim() != 2 and mask.shape != ids):
         what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
@@ -942,7 +953,6 @@ def _mask(entry: Mapping[str, Any], key: str) -> Tensor | None:
         )
     return mask != 0
 
-    ids = ids_shape(entry)
 
 def some(names: list[str], limit: int = 5) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
@@ -1139,6 +1149,24 @@ def _input_embeddings(model: Any) -> nn.Module | None:
     return embeddings if isinstance(embeddings, nn.Module) else None
 
 
-def _ask_for_gradient(module: nn.Module, args: Any, output: Any) -> None:
-    if isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad:
-        output.requires_grad_()
+class _Start(torch.autograd.Function):
+    """The same memory, as something that has a gradient, of which nothing is kept.
+
+    A leaf that asks for one would keep it, and cannot be written to in place, as BLIP, GIT and CTRL
+    do with their embeddings.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+@torch.compiler.disable
+def _ask_for_gradient(module: nn.Module, args: Any, output: Any) -> Any:
+    if isinstance(output, Tensor) and output.is_floating_point() and output.is_leaf:
+        return _Start.apply(output, output.new_empty(0, requires_grad=True))
+    return None
