@@ -5,6 +5,7 @@ What is right is the same everywhere: the energies of the same samples without p
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BertForMultipleChoice,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2VLConfig,
@@ -21,6 +23,8 @@ from transformers import (
 
 import filet
 from filet import FiletConfig
+from filet.loss import SummedLoss
+from filet.walk import first_samples, is_divisible
 from models import (
     VOCAB,
     Case,
@@ -33,6 +37,7 @@ from models import (
     mean_and_terms,
     peft_of,
     randomised,
+    true_energies,
     truth,
 )
 
@@ -296,6 +301,140 @@ def test_a_batch_with_images_is_planned_whole(kind: Any) -> None:
     first = {key: batch for key, batch in reversed(with_images(c.samples).items())}
     assert next(iter(first)) != "input_ids"  # images first: the ids still say how many samples
     assert str(filet.estimate(peft_of(c), first)).splitlines()[1:3] == str(plan).splitlines()[1:3]
+
+
+@pytest.mark.parametrize("kind", [qwen2_vl, llava])
+def test_sampled_labels_of_a_batch_with_images(kind: str) -> None:
+    """The draw of a sample is its own, wherever its patches lie in the batch."""
+    c = kind()
+    whole = energies_of(peft_of(c), [with_images(c.samples)], fisher="sampled")
+    turned = energies_of(peft_of(c), [with_images(c.samples[::-1])], fisher="sampled")
+    alone = energies_of(peft_of(c), [with_images([s]) for s in c.samples], fisher="sampled")
+    assert_energies(whole, alone, 1e-4)
+    if kind is qwen2_vl:  # each of llava's batches has an image first
+        assert_energies(turned, alone, 1e-4)
+
+
+def with_axes(size: int, axes: int) -> dict[str, Tensor]:
+    """Texts for a model of images, with positions of three axes and maybe the text's own first."""
+    ids = torch.randint(3, VOCAB, (size, 7), generator=torch.Generator().manual_seed(size))
+    batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+    batch["attention_mask"][0, -2:] = 0
+    batch["position_ids"] = torch.arange(7).expand(axes, size, 7).clone()
+    return batch
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+@pytest.mark.parametrize("axes", [3, 4])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_positions_of_several_axes(size: int, axes: int, fisher: str) -> None:
+    c, batch = qwen2_vl(), with_axes(size, axes)
+    plain = {key: value for key, value in batch.items() if key != "position_ids"}
+    found = energies_of(peft_of(c), [batch], fisher=fisher, samples=2)
+    assert_energies(found, energies_of(peft_of(c), [plain], fisher=fisher), 1e-4)
+    assert not is_divisible(batch) and is_divisible(plain)
+    assert first_samples(batch, 1) is batch
+    assert filet.estimate(peft_of(c), batch).length == 7
+
+
+def test_positions_of_samples_are_rows() -> None:
+    plain = {key: value for key, value in with_axes(3, 3).items() if key != "position_ids"}
+    batch = {**plain, "position_ids": torch.arange(7).expand(3, 7)}
+    assert first_samples(batch, 2)["position_ids"].shape == (2, 7)
+    choices = {key: value.unsqueeze(1).expand(3, 3, 7) for key, value in batch.items()}
+    assert first_samples(choices, 2)["position_ids"].shape == (2, 3, 7)
+
+
+def test_one_row_of_positions_is_that_of_all_samples() -> None:
+    """The draw of a sample is the same alone, where that row is its own."""
+    c = case("llama")
+    samples = [{k: v[:3] for k, v in s.items()} for s in c.samples]
+    batches = [{**b, "position_ids": torch.arange(3).unsqueeze(0)} for b in loader(samples, 4)]
+    ones = [{**b, "position_ids": torch.arange(3).unsqueeze(0)} for b in loader(samples, 1)]
+    found = of_llama(batches, fisher="sampled")
+    assert_energies(found, of_llama(ones, fisher="sampled"), 1e-4)
+
+
+def test_the_draw_of_a_sample_stays_what_it_is() -> None:
+    """Of text and of pictures, from one version to the next."""
+    loss = SummedLoss(FiletConfig(fisher="sampled", seed=3), nn.Linear(1, 1))
+    ids = torch.tensor([[3, 4, 5, 0], [6, 7, 8, 9]])
+    text = {
+        "input_ids": ids,
+        "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
+        "labels": ids,
+        "token_type_ids": ids * 0,
+        "position_ids": torch.arange(4).expand(2, 4),
+    }
+    pictures = {"pixel_values": torch.arange(24.0).view(2, 3, 2, 2), "labels": torch.arange(2)}
+    expected = [0.11264118215436747, 0.5553817246628461, 0.7108794740072868, 0.703958782999395]
+    found = [float(loss.uniform(batch, i, 1)) for batch in (text, pictures) for i in range(2)]
+    assert found == expected
+
+
+# Several choices a sample.
+
+
+def test_choices_have_a_mask_of_their_own_shape() -> None:
+    """(samples, choices, tokens); those of a sample are of one length, and so without padding."""
+    model = case("bert class").model
+    model = randomised(BertForMultipleChoice(model.config))
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for index, length in enumerate((5, 9, 3)):
+        ids = torch.randint(3, VOCAB, (2, length), generator=generator)
+        labels = torch.tensor(index % 2)
+        samples.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    batch = {
+        key: torch.stack([nn.functional.pad(s[key], (0, 9 - s[key].shape[1])) for s in samples])
+        for key in ("input_ids", "attention_mask")
+    }
+    batch["labels"] = torch.stack([sample["labels"] for sample in samples])
+    c = Case(model, samples, [name for name in linears(model) if "encoder" in name])
+    expected = true_energies(model, c.targets, samples)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert_energies(energies_of(peft_of(c), [batch]), expected, 1e-4)
+    ones = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(3)]
+    drawn = energies_of(peft_of(c), ones, fisher="sampled")
+    assert_energies(energies_of(peft_of(c), [batch], fisher="sampled"), drawn, 1e-4)
+    with pytest.raises(ValueError, match=r"attention_mask is of shape \(3, 2, 1, 9\), from which"):
+        energies_of(peft_of(c), [{**batch, "attention_mask": batch["attention_mask"][:, :, None]}])
+
+
+# Towers.
+
+
+class Gathered(nn.Module):
+    """Takes the tokens of one sort out of their samples, as a mixture's expert does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = (x[..., 0] > 0).nonzero(as_tuple=True)
+        return torch.zeros_like(x).index_put(rows, self.inner(x[rows]))
+
+
+@pytest.mark.parametrize("kind", [qwen2_vl, llava])
+def test_a_tower_has_no_padding(kind: Any) -> None:
+    """Nor what brings its output to the text; an expert of the text has."""
+    c = kind()
+    model = copy.deepcopy(c.model)
+    batch, single = with_images(c.samples), [with_images([s]) for s in c.samples]
+    everything = Case(model, c.samples, linears(model, "lm_head"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = energies_of(peft_of(everything), [batch])
+    assert_energies(found, energies_of(peft_of(everything), single), 1e-4)
+    layer = model.model.language_model.layers[0]
+    layer.mlp = Gathered(layer.mlp)
+    experts = Case(model, c.samples, linears(model, "lm_head"))
+    with pytest.warns(UserWarning, match="so padding counts there") as caught:
+        energies_of(peft_of(experts), [batch])
+    message = next(str(w.message) for w in caught if "padding" in str(w.message))
+    assert "language_model.layers.0.mlp.inner.up_proj" in message and "vis" not in message
 
 
 def test_a_batch_of_rows_is_cut_to_the_samples() -> None:

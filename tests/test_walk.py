@@ -19,14 +19,30 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import (
     BartForSequenceClassification,
+    BertForSequenceClassification,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    CTRLConfig,
+    CTRLLMHeadModel,
     GemmaConfig,
+    GitConfig,
+    GitForCausalLM,
     GPTJConfig,
     GPTJForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     RobertaConfig,
     RobertaForCausalLM,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
     SiglipVisionConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 import oracle
@@ -216,6 +232,55 @@ def test_rows_that_follow_no_mask_are_named() -> None:
     assert sum("attention_mask" in str(w.message) for w in caught) == 1
 
 
+def padding_warnings(c: Case, batches: list[Any], **config: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        statistics_of(peft_of(c), batches, c.forward_fn, **config)
+    return [str(w.message) for w in caught if "so padding counts" in str(w.message)]
+
+
+def test_frames_of_fixed_length_have_no_padding() -> None:
+    """Of Whisper, whose encoder takes no mask: as many frames with every sample."""
+    config = WhisperConfig(
+        vocab_size=VOCAB, d_model=24, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=40,
+        decoder_ffn_dim=40, encoder_attention_heads=3, decoder_attention_heads=3, num_mel_bins=6,
+        max_source_positions=10, max_target_positions=16, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        {
+            "input_features": torch.randn(6, 20, generator=generator),
+            "attention_mask": (torch.arange(20) < 8 + index).long(),
+            "labels": sample["labels"],
+        }
+        for index, sample in enumerate(case("t5").samples)
+    ]
+    model = randomised(WhisperForConditionalGeneration(config))
+    c = Case(model, samples, linears(model, "proj_out"))
+    assert padding_warnings(c, list(loader(samples, 4))) == []
+    found = energies_of(peft_of(c), loader(samples, 4))
+    assert_energies(found, true_energies(model, c.targets, samples), FLOAT32)
+
+
+def test_frames_that_a_convolution_made_are_named() -> None:
+    """Fewer than the mask has, and among them those of what pads the shorter sample."""
+    config = Wav2Vec2Config(
+        vocab_size=VOCAB, hidden_size=24, num_hidden_layers=1, num_attention_heads=3,
+        intermediate_size=40, conv_dim=(8, 8), conv_kernel=(4, 4), conv_stride=(2, 2),
+        num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    model = randomised(Wav2Vec2ForCTC(config))
+    batch = {
+        "input_values": torch.randn(2, 64, generator=torch.Generator().manual_seed(0)),
+        "attention_mask": (torch.arange(64) < torch.tensor([[64], [40]])).long(),
+        "labels": torch.tensor([[3, 4, 5], [3, 4, -100]]),
+    }
+    c = Case(model, [], linears(model, "lm_head"))
+    assert len(padding_warnings(c, [batch], loss_reduction="sum")) == 1
+
+
 def test_experts() -> None:
     """Routed rows, and an expert that sees none."""
     c = case("experts")
@@ -396,10 +461,12 @@ def test_loss_that_fits_no_reduction() -> None:
 def test_losses_that_cannot_be_used() -> None:
     c = case("perceptron")
     peft_model = peft_of(c)
-    with pytest.raises(ValueError, match="without a scalar loss"):
+    keys = "input_ids, attention_mask, labels"
+    message = f"^the model returned a Tensor without a scalar loss; .* batch, which has {keys}, or"
+    with pytest.raises(ValueError, match=message):
         statistics_of(peft_model, loader(c.samples))
     unlabelled = [{k: v for k, v in s.items() if k != "labels"} for s in c.samples]
-    with pytest.raises(ValueError, match="no 'labels'"):
+    with pytest.raises(ValueError, match="no 'labels' but input_ids, attention_mask, so"):
         statistics_of(peft_model, loader(unlabelled), lambda m, b: m(**b).square().mean())
     with pytest.raises(TypeError, match="gave a Tensor"):
         statistics_of(peft_model, [torch.ones(2, 3, dtype=torch.int64)])
@@ -410,6 +477,83 @@ def test_losses_that_cannot_be_used() -> None:
             return loss.detach(), terms
 
         statistics_of(peft_model, loader(c.samples), detached)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+@pytest.mark.parametrize("kind", ["llama", "bert class"])
+def test_labels_of_another_name(kind: str, fisher: str) -> None:
+    """The message says what the batch has."""
+    c = case(kind)
+    for batch in loader(c.samples):
+        none = {**batch, "labels": None}
+        with pytest.raises(ValueError, match=r"batch, which has input_ids, attention_mask, labels"):
+            statistics_of(peft_of(c), [none], fisher=fisher)
+        batch["some_label"] = batch.pop("labels")
+        forward_fn = lambda model, batch: model(input_ids=batch["input_ids"])  # noqa: E731
+        with pytest.raises(ValueError, match=r"which has input_ids, attention_mask, some_label"):
+            statistics_of(peft_of(c), [batch], forward_fn, fisher=fisher)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+@pytest.mark.parametrize("where", ["batch", "config"])
+@pytest.mark.parametrize("kind", ["llama", "bert class"])
+def test_a_model_that_returns_a_tuple(kind: str, where: str, fisher: str) -> None:
+    c = case(kind)
+    peft_model, batches = peft_of(c), list(loader(c.samples))
+    if where == "batch":
+        batches = [{**batch, "return_dict": False} for batch in batches]
+    else:
+        peft_model.base_model.model.config.return_dict = False
+    said = r"^return_dict=False in the" if where == "config" else r"expected .*return_dict=True"
+    with pytest.raises(ValueError, match=said):
+        statistics_of(peft_model, batches, fisher=fisher)
+
+
+def test_logits_of_one_sample_and_class_are_no_number_of_terms() -> None:
+    config = copy.deepcopy(case("bert class").model.config)
+    config.num_labels, config.return_dict = 1, False
+    model = randomised(BertForSequenceClassification(config))
+    sample = case("bert class").samples[0] | {"labels": torch.tensor(0.3)}
+    c = Case(model, [sample], linears(model))
+    with pytest.raises(ValueError, match=r"expected .*return_dict=True"):
+        statistics_of(peft_of(c), loader([sample]), models_own)
+
+
+@pytest.mark.parametrize("classes", [1, 4])
+@pytest.mark.parametrize("ignored", [255, 3])
+def test_labels_that_a_segmentation_ignores(classes: int, ignored: int) -> None:
+    """Its configuration names the label that does not count, in batches that have many and few."""
+    config = SegformerConfig(
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16],
+        patch_sizes=[3, 3], strides=[2, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2],
+        decoder_hidden_size=8, num_labels=classes, semantic_loss_ignore_index=ignored,
+    )  # fmt: skip
+    model = randomised(SegformerForSemanticSegmentation(config))
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for share in (0.05, 0.95):
+        labels = torch.randint(0, min(classes, 3), (2, 16, 16), generator=generator)
+        hidden = torch.rand(labels.shape, generator=generator) < share
+        images = torch.randn(2, 3, 16, 16, generator=generator)
+        batches.append({"pixel_values": images, "labels": labels.masked_fill(hidden, ignored)})
+    c = Case(model, [], linears(model))
+
+    def counted(model: Any, batch: Any) -> Any:
+        labels = batch["labels"]  # with one class, transformers' mean is over all of them
+        return model(**batch).loss, (labels != (ignored if classes > 1 else -100)).sum()
+
+    expected = energies_of(peft_of(c), batches, counted)
+    assert_energies(energies_of(peft_of(c), batches, loss_reduction="mean"), expected, 0)
+
+
+def test_labels_of_another_task_are_ignored_by_none() -> None:
+    """Image classifiers share their configuration with those that segment."""
+    c = case("vit")
+    model = copy.deepcopy(c.model)
+    assert type(model) is ViTForImageClassification
+    model.config.semantic_loss_ignore_index = 3
+    found = energies_of(peft_of(Case(model, c.samples, c.targets)), loader(c.samples))
+    assert_energies(found, truth("vit"), FLOAT32)
 
 
 def models_own(model: Any, batch: Any) -> Any:
@@ -672,6 +816,128 @@ def test_a_linear_that_is_called_with_something_else() -> None:
     listing = Case(Listing(), case("perceptron").samples, ["up"])
     with pytest.raises(ValueError, match="up was called with list positional input"):
         statistics_of(peft_of(listing), loader(listing.samples), mean_and_terms)
+
+
+def test_a_linear_that_returns_something_else() -> None:
+    """Llama 4's router, which PEFT's "all-linear" targets."""
+    config = Llama4TextConfig(
+        vocab_size=VOCAB, hidden_size=24, intermediate_size=40, intermediate_size_mlp=40,
+        num_hidden_layers=1, num_attention_heads=3, num_key_value_heads=3, head_dim=8,
+        num_local_experts=2, pad_token_id=0,
+    )  # fmt: skip
+    c = Case(randomised(Llama4ForCausalLM(config)), case("llama").samples, [])
+    routed = peft_of(c, target_modules="all-linear")
+    message = r"^model\.layers\.0\.feed_forward\.router returned a tuple; .* target_modules without"
+    with pytest.raises(ValueError, match=message):
+        statistics_of(routed, loader(c.samples))
+
+
+# Embeddings that the model writes to.
+
+_SMALL = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3}
+_TOWER = {**_SMALL, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+_SMALL |= {"vocab_size": VOCAB, "num_hidden_layers": 2, "pad_token_id": 0}
+
+
+class Marked(Perceptron):
+    """Marks the positions of a token in its embeddings."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        x = self.embedding(input_ids)
+        x[input_ids == 5] = 1.0
+        return self.head(self.down(self.up(x)))
+
+
+def writing(kind: str) -> Case:
+    samples = copy.deepcopy(case("llama").samples)
+    if kind == "ctrl":
+        config = CTRLConfig(
+            vocab_size=VOCAB, n_embd=24, n_layer=2, n_head=3, dff=40, n_positions=64
+        )
+        model = randomised(CTRLLMHeadModel(config))
+        return Case(model, samples, linears(model, "lm_head"), shift=True)
+    if kind == "marked":
+        c = case("perceptron")
+        return Case(randomised(Marked()), c.samples, ["up"], forward_fn=mean_and_terms)
+    generator = torch.Generator().manual_seed(0)
+    for sample in samples:
+        sample["pixel_values"] = torch.randn(3, 8, 8, generator=generator)
+    if kind == "git":
+        model = randomised(GitForCausalLM(GitConfig(vision_config=_TOWER, **_SMALL)))
+        # Of one length: the mask that it makes of pictures and text is not the batch's.
+        samples = [sample for sample in samples if len(sample["input_ids"]) > 6]
+        samples = [{k: v[:7] if v.dim() == 1 else v for k, v in s.items()} for s in samples]
+    else:
+        text = {**_SMALL, "label_smoothing": 0.0, "encoder_hidden_size": 24, "projection_dim": 24}
+        text |= {"bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
+        config = BlipConfig(text_config=text, vision_config={**_TOWER, "projection_dim": 24})
+        model = randomised(BlipForConditionalGeneration(config))
+    targets = [name for name in linears(model) if name.endswith(("query", "value"))]
+    return Case(model, samples, targets, shift=True)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("kind", "checkpointed"),
+    [
+        ("ctrl", False),
+        ("blip", False),
+        ("blip", True),
+        ("git", False),
+        ("git", True),
+        ("marked", False),
+    ],
+)
+def test_embeddings_that_are_written_to(kind: str, checkpointed: bool) -> None:
+    c = writing(kind)
+    peft_model = peft_of(c)
+    model = peft_model.base_model.model
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    settings = {"loss_reduction": "mean"} if kind == "git" else {}  # of the text behind the image
+    found = energies_of(peft_model, loader(c.samples), c.forward_fn, **settings)
+    if kind == "git":
+        expected = energies_of(peft_of(c), loader(c.samples, 1), **settings)
+    else:
+        expected = true_energies(c.model, c.targets, c.samples, c.shift)
+    assert_energies(found, expected, FLOAT32)
+
+
+def test_keys_and_values_of_pictures_have_no_padding() -> None:
+    c = writing("blip")
+    assert any("crossattention.self.value" in name for name in c.targets)
+    assert padding_warnings(c, list(loader(c.samples))) == []
+
+
+class Between(nn.Module):
+    """Two linears, and their input is another in between: the same tensor, or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes = True
+        self.embedding = nn.Embedding(VOCAB, 10)
+        self.a, self.b = nn.Linear(10, VOCAB), nn.Linear(10, VOCAB)
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        x = self.embedding(input_ids)
+        y = self.a(x)
+        x = x.mul_(input_ids.unsqueeze(-1)) if self.writes else x * input_ids.unsqueeze(-1)
+        return y + self.b(x)
+
+
+def test_an_input_that_was_written_to_is_not_shared() -> None:
+    c = case("perceptron")
+    model = randomised(Between())
+    other = copy.deepcopy(model)
+    other.writes = False
+    found, expected = (
+        energies_of(peft_of(Case(each, [], ["a", "b"])), loader(c.samples), mean_and_terms)
+        for each in (model, other)
+    )
+    assert_energies(found, expected, 0)
 
 
 # Gradient checkpointing, dropout, training flags.

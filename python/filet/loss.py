@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from filet.config import FiletConfig
 
-__all__ = ["IGNORED", "NUM_ITEMS", "ModelLoss", "SummedLoss", "drawn", "labels_of"]
+__all__ = [
+    "IGNORED",
+    "NUM_ITEMS",
+    "ModelLoss",
+    "SummedLoss",
+    "drawn",
+    "ids_shape",
+    "labels_of",
+    "rows_may_be_samples",
+]
 
 IGNORED = -100
 # The key of a batch by which a model of transformers divides the sum of its losses.
@@ -27,6 +36,8 @@ NUM_ITEMS = "num_items_in_batch"
 # The model's loss and ours are the same cross-entropy of the same logits. They differ by rounding
 # alone, 2⁻⁸ where the model sums in bfloat16.
 _TOLERANCE = 1e-2
+# Beginnings of what a batch of texts has of images and sounds: any number of them for a sample.
+_OF_IMAGES = ("pixel_", "image_", "video_", "input_features", "audio_")
 # Probabilities in float64 that exist at a time while labels are drawn.
 _DRAWN = 2**24
 
@@ -70,6 +81,7 @@ class SummedLoss:
         self.known = causal or loss_type is not None
         self.reduction = None if config.loss_reduction == "auto" else config.loss_reduction
         self.settled = False
+        self.ignored = _ignored(base_model)
 
     def without_padded_terms(self, batch: Any, mask: Tensor | None) -> Any:
         """A copy of the batch less the labels that a padded position predicts: none of them counts.
@@ -117,15 +129,21 @@ class SummedLoss:
             loss, terms = result[0], int(result[1])
             return ModelLoss(loss, float(terms), terms)
         if loss is None:
+            expected = (
+                "return_dict=True in the batch and the model's config"
+                if type(result) is tuple and labels is not None
+                else f"labels in the batch, which has {_entries(batch)}"
+            )
             raise ValueError(
                 f"the model returned a {type(result).__name__} without a scalar loss; expected "
-                "labels in the batch, or a forward_fn(model, batch) that returns the loss, an "
-                "output with .loss, or (loss, terms)"
+                f"{expected}, or a forward_fn(model, batch) that returns the loss, an output with "
+                ".loss, or (loss, terms)"
             )
         if labels is None:
             raise ValueError(
-                "the batch has no 'labels', so the number of terms in its loss is unknown; "
-                "expected labels, or a forward_fn that returns (loss, terms) with loss their mean"
+                f"the batch has no 'labels' but {_entries(batch)}, so the number of terms in its "
+                "loss is unknown; expected labels, or a forward_fn that returns (loss, terms) with "
+                "loss their mean"
             )
         terms = self._terms(labels)
         if terms == 0 and logits is not None:
@@ -175,7 +193,8 @@ class SummedLoss:
     def _terms(self, labels: Tensor) -> int:
         if labels.is_floating_point():
             return labels.numel()
-        return int((_shifted(labels) if self.shift else labels).ne(IGNORED).sum())
+        counted = _shifted(labels) if self.shift else labels
+        return counted.numel() if self.ignored is None else int(counted.ne(self.ignored).sum())
 
     def _sampled(self, logits: Tensor | None, labels: Tensor | None, batch: Any) -> ModelLoss:
         """Cross-entropy against labels drawn from the model, at the positions that have one.
@@ -185,8 +204,9 @@ class SummedLoss:
         """
         if logits is None or labels is None or labels.is_floating_point():
             raise ValueError(
-                "fisher='sampled' draws labels from the model; expected outputs with .logits, and "
-                "integer 'labels' in the batch that say which positions count"
+                "fisher='sampled' draws labels from the model; expected outputs with .logits "
+                "(return_dict=True), and integer 'labels' in the batch, which has "
+                f"{_entries(batch)}, that say which positions count"
             )
         pair = _pair(logits, labels, self.shift and labels.dim() > 1)
         if pair is None:
@@ -209,9 +229,12 @@ class SummedLoss:
         return torch.rand(rows, 1, generator=generator, dtype=torch.float64)
 
     def _sample_seed(self, batch: Any, index: int) -> int:
+        """From what is the sample's own, whatever batch it is in."""
         digest = hashlib.blake2b(str(self.config.seed).encode(), digest_size=8)
         name = self.config.token_mask
         mask = None if name is None else batch.get(name)
+        ids = ids_shape(batch)
+        own = batch["labels"].shape[:1] if ids is None else ids
         for key in sorted(batch):
             value = batch[key]
             # Masks, labels and what the decoder takes carry the batch's padding.
@@ -219,8 +242,12 @@ class SummedLoss:
                 continue
             if not isinstance(value, Tensor) or value.dim() == 0:
                 continue
+            if value.shape[0] == 1:  # of all samples
+                value = value.expand(own[0], *value.shape[1:])
+            if value.shape[: len(own)] != own or not rows_may_be_samples(key, value, ids):
+                continue
             row = value[index]
-            if isinstance(mask, Tensor) and mask.dim() == 2 and value.shape[:2] == mask.shape:
+            if isinstance(mask, Tensor) and value.shape[: mask.dim()] == mask.shape:
                 row = row[mask[index] != 0]
             row = row.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
             digest.update(key.encode() + row.numpy().tobytes())
@@ -240,9 +267,49 @@ def drawn(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _has_rows(value: Any) -> bool:
+    # Logits of one sample and class, (1, 1), are no number.
     return not isinstance(value, (int, float)) and not (
-        isinstance(value, Tensor) and value.numel() == 1
+        isinstance(value, Tensor) and value.numel() == 1 and value.dim() < 2
     )
+
+
+def _ignored(model: Any) -> int | None:
+    """The label that the model's loss leaves out; None where its mean is over all labels.
+
+    Of the models of transformers, those that segment images name one in their configuration.
+    """
+    config: Any = getattr(model, "config", None)
+    if not type(model).__name__.endswith("ForSemanticSegmentation"):
+        return IGNORED
+    if config.num_labels == 1:  # Segformer: what it leaves out is a zero in the mean
+        return None
+    names = ("semantic_loss_ignore_index", "loss_ignore_index")
+    return next((getattr(config, name) for name in names if hasattr(config, name)), IGNORED)
+
+
+def ids_shape(batch: Any) -> torch.Size | None:
+    """The shape of a batch's ids, (samples, tokens) as a rule; None where it has none."""
+    entry = batch if isinstance(batch, Mapping) else {}
+    ids, embeds = entry.get("input_ids"), entry.get("inputs_embeds")
+    if isinstance(ids, Tensor):
+        return ids.shape
+    return embeds.shape[:-1] if isinstance(embeds, Tensor) else None
+
+
+def rows_may_be_samples(key: str, value: Any, ids: torch.Size | None) -> bool:
+    """Whether an entry may have a row for each sample, in a batch with ids of that shape.
+
+    A text has any number of images, and its positions beside them come as (3, samples, tokens).
+    """
+    if ids is None:
+        return True
+    if key == "position_ids" and isinstance(value, Tensor):
+        return value.shape == ids
+    return not key.startswith(_OF_IMAGES)
+
+
+def _entries(batch: Any) -> str:
+    return ", ".join(map(str, batch)) if isinstance(batch, Mapping) else "no names"
 
 
 def labels_of(batch: Any) -> Tensor | None:

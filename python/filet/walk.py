@@ -36,7 +36,7 @@ from filet.config import FiletConfig
 from filet.forwards import Forwards
 from filet.fused import fused
 from filet.head import ChunkedLoss, HeadLoss
-from filet.loss import IGNORED, ModelLoss, SummedLoss
+from filet.loss import IGNORED, ModelLoss, SummedLoss, ids_shape, rows_may_be_samples
 from filet.memory import named_shortage
 from filet.targets import Target
 from filet.transfer import values
@@ -61,9 +61,6 @@ __all__ = [
 ]
 
 ForwardFn = Callable[[Any, Any], Any]
-
-# Beginnings of what a batch of texts has of images and sounds: any number of them for a sample.
-_OF_IMAGES = ("pixel_values", "image_", "video_", "input_features", "audio_")
 
 # Loss scale where gradients are float16: the largest |g| of the first batch is put at 2⁴. That
 # leaves 2¹² of room below the largest float16 (65504), and 2¹⁸ above its smallest normal number.
@@ -150,9 +147,10 @@ class MomentHooks:
         self.gradient_scale = 1.0  # what g and h of this batch are multiplied by
         self.half = False  # a target gave float16, and so will its gradient be
         self.peaks: list[Tensor] = []  # of a probe: max |g| of each gradient that arrived
-        self.unmasked: set[str] = set()  # modules whose rows the attention mask could not be put to
+        # Modules whose rows the attention mask could not be put to, and how many of a sample.
+        self.unmasked: dict[str, int] = {}
         self._masks: dict[str, Tensor | None] = {}
-        self._seen: dict[int, tuple[weakref.ref[Tensor], SecondMoment]] = {}
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int, SecondMoment]] = {}
         self._calls: dict[str, int] = {}
         self._mask_counts: dict[str, int] = {}
         # Rows of each moment. On the host: 9 additions a block and batch would be 9 launches.
@@ -299,7 +297,7 @@ class MomentHooks:
         if not args or not isinstance(args[0], Tensor):
             raise ValueError(
                 f"{target.name} was called with {type(args[0]).__name__ if args else 'no'} "
-                "positional input; expected a tensor"
+                "positional input; expected a tensor, or target_modules without it"
             )
         x = args[0]
         if self.phase == "forward" and target.name in self.counted:
@@ -309,7 +307,12 @@ class MomentHooks:
         # The first target on its path: gradients start here.
         return (x.detach().requires_grad_(), *args[1:])
 
-    def _after(self, target: Target, module: nn.Module, args: Any, output: Tensor) -> None:
+    def _after(self, target: Target, module: nn.Module, args: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"{target.name} returned a {type(output).__name__}; expected a tensor, as a linear "
+                "layer returns it, or target_modules without it"
+            )
         self.half = self.half or output.dtype == torch.float16
         if output.requires_grad:
             output.register_hook(_bound(self._gradient, target, self._hands_on(target, args[0])))
@@ -409,9 +412,9 @@ class MomentHooks:
     def _count_input(self, target: Target, x: Tensor) -> None:
         name = target.name
         self._calls[name] = self._calls.get(name, 0) + 1
-        reference, moment = self._seen.get(id(x), (None, None))
-        if reference is not None and reference() is not x:
-            moment = None  # another tensor that has died since
+        reference, version, moment = self._seen.get(id(x), (None, 0, None))
+        if reference is not None and (reference() is not x or version != _version(x)):
+            moment = None  # another tensor that has died since, or this one was written to
         if name not in self.moments:
             share = moment if self.config.share_inputs else None
             # Where nothing is counted, only the spaces matter.
@@ -427,7 +430,7 @@ class MomentHooks:
                 raise _sharing_broke(name, self.shared_input[name], None)
         elif mine.space == "x":
             self._add(target, mine, x.detach())
-            self._seen[id(x)] = (weakref.ref(x), mine)
+            self._seen[id(x)] = (weakref.ref(x), _version(x), mine)
         elif not self._hands_on(target, x):
             self._add(target, mine, _unrounded(x.detach(), target.weight.T, mine.sum.dtype))
 
@@ -475,7 +478,7 @@ class MomentHooks:
         if rows.shape[:-1] == (mask.numel(),):
             return rows, mask.flatten()
         if rows.shape[:-1] != mask.shape[:1]:  # one row a sample (a pooler) always counts
-            self.unmasked.add(target.name)
+            self.unmasked[target.name] = rows.shape[-2]
         return rows, None
 
     def _side(self, name: str) -> str:
@@ -483,11 +486,8 @@ class MomentHooks:
         if "encoder" not in self._masks:
             return "decoder"
         parts = name.split(".")
-        crosses = any(
-            word in part for part in parts for word in ("EncDec", "encoder_attn", "cross")
-        )
-        if crosses:
-            return "encoder" if parts[-1].lower()[:1] in ("k", "v") else "decoder"
+        if _crosses(parts):
+            return "encoder" if _is_key_or_value(parts) else "decoder"
         return "encoder" if "encoder" in parts and "decoder" not in parts else "decoder"
 
 
@@ -508,6 +508,15 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         h = ctx.hooks.take_h(ctx.target, gradient)
         return gradient @ ctx.target.weight if h is None else h, None, None
+
+
+def _crosses(parts: list[str]) -> bool:
+    """Whether a module's path is one of cross-attention."""
+    return any(word in part for part in parts for word in ("EncDec", "encoder_attn", "cross"))
+
+
+def _is_key_or_value(parts: list[str]) -> bool:
+    return parts[-1].lower()[:1] in ("k", "v")
 
 
 def _largest(v: Tensor, weights: Tensor | None) -> Tensor:
@@ -557,6 +566,11 @@ def _unrounded(v: Tensor, M: Tensor, dtype: torch.dtype) -> Tensor:
             return v.to(dtype) @ M.to(dtype)
 
 
+def _version(x: Tensor) -> int:
+    """How often x was written to in place."""
+    return 0 if x.is_inference() else x._version
+
+
 def _bound(method: Callable[..., Any], *first: Any) -> Callable[..., Any]:
     """``method`` with its first arguments fixed, as a plain function that torch can hook.
 
@@ -596,11 +610,15 @@ def collect_moments(
     summed_loss = SummedLoss(config, base_model)
     head_loss = HeadLoss(config, peft_model, summed_loss, forward_fn)
     inputs = Inputs(base_model, forward_fn)
+    model_config = getattr(base_model, "config", None)
+    if forward_fn is None and getattr(model_config, "return_dict", True) is False:
+        raise ValueError(
+            "return_dict=False in the model's config; expected True, or a forward_fn(model, batch) "
+            "that returns (loss, terms) with loss their mean"
+        )
     default, forward_fn = forward_fn is None, forward_fn or _default_forward
     device = _input_device(base_model)
-    is_encoder_decoder = bool(
-        getattr(getattr(base_model, "config", None), "is_encoder_decoder", False)
-    )
+    is_encoder_decoder = bool(getattr(model_config, "is_encoder_decoder", False))
     counts = {"samples": 0, "tokens": 0, "loss_terms": 0}
     scale = gradient_scale
     index, batch = -1, None  # for the message of a shortage
@@ -670,7 +688,8 @@ def collect_moments(
     for moments in hooks.moments.values():
         # Of the whole run, also for a module (an expert) that only later batches reached.
         moments.loss_terms.fill_(counts["loss_terms"])
-    warn_of_padding(sorted(hooks.unmasked))
+    padded = {name for name, rows in hooks.unmasked.items() if _is_padded(base_model, name, rows)}
+    warn_of_padding(sorted(padded))
     return hooks, counts
 
 
@@ -691,6 +710,29 @@ def warn_of_padding(unmasked: list[str]) -> None:
             "padding (of one sample, say)",
             stacklevel=4,
         )
+
+
+def _is_padded(model: nn.Module, name: str, rows: int) -> bool:
+    """Whether a module that is given so many rows may see what the batch's mask leaves out.
+
+    Beside a text's part, those of images and sounds, and what brings theirs to it (projections,
+    keys and values across), see only what is there. Whisper's encoder is given as many frames with
+    every sample.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return True
+    path = name.split(".")
+    across = _crosses(path) and _is_key_or_value(path)
+    if across and not getattr(config, "is_encoder_decoder", False):
+        return False
+    parts = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1)]
+    configs: list[Any] = [getattr(part, "config", None) for part in parts]
+    nearest = next(each for each in configs if hasattr(each, "get_text_config"))
+    if type(nearest) is not type(config):
+        return hasattr(nearest, "vocab_size")
+    filled = rows == getattr(config, "max_source_positions", None)
+    return config.get_text_config() is config and not filled
 
 
 def _warn_of_other_masks(batch: Any, token_mask: str | None) -> None:
@@ -818,11 +860,13 @@ def is_divisible(batch: Any) -> bool:
     """Whether the rows of a batch's tensors are its samples, all of them, so that it can be cut.
 
     They are not where images of several samples lie in one tensor (``pixel_values`` of patches,
-    with ``image_grid_thw``): such a batch goes through whole.
+    with ``image_grid_thw``), or where positions in three dimensions, of height and width too, come
+    first (``position_ids`` of 3, samples, tokens): such a batch goes through whole.
     """
     values = [batch] if isinstance(batch, Tensor) else batch
     if isinstance(batch, Mapping):
-        if "input_ids" in batch and any(key.startswith(_OF_IMAGES) for key in batch):
+        ids = ids_shape(batch)
+        if ids is not None and not all(rows_may_be_samples(*entry, ids) for entry in batch.items()):
             return False
         values = batch.values()
     full = samples_in(batch)
@@ -879,8 +923,12 @@ def token_masks(
         elif decoder is None and "decoder_input_ids" not in entry:
             decoder = attention  # a classifier, whose decoder takes the encoder's input
         sides = {"encoder": attention, "decoder": decoder}
-    # A mask without a hole is dropped: the unweighted product is the cheaper one.
-    holed = {k: m if m is not None and not bool(m.all()) else None for k, m in sides.items()}
+    # A mask without a hole is dropped: the unweighted product is the cheaper one. Of several
+    # choices a sample (B, C, T), models make as many samples.
+    holed = {
+        k: m.flatten(0, -2) if m is not None and not bool(m.all()) else None
+        for k, m in sides.items()
+    }
     return holed, tokens
 
 
@@ -894,8 +942,9 @@ def _mask(entry: Mapping[str, Any], key: str) -> Tensor | None:
             f"token_mask={key!r} is not in the batch, which has {', '.join(map(str, entry))}; "
             "expected the name of a mask (samples, tokens)"
         )
+    ids = ids_shape(entry)
     additive = isinstance(mask, Tensor) and mask.is_floating_point() and bool((mask < 0).any())
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or additive:
+    if not isinstance(mask, Tensor) or additive or (mask.dim() != 2 and mask.shape != ids):
         what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"{key} is {'additive, ' if additive else ''}{what}, from which padding cannot be "
@@ -1100,6 +1149,24 @@ def _input_embeddings(model: Any) -> nn.Module | None:
     return embeddings if isinstance(embeddings, nn.Module) else None
 
 
-def _ask_for_gradient(module: nn.Module, args: Any, output: Any) -> None:
-    if isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad:
-        output.requires_grad_()
+class _Start(torch.autograd.Function):
+    """The same memory, as something that has a gradient, of which nothing is kept.
+
+    A leaf that asks for one would keep it, and cannot be written to in place, as BLIP, GIT and CTRL
+    do with their embeddings.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+@torch.compiler.disable
+def _ask_for_gradient(module: nn.Module, args: Any, output: Any) -> Any:
+    if isinstance(output, Tensor) and output.is_floating_point() and output.is_leaf:
+        return _Start.apply(output, output.new_empty(0, requires_grad=True))
+    return None
