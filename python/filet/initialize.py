@@ -32,6 +32,7 @@ from filet_kernels import Moments, SecondMoment, fisher_energies, lora_factors, 
 __all__ = [
     "apply_statistics",
     "check_applicable",
+    "check_rank",
     "initialize_lora_filet_weights",
     "materialise_rest",
     "nothing_seen",
@@ -126,14 +127,25 @@ def check_applicable(peft_model: PeftModel, adapter_name: str) -> dict[str, Targ
             for target in targets.values()
         ]
     )
-    for (name, target), candidates in zip(targets.items(), counts, strict=True):
-        if target.rank > candidates:
-            raise ValueError(
-                f"{name}: rank {target.rank} exceeds its {candidates} candidate directions "
-                f"(non-zero columns of W {tuple(target.weight.shape)}); expected a smaller r, or "
-                "rank_pattern for this module"
-            )
+    for target, candidates in zip(targets.values(), counts, strict=True):
+        check_rank(target, candidates)
     return targets
+
+
+def check_rank(target: Target, candidates: int) -> None:
+    """ValueError for a rank above the number of candidate directions, W's non-zero columns."""
+    shape = tuple(target.weight.shape)
+    if candidates == 0:
+        raise ValueError(
+            f"{target.name}: all of its weight {shape} is zero, so that it has no direction; "
+            "expected the weights of a trained model, or target_modules without this module"
+        )
+    if target.rank > candidates:
+        raise ValueError(
+            f"{target.name}: rank {target.rank} exceeds its {candidates} candidate directions "
+            f"(non-zero columns of W {shape}); expected a smaller r, or rank_pattern for this "
+            "module"
+        )
 
 
 def _apply(
