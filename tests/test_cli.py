@@ -1182,6 +1182,14 @@ def test_bugs_keep_their_traceback(
         ("stats --output o".split(), "--model and --data required"),
         ("stats --output o --merge a".split(), "at least two"),
         ("stats --output o --merge a b --model m".split(), "excludes --model"),
+        (
+            "init --model m --output o --data d --target-modules .*q_proj".split(),
+            "--target-modules '.*q_proj': expected names of layers",
+        ),
+        (
+            "stats --model m --output o --data d --target-modules v_proj q_proj,k_proj".split(),
+            "--target-modules 'q_proj,k_proj': expected names of layers with spaces",
+        ),
     ],
 )
 def test_wrong_usage(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from filet import walk
 from filet.adapters import Layer, commit, save_as_lora
-from filet.checks import Inputs, check_dataloader
+from filet.checks import Inputs, check_dataloader, checked_config
 from filet.config import FiletConfig
 from filet.files import PLOT_FILE, replaced, staged
 from filet.folder import load_model, outline, settings_of, understood
@@ -191,10 +191,12 @@ def initialize_folder(
         OutOfMemoryError: naming what was asked for and what to change.
         OSError: a full disk, say. What was finished stays, and the same call goes on there.
     """
-    config = config or FiletConfig()
+    config = checked_config(config)
     check_dataloader(batches, "batches")
     if engine not in ("auto", "memory", "blockwise"):
         raise ValueError(f"engine={engine!r}; expected 'auto', 'memory' or 'blockwise'")
+    if not isinstance(lora_config, LoraConfig):
+        raise TypeError(f"lora_config is a {type(lora_config).__name__}; expected a LoraConfig")
     check_init(lora_config)
     if host_memory is not None and host_memory < 1:
         raise ValueError(f"host_memory={host_memory}; expected a positive number of bytes")

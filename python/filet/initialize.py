@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from filet.adapters import Layer, commit
+from filet.checks import checked_config
 from filet.config import FiletConfig
 from filet.memory import named_shortage
 from filet.report import FiletReport, ModuleReport
@@ -74,7 +75,7 @@ def initialize_lora_filet_weights(
     Raises:
         As :func:`filet.collect_statistics` and :func:`filet.apply_statistics`.
     """
-    config = config or FiletConfig()
+    config = checked_config(config)
     # What is refused is refused before the pass.
     with named_shortage("checks", _checks):
         check_applicable(peft_model, adapter_name)
@@ -101,7 +102,12 @@ def apply_statistics(
             number of candidate directions, or base weights that PEFT has changed (a PiSSA adapter).
         OutOfMemoryError: naming what was asked for; the model is what it was.
     """
-    config = config or FiletConfig()
+    config = checked_config(config)
+    if not isinstance(statistics, Statistics):
+        raise TypeError(
+            f"statistics is a {type(statistics).__name__}; expected filet.Statistics, which "
+            "Statistics.load(path) reads"
+        )
     with named_shortage("checks", _checks):
         check_statistics(statistics, check_applicable(peft_model, adapter_name))
     with named_shortage("selection", _selection):
