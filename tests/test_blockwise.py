@@ -19,6 +19,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -57,6 +58,7 @@ import smollm2
 from filet import FiletConfig, FiletReport, blockwise, offload, shards, walk
 from filet.blockwise import Blockwise, empty_model, initialize_folder
 from filet.cli import main
+from filet.folder import load_model
 from filet.parts import Parts
 from filet.shards import Entry, ShardedWeights, WeightStream, entries
 
@@ -1177,6 +1179,37 @@ def test_arguments_that_are_refused(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             initialize(**{"folder": folder, "output": tmp_path / "out", **change})
         assert not (tmp_path / "out.filet-run").exists()
+
+
+@pytest.mark.parametrize("engine", ["memory", "blockwise"])
+def test_weights_that_the_model_does_not_use(engine: str, folder: Path, tmp_path: Path) -> None:
+    """Named once and counted; the adapter is that of the model which config.json describes."""
+    shallow = changed_config(folder, tmp_path / "shallow", num_hidden_layers=LAYERS - 1)
+    said = rf"does not use, model\.layers\.{LAYERS - 1}\.\S+ and 8 more; expected a config\.json"
+    with pytest.warns(UserWarning) as caught:
+        report = initialize(shallow, tmp_path / "out", engine)
+    warned = [str(each.message) for each in caught if "does not use" in str(each.message)]
+    assert len(warned) == 1 and re.search(said, warned[0])
+    assert not any(f"layers.{LAYERS - 1}." in name for name in report.modules)
+
+
+@pytest.mark.parametrize("engine", ["memory", "blockwise"])
+def test_nothing_is_said_of_folders_as_they_are_saved(
+    engine: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of tied heads, bare models and experts that are saved one by one."""
+    models.FIT["no head, tied"]().save_pretrained(tmp_path / "bare")
+    tied = models.llama(tie_word_embeddings=True)
+    state = {**tied.state_dict(), "lm_head.weight": tied.lm_head.weight.detach().clone()}
+    tied.save_pretrained(tmp_path / "tied")
+    save_file(state, tmp_path / "tied" / "model.safetensors", {"format": "pt"})
+    for path in (tmp_path / "bare", tmp_path / "tied", folders("gpt2"), smollm2.prepare()):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*does not use")
+            if engine == "memory":
+                load_model(path, device="cpu")
+            else:
+                ShardedWeights(path, empty_model(path))
 
 
 @pytest.mark.parametrize("engine", ["memory", "blockwise", "auto"])

@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -601,6 +601,89 @@ def test_damaged_weights(
     assert message.startswith(f"filet: error: {folder} cannot be loaded as a model: Unpickling")
 
 
+def with_weights(
+    folder: Path, goal: Path, change: Callable[[dict[str, torch.Tensor]], None]
+) -> Path:
+    """A copy of the folder whose weights ``change`` has changed."""
+    shutil.copytree(folder, goal)
+    weights = load_file(goal / "model.safetensors")
+    change(weights)
+    save_file(weights, goal / "model.safetensors", {"format": "pt"})
+    return goal
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+@pytest.mark.parametrize("kind", ["int8", "uint8", "float8_e4m3fn"])
+def test_quantised_weights_that_no_config_tells_of(
+    kind: str,
+    name: str,
+    init: list[str],
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Their numbers alone are no weights, whoever loads them."""
+    said = {"float8_e4m3fn": "F8_E4M3"}.get(kind, kind)
+
+    def quantise(weights: dict[str, torch.Tensor]) -> None:
+        weights[name] = (weights[name] * 9).to(getattr(torch, kind))
+
+    folder = with_weights(model_folder, tmp_path / "quantised", quantise)
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]  # which is then that of the first floating weight, lm_head's
+    (folder / "config.json").write_text(json.dumps(config))
+    for engine in ("memory", "blockwise", "auto"):
+        message = error_of(capsys, [*init, "--model", str(folder), "--engine", engine])
+        assert f"{name} is {said} in {folder}, and config.json has no" in message, engine
+        assert message.endswith("expected float64, float32, float16, bfloat16")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    message = error_of(capsys, [*init, "--model", str(folder), "--allow-pickle"])
+    assert f"{name} is {kind} in {folder}, and config.json has no" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_else_is_no_floating_number_is_left_alone(
+    init: list[str], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mask that old versions saved, and what belongs to no weight of the model."""
+
+    def add(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        weights["model.layers.0.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
+        weights["model.layers.0.mlp.up_proj.zeros"] = torch.ones(8, dtype=torch.int8)
+
+    folder = with_weights(model_folder, tmp_path / "more", add)
+    for engine in ("memory", "blockwise"):
+        output = tmp_path / engine
+        command = [*init, "--model", str(folder), "--engine", engine, "--output", str(output)]
+        assert main(command) == 0
+        warned = [line for line in capsys.readouterr().err.splitlines() if "does not use" in line]
+        assert len(warned) == 1, engine
+        assert "does not use, model.layers.0.mlp.up_proj.zeros; expected" in warned[0]
+
+
+def test_a_weight_of_zeros_is_called_so(
+    init: list[str], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def clear(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.1.mlp.up_proj.weight"].zero_()
+
+    folder = with_weights(model_folder, tmp_path / "zeros", clear)
+    for engine in ("memory", "blockwise"):
+        message = error_of(capsys, [*init, "--model", str(folder), "--engine", engine])
+        assert "model.layers.1.mlp.up_proj: all of its weight (24, 16) is zero" in message
+
+
+def test_outputs_without_names(
+    init: list[str], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = changed(model_folder, tmp_path / "tuples", return_dict=False)
+    for engine in ("memory", "blockwise"):
+        message = error_of(capsys, [*init, "--model", str(folder), "--engine", engine])
+        assert f"{folder} has return_dict false in config.json" in message
+
+
 def test_folders_without_a_tokenizer(
     init: list[str], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1099,6 +1182,14 @@ def test_bugs_keep_their_traceback(
         ("stats --output o".split(), "--model and --data required"),
         ("stats --output o --merge a".split(), "at least two"),
         ("stats --output o --merge a b --model m".split(), "excludes --model"),
+        (
+            "init --model m --output o --data d --target-modules .*q_proj".split(),
+            "--target-modules '.*q_proj': expected names of layers",
+        ),
+        (
+            "stats --model m --output o --data d --target-modules v_proj q_proj,k_proj".split(),
+            "--target-modules 'q_proj,k_proj': expected names of layers with spaces",
+        ),
     ],
 )
 def test_wrong_usage(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

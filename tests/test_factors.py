@@ -334,6 +334,14 @@ def test_what_would_be_lost_is_an_error(write: str) -> None:
     assert_same(model.state_dict(), before)
 
 
+def test_a_weight_of_another_shape_is_an_error() -> None:
+    model = initialised()
+    before = model.state_dict()
+    with pytest.raises(RuntimeError, match=r"of shape \(32,\); expected \(8, 32\), both halves"):
+        factor_of(model).weight.data = torch.zeros(32)
+    assert_same(model.state_dict(), before)
+
+
 def test_what_is_read_can_be_stored() -> None:
     """As plain tensors, which need nothing of this package."""
     factor = factor_of(trained())

@@ -346,6 +346,16 @@ def test_prepared_for_a_compiled_hot_swap(tmp_path: Path) -> None:
     assert not (tmp_path / "padded" / "filet.json").exists()
 
 
+def test_a_save_that_lacks_a_factor(tmp_path: Path) -> None:
+    """As PEFT writes it. Nothing says that it has all."""
+    model = trained()
+    state = model.state_dict()
+    del state["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "filet.json").exists()
+
+
 # Adapters made by the config of one that is initialised.
 
 

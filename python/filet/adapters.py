@@ -297,20 +297,22 @@ def _complete(folder: Path, peft_model: PeftModel, adapter_name: str) -> None:
     """
     factors = _factors(peft_model, adapter_name)
     tensors = load_peft_weights(str(folder), device="cpu") if factors else {}
-    halves = [
-        (_key(name, side), factor)
+    halves = {
+        _key(name, side): factor
         for name, pair in factors.items()
         for side, factor in zip("AB", pair, strict=True)
-    ]
-    halved = [(k, f) for k, f in halves if tensors[k].shape == f.start.shape]
-    for key, factor in halved:
-        start = factor.start.to("cpu", tensors[key].dtype)
-        tensors[key] = torch.cat([tensors[key], start], factor.dim)
-    if halved and (folder / _WEIGHTS).exists():
+    }
+    lacking = [k for k, f in halves.items() if k in tensors and tensors[k].shape == f.start.shape]
+    for key in lacking:
+        start = halves[key].start.to("cpu", tensors[key].dtype)
+        tensors[key] = torch.cat([tensors[key], start], halves[key].dim)
+    if lacking and (folder / _WEIGHTS).exists():
         save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
-    elif halved:
+    elif lacking:
         torch.save(tensors, folder / WEIGHTS_NAME)
-    if not factors or any(tensors[k].shape[f.dim] != 2 * f.rank for k, f in halves):
+    whole = {key: (factor.out_features, factor.in_features) for key, factor in halves.items()}
+    there = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key in whole}
+    if not factors or there != whole:
         (folder / _FILET).unlink(missing_ok=True)
         return
     layers = {

@@ -44,11 +44,11 @@ from tqdm import tqdm
 
 from filet import walk
 from filet.adapters import Layer, commit, save_as_lora
-from filet.checks import Inputs, check_dataloader
+from filet.checks import Inputs, check_dataloader, checked_config
 from filet.config import FiletConfig
 from filet.files import PLOT_FILE, replaced, staged
-from filet.folder import load_model, settings_of, understood
-from filet.initialize import materialise_rest, nothing_seen, warn_of
+from filet.folder import load_model, outline, settings_of, understood
+from filet.initialize import check_rank, materialise_rest, nothing_seen, warn_of
 from filet.lock import FolderLock
 from filet.loss import IGNORED, SummedLoss, drawn
 from filet.memory import named_shortage
@@ -62,6 +62,7 @@ from filet.shards import (
     WeightSource,
     WeightStream,
     entries,
+    shard_files,
     size_of,
 )
 from filet.statistics import peak_memory
@@ -190,10 +191,12 @@ def initialize_folder(
         OutOfMemoryError: naming what was asked for and what to change.
         OSError: a full disk, say. What was finished stays, and the same call goes on there.
     """
-    config = config or FiletConfig()
+    config = checked_config(config)
     check_dataloader(batches, "batches")
     if engine not in ("auto", "memory", "blockwise"):
         raise ValueError(f"engine={engine!r}; expected 'auto', 'memory' or 'blockwise'")
+    if not isinstance(lora_config, LoraConfig):
+        raise TypeError(f"lora_config is a {type(lora_config).__name__}; expected a LoraConfig")
     check_init(lora_config)
     if host_memory is not None and host_memory < 1:
         raise ValueError(f"host_memory={host_memory}; expected a positive number of bytes")
@@ -312,11 +315,6 @@ def empty_model(
     engine does not take, as far as config.json and the names of the files say it, and ValueError
     for what no engine does (:func:`filet.folder.settings_of`).
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    from filet.shards import shard_files
-
     folder = Path(folder)
     settings = settings_of(folder, trust_remote_code=trust_remote_code)
     if getattr(settings, "quantization_config", None) is not None:
@@ -333,23 +331,19 @@ def empty_model(
             dtype = getattr(settings, "dtype", None) or _dtype_of(files)
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
-    with understood(folder), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            settings, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    model.tie_weights()  # again: the meta device parted them
-    return model.eval()
+    with understood(folder):
+        return outline(settings, dtype, trust_remote_code=trust_remote_code)
 
 
 def _dtype_of(files: Sequence[Path]) -> torch.dtype:
-    """That of the first floating weight, as transformers has it."""
+    """That of the first floating weight, as transformers has it; where all are quantised, any."""
     for path in files:
         with safe_open(str(path), framework="pt") as file:
             for key in file.keys():
                 dtype = file.get_slice(key)[:0].dtype
-                if dtype.is_floating_point:
+                if dtype.is_floating_point and dtype.itemsize > 1:
                     return dtype
-    raise ValueError(f"{files[0].parent} has no floating weight")
+    return torch.float32
 
 
 def choose_engine(
@@ -959,12 +953,8 @@ class Blockwise:
 
     def _check_candidates(self) -> None:
         for name, target in self.targets.items():
-            if name in self._candidates and target.rank > int(self._candidates[name]):
-                raise ValueError(
-                    f"{name}: rank {target.rank} exceeds its {int(self._candidates[name])} "
-                    f"candidate directions (non-zero columns of W {tuple(target.weight.shape)}); "
-                    "expected a smaller r, or rank_pattern for this module"
-                )
+            if name in self._candidates:
+                check_rank(target, int(self._candidates[name]))
         self._candidates.clear()
 
     # The head.

@@ -7,16 +7,30 @@ not known: of those that it gets nothing is asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from filet.config import FiletConfig
 from filet.loss import IGNORED, NUM_ITEMS, labels_of
 
-__all__ = ["Inputs", "check_dataloader"]
+__all__ = ["Inputs", "check_batch", "check_dataloader", "checked_config"]
+
+# With these alone a text model makes one row of logits for each token it is given. By any other
+# key (shift_labels, logits_to_keep, past_key_values, target_mapping) it may be another number.
+_TEXT = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "labels"}
+_TEXT |= {NUM_ITEMS}
+# Models by the loss they name, with a label for every token.
+_CAUSAL, _PER_TOKEN = "ForCausalLM", ("ForMaskedLM", "ForTokenClassification")
+_INDICES = (torch.int64, torch.uint8)  # that torch's cross_entropy takes
+# Of the classifiers, those that turn their labels into indices themselves.
+_CONVERTING = ("DebertaForSequenceClassification", "DebertaV2ForSequenceClassification")
 
 _LOADER = (
     "torch.utils.data.DataLoader(dataset, batch_size=…, collate_fn=…), with batch_size=None where "
@@ -31,10 +45,37 @@ def check_dataloader(dataloader: Any, name: str = "dataloader") -> None:
     is_dataset = isinstance(dataloader, Dataset) or "datasets" in packages
     if is_dataset and not isinstance(dataloader, IterableDataset):
         raise TypeError(f"{name} is a {kind}, a data set of samples; expected batches: {_LOADER}")
+    if isinstance(dataloader, (str, bytes, os.PathLike)):
+        raise TypeError(
+            f"{name} is the {kind} {str(dataloader)!r}; expected batches, of its samples say: "
+            f"{_LOADER}"
+        )
     if isinstance(dataloader, (Mapping, Tensor)):
         raise TypeError(f"{name} is a {kind}; expected an iterable of batches, a list of one say")
     if not hasattr(dataloader, "__iter__") and not hasattr(dataloader, "__getitem__"):
         raise TypeError(f"{name} is a {kind}; expected an iterable of batches")
+
+
+def check_batch(batch: Any, forward_fn: Callable[[Any, Any], Any] | None) -> None:
+    """TypeError for what gives batches; without a ``forward_fn``, for whatever is no dict."""
+    many = isinstance(batch, (DataLoader, Dataset, Iterator))
+    if many or (forward_fn is None and not isinstance(batch, Mapping)):
+        raise TypeError(
+            f"batch is a {type(batch).__name__}; expected one batch, a dict of the model's "
+            "arguments: next(iter(dataloader)), say"
+        )
+
+
+def checked_config(config: Any) -> FiletConfig:
+    """The settings, the paper's for None; TypeError for anything else."""
+    if config is None:
+        return FiletConfig()
+    if not isinstance(config, FiletConfig):
+        what = f"{config!r}" if isinstance(config, (Mapping, str)) else f"a {type(config).__name__}"
+        raise TypeError(
+            f"config is {what}; expected a filet.FiletConfig, FiletConfig(samples=320) say"
+        )
+    return config
 
 
 class Inputs:
@@ -52,6 +93,12 @@ class Inputs:
         self.rows = _rows(model, "get_input_embeddings") if text is config else None
         self.longest, self.positions = _positions(model, text)
         self.labels = _labels(model)
+        # What the code of other models does with a batch is not known.
+        self.known = type(model).__module__.startswith("transformers.")
+        self.loss = _loss(model) if text is config else None
+        self.attends = hasattr(text, "num_attention_heads") and not self.is_encoder_decoder
+        self.problem: str | None = getattr(config, "problem_type", None)
+        self.classes: int = getattr(config, "num_labels", 1)
 
     def checked(self, batch: Any, index: int) -> Any:
         """The batch as the model's own forward takes it; an error that names what it does not.
@@ -68,7 +115,10 @@ class Inputs:
                 "arguments, or a forward_fn(model, batch) that knows what to do with it"
             )
         if self.main is not None:
-            self._check_form(batch, f"of batch {index}")
+            main = self._check_form(batch, f"of batch {index}")
+            if self.known:
+                self._check_dtypes(batch, f"of batch {index}")
+                self._check_shapes(batch, main, f"of batch {index}")
             self._check_range(batch, f"of batch {index}")
         if NUM_ITEMS not in batch:
             return batch
@@ -91,8 +141,8 @@ class Inputs:
                 f"{self.model} predicts, 0 … {self.labels - 1}"
             )
 
-    def _check_form(self, batch: Mapping[str, Any], where: str) -> None:
-        """Samples stacked in tensors, of what the model takes."""
+    def _check_form(self, batch: Mapping[str, Any], where: str) -> str:
+        """Samples stacked in tensors, of what the model takes; the key that says how many."""
         assert self.main is not None
         known = ("input_ids", "inputs_embeds", self.main)
         main = next((key for key in known if batch.get(key) is not None), None)
@@ -121,6 +171,60 @@ class Inputs:
                     f"labels {where} is of {value.shape[0]} samples and {main} of "
                     f"{batch[main].shape[0]}; expected as many"
                 )
+        return main
+
+    def _check_dtypes(self, batch: Mapping[str, Any], where: str) -> None:
+        """Ids that an embedding takes, and labels that the model's loss does."""
+        ids, labels = batch.get("input_ids"), labels_of(batch)
+        if isinstance(ids, Tensor) and self.rows and ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"input_ids {where} is {ids.dtype}; expected torch.int64 or torch.int32"
+            )
+        if labels is None or self.loss is None or not batch.keys() <= {*_TEXT, self.main}:
+            return
+        expected, fits = "torch.int64", True
+        if self.loss == _CAUSAL:  # its loss is ours as a rule, which takes any integers
+            fits = not labels.is_floating_point()
+        elif self.loss in _PER_TOKEN or self.problem == "single_label_classification":
+            fits = labels.dtype in _INDICES
+        elif self.problem == "multi_label_classification":
+            expected = "torch.float32 of 0 and 1 (problem_type='multi_label_classification')"
+            fits = labels.is_floating_point()
+        elif self.problem is None and self.classes > 1 and self.model not in _CONVERTING:
+            # Floating ones are of several labels then, one number for each.
+            expected = f"torch.int64, or a floating {(len(labels), self.classes)} of several labels"
+            several = labels.is_floating_point() and labels.shape[1:] == (self.classes,)
+            fits = several or (labels.dtype != torch.int32 and not labels.is_floating_point())
+        if not fits:
+            raise ValueError(
+                f"labels {where} is {labels.dtype} {tuple(labels.shape)}; expected {expected}, as "
+                f"{self.model} has it"
+            )
+
+    def _check_shapes(self, batch: Mapping[str, Any], main: str, where: str) -> None:
+        """A label and a place of the mask for each token, where the model has as many."""
+        if self.loss is None or not batch.keys() <= _TEXT:
+            return
+        tokens = batch[main].shape[:2]
+        labels, mask = labels_of(batch), batch.get("attention_mask")
+        wrong = labels is not None and (
+            labels.shape != tokens
+            if self.loss == _CAUSAL
+            else self.loss in _PER_TOKEN and labels.numel() != tokens.numel()
+        )
+        if labels is not None and wrong:
+            raise ValueError(
+                f"labels {where} has shape {tuple(labels.shape)}; expected {tuple(tokens)}, one "
+                f"for each token of {main}"
+            )
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or not self.attends:
+            return
+        # One without a hole may be left out by the model, whatever its shape is.
+        if mask.shape != tokens and bool((mask == 0).any()):
+            raise ValueError(
+                f"attention_mask {where} has shape {tuple(mask.shape)}; expected {tuple(tokens)}, "
+                f"1 or 0 for each token of {main}"
+            )
 
     def _check_range(self, batch: Mapping[str, Any], where: str) -> None:
         """Ids within the embeddings, and sequences within the positions."""
@@ -182,6 +286,17 @@ def _labels(model: Any) -> int | None:
     # With one "class" it is a regression.
     named = (getattr(model, "loss_type", None) or "").endswith("Classification")
     return classes if named and kind and classes > 1 else None
+
+
+def _loss(model: Any) -> str | None:
+    """The kind of a model's loss, None where it is not known to be one of transformers' own."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    if re.search(r"(?<!With)LMHeadModel$", type(model).__name__):  # the oldest, GPT-2's
+        return _CAUSAL
+    name: str | None = getattr(model, "loss_type", None)
+    classifies = name in ("ForSequenceClassification", "ForImageClassification")
+    return name if classifies or name == _CAUSAL or name in _PER_TOKEN else None
 
 
 def _positions(model: Any, config: Any) -> tuple[int | None, int | None]:

@@ -404,6 +404,7 @@ def _check_init(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         args.engine = "memory"
     if args.engine == "memory" and (args.host_memory is not None or args.scratch is not None):
         parser.error("init: --host-memory and --scratch are for --engine blockwise")
+    _check_names(args, parser)
     _check_fields(args, parser)
 
 
@@ -416,7 +417,17 @@ def _check_stats(args: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         parser.error("stats: --merge excludes --model and --data")
     elif len(args.merge) < 2:
         parser.error("stats: --merge needs at least two files")
+    _check_names(args, parser)
     _check_fields(args, parser)
+
+
+def _check_names(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    for name in args.target_modules:
+        if re.search(r"[][(){}*+?^$|\\,]", name):
+            parser.error(
+                f"--target-modules {name!r}: expected names of layers with spaces between them "
+                "(q_proj mlp.up_proj), no pattern and no list"
+            )
 
 
 def _check_fields(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

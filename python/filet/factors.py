@@ -127,6 +127,11 @@ class StartedFactor(nn.Linear):
 
     def take(self, whole: Tensor) -> None:
         """Take both halves from a weight, (2r, n) or (m, 2r). Mutates ``trained`` and ``start``."""
+        if whole.shape != (self.out_features, self.in_features):
+            raise RuntimeError(
+                f"the weight of a FILet factor is set to one of shape {tuple(whole.shape)}; "
+                f"expected {(self.out_features, self.in_features)}, both halves"
+            )
         with torch.no_grad():
             trained, start = whole.detach().tensor_split([self.rank], self.dim)
             old: Any = self.trained
@@ -269,6 +274,9 @@ class StartedLayer(lora.Linear):
     TRL's trainers make their reference so, ``add_adapter("ref", model.peft_config["default"])``,
     and then copy the parameters over by name. It begins where the other began.
     """
+
+    def _get_name(self) -> str:
+        return lora.Linear.__name__  # in what is printed
 
     def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
         super().update_layer(adapter_name, r, *args, **kwargs)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,16 @@ import torch
 
 from filet.memory import named_shortage
 
-__all__ = ["check_shapes", "load_model", "missing_weight", "settings_of", "understood"]
+__all__ = [
+    "check_shapes",
+    "load_model",
+    "missing_weight",
+    "natural",
+    "outline",
+    "settings_of",
+    "understood",
+    "warn_of_unused",
+]
 
 _EXPECTED = (
     "expected a causal language model (filet.initialize_lora_filet_weights takes others, loaded by "
@@ -26,6 +37,12 @@ _EXPECTED = (
 # What a class of transformers is for stands behind its last "For"; a bare model has none.
 _TASK = re.compile(r".*For([A-Z]\w*)")
 _TASKS = ("CausalLM", "ConditionalGeneration")
+# Frequencies, positions and causal masks (GPT-2's), which models compute now.
+_ONCE_SAVED = (
+    r"rotary_emb\.inv_freq$",
+    r"(^|\.)position_ids$",
+    r"\.(attn|attention)\.(masked_)?bias$",
+)
 
 
 def settings_of(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
@@ -66,7 +83,25 @@ def settings_of(folder: str | os.PathLike[str], *, trust_remote_code: bool = Fal
             f"{folder} is of model_type {settings.model_type!r} and attends both ways, so that it "
             f"sees its labels (is_decoder in config.json is not true); {_EXPECTED}"
         )
+    if getattr(settings, "return_dict", True) is False:
+        raise ValueError(
+            f"{folder} has return_dict false in config.json, by which its outputs have no names; "
+            "expected true, or none"
+        )
     return settings
+
+
+def outline(settings: Any, dtype: Any, *, trust_remote_code: bool = False) -> Any:
+    """The causal language model of a config, its parameters on the meta device, in eval mode."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            settings, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()  # again: the meta device parted them
+    return model.eval()
 
 
 def load_model(
@@ -80,13 +115,19 @@ def load_model(
     """The causal language model of a folder, whole, on ``device``.
 
     Raises ValueError for another kind of model (:func:`settings_of`), and for a weight that no file
-    has or that has another shape, naming it; OutOfMemoryError where it does not fit.
+    has, or that is quantised without a word of it in config.json or has another shape, naming it;
+    OutOfMemoryError where it does not fit. Warns of weights that the model does not use.
     """
     from transformers import AutoModelForCausalLM
 
+    from filet.shards import check_numbers  # which has its errors from here
+
     folder = Path(folder)
-    settings_of(folder, trust_remote_code=trust_remote_code)
+    settings = settings_of(folder, trust_remote_code=trust_remote_code)
     with understood(folder), named_shortage("loading", lambda: f"the loading of {folder}"):
+        if getattr(settings, "quantization_config", None) is None:
+            make = partial(outline, settings, torch.float32, trust_remote_code=trust_remote_code)
+            check_numbers(folder, make, pickled=allow_pickle)
         model, found = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=dtype,
@@ -99,7 +140,9 @@ def load_model(
         check_shapes(folder, sorted(found["mismatched_keys"]))
         if found["missing_keys"]:  # without those that are tied to one that is there
             raise missing_weight(folder, sorted(found["missing_keys"]))
-        return model.to(device)
+        model = model.to(device)
+    warn_of_unused(folder, model, found["unexpected_keys"])
+    return model
 
 
 def missing_weight(folder: Path, names: list[str]) -> ValueError:
@@ -109,6 +152,32 @@ def missing_weight(folder: Path, names: list[str]) -> ValueError:
         f"{folder} has no weight for {names[0]}{more}; expected one in its files for every weight "
         "of the model that config.json describes"
     )
+
+
+def warn_of_unused(folder: Path, model: Any, names: Iterable[str]) -> None:
+    """A warning of weights in the files that the model has no use for, if there are any.
+
+    ``names`` as the model would have them. Not of those that transformers knows to be left over:
+    what the class declares, and buffers that old versions saved (:data:`_ONCE_SAVED`).
+    """
+    known = {*_ONCE_SAVED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())}
+    unused = sorted(
+        (name for name in names if not any(re.search(pattern, name) for pattern in known)),
+        key=natural,
+    )
+    if unused:
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        warnings.warn(
+            f"{folder} has weights that the model of its config.json does not use, {unused[0]}"
+            f"{more}; expected a config.json that fits them (num_hidden_layers, say): they are "
+            "left out",
+            stacklevel=2,
+        )
+
+
+def natural(key: str) -> list[tuple[int, str]]:
+    """Sort key in which experts.2 comes before experts.10."""
+    return [(int(part) if part.isdigit() else -1, part) for part in key.split(".")]
 
 
 def check_shapes(folder: Path, shapes: Iterable[tuple[str, Iterable[int], Iterable[int]]]) -> None:

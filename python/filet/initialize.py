@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from filet.adapters import Layer, commit
+from filet.checks import checked_config
 from filet.config import FiletConfig
 from filet.memory import named_shortage
 from filet.report import FiletReport, ModuleReport
@@ -32,6 +33,7 @@ from filet_kernels import Moments, SecondMoment, fisher_energies, lora_factors, 
 __all__ = [
     "apply_statistics",
     "check_applicable",
+    "check_rank",
     "initialize_lora_filet_weights",
     "materialise_rest",
     "nothing_seen",
@@ -73,7 +75,7 @@ def initialize_lora_filet_weights(
     Raises:
         As :func:`filet.collect_statistics` and :func:`filet.apply_statistics`.
     """
-    config = config or FiletConfig()
+    config = checked_config(config)
     # What is refused is refused before the pass.
     with named_shortage("checks", _checks):
         check_applicable(peft_model, adapter_name)
@@ -100,7 +102,12 @@ def apply_statistics(
             number of candidate directions, or base weights that PEFT has changed (a PiSSA adapter).
         OutOfMemoryError: naming what was asked for; the model is what it was.
     """
-    config = config or FiletConfig()
+    config = checked_config(config)
+    if not isinstance(statistics, Statistics):
+        raise TypeError(
+            f"statistics is a {type(statistics).__name__}; expected filet.Statistics, which "
+            "Statistics.load(path) reads"
+        )
     with named_shortage("checks", _checks):
         check_statistics(statistics, check_applicable(peft_model, adapter_name))
     with named_shortage("selection", _selection):
@@ -126,14 +133,25 @@ def check_applicable(peft_model: PeftModel, adapter_name: str) -> dict[str, Targ
             for target in targets.values()
         ]
     )
-    for (name, target), candidates in zip(targets.items(), counts, strict=True):
-        if target.rank > candidates:
-            raise ValueError(
-                f"{name}: rank {target.rank} exceeds its {candidates} candidate directions "
-                f"(non-zero columns of W {tuple(target.weight.shape)}); expected a smaller r, or "
-                "rank_pattern for this module"
-            )
+    for target, candidates in zip(targets.values(), counts, strict=True):
+        check_rank(target, candidates)
     return targets
+
+
+def check_rank(target: Target, candidates: int) -> None:
+    """ValueError for a rank above the number of candidate directions, W's non-zero columns."""
+    shape = tuple(target.weight.shape)
+    if candidates == 0:
+        raise ValueError(
+            f"{target.name}: all of its weight {shape} is zero, so that it has no direction; "
+            "expected the weights of a trained model, or target_modules without this module"
+        )
+    if target.rank > candidates:
+        raise ValueError(
+            f"{target.name}: rank {target.rank} exceeds its {candidates} candidate directions "
+            f"(non-zero columns of W {shape}); expected a smaller r, or rank_pattern for this "
+            "module"
+        )
 
 
 def _apply(

@@ -337,6 +337,6 @@ def _cross_entropy_sum(logits: Tensor, labels: Tensor) -> tuple[float, int]:
     for rows, wanted in zip(logits, labels, strict=True):
         counted = wanted.reshape(-1).ne(IGNORED)
         rows = rows.reshape(-1, rows.shape[-1])[counted].float()
-        total += float(F.cross_entropy(rows, wanted.reshape(-1)[counted], reduction="sum"))
+        total += float(F.cross_entropy(rows, wanted.reshape(-1)[counted].long(), reduction="sum"))
         terms += rows.shape[0]
     return total, terms

@@ -22,6 +22,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from filet.checks import Inputs, check_batch, checked_config
 from filet.config import FiletConfig
 from filet.memory import ADVICE, OutOfMemoryError, available, readable
 from filet.passes import blocks, groups, moment_bytes
@@ -212,10 +213,12 @@ def estimate(
         OutOfMemoryError: already one or two samples need more than there is.
         TypeError, ValueError: an argument that does not fit.
     """
-    config = config or FiletConfig()
+    config = checked_config(config)
     if batch_size != "auto" and (type(batch_size) is not int or batch_size < 1):
         raise ValueError(f"batch_size={batch_size!r}; expected an integer ≥ 1, or 'auto'")
     peft_model = check_peft_model(peft_model, adapter_name)
+    check_batch(batch, forward_fn)
+    batch = Inputs(peft_model.base_model.model, forward_fn).checked(batch, 0)
     targets, unsupported = find_targets(peft_model, adapter_name)
     check_targets(peft_model, targets, unsupported, adapter_name)
     with preserved(peft_model, adapter_name, targets):

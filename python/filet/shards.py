@@ -19,7 +19,7 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from filet.files import read_at
-from filet.folder import check_shapes, missing_weight, understood
+from filet.folder import check_shapes, missing_weight, natural, understood, warn_of_unused
 from filet.tensorfile import DTYPES
 
 __all__ = [
@@ -40,12 +40,16 @@ __all__ = [
     "Stored",
     "WeightSource",
     "WeightStream",
+    "check_numbers",
     "entries",
     "size_of",
 ]
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")  # one file, or several's index
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# What a weight may be in a file. Whole numbers, or floating ones of 8 bits, are a quantised
+# weight's, and mean nothing without their scales: transformers would take them as they are.
+_NUMBERS = ("float64", "float32", "float16", "bfloat16")
 _ALIGNMENT = 256  # bytes: what the allocator itself gives, and TMA and vector loads ask for
 _PIECE = 2**27  # bytes of a pinned buffer
 _READERS = 8  # threads that read a piece, each its share,
@@ -162,34 +166,93 @@ class ShardedWeights:
     does it on loading.
 
     Raises FileNotFoundError for a folder without safetensors weights, ValueError for a shard that
-    is missing or damaged, and for a weight that no file has or that has another shape. The files
-    are open as long as this is there.
+    is missing or damaged, and for a weight that no file has, or that is quantised or has another
+    shape. Warns of what the model does not use. The files are open as long as this is there.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: nn.Module) -> None:
         self.folder = Path(folder)
         self.files = shard_files(self.folder)
         self._stored: dict[str, Stored] = {}
+        headers: dict[str, _Header] = {}
         readers = ThreadPoolExecutor(_READERS, "filet reading")
         for path in self.files:
             file = os.open(path, os.O_RDONLY)
             weakref.finalize(self, os.close, file)
-            for key, (dtype, shape, offset) in _header(path).items():
-                self._stored[key] = Stored(path, file, offset, shape, dtype, readers)
-        meta = {
-            key: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
-            for key, stored in self._stored.items()
-        }
+            for key, header in _headers(path).items():
+                headers[key] = header
+                self._stored[key] = Stored(
+                    path, file, header.offset, header.shape, header.dtype, readers
+                )
         self._model: Any = model
-        self._plain: dict[str, str] = {}  # name in the model -> key in the files
-        self._converted: dict[str, _Conversion] = {}
         with understood(self.folder):
-            self._match(meta)
-        names = ((self._name(entry), entry.shape) for entry in entries(model))
-        check_shapes(self.folder, ((name, self._shape(name, meta), shape) for name, shape in names))
+            self._names = _Names(model, headers)
+        _check_numbers(self.folder, model, self._names, headers)
+        shapes = ((self._name(entry), entry.shape) for entry in entries(model))
+        check_shapes(
+            self.folder, ((name, self._names.shape(name), shape) for name, shape in shapes)
+        )
+        warn_of_unused(self.folder, model, self._names.unused)
 
-    def _match(self, meta: dict[str, Tensor]) -> None:
-        """Which keys of the files make which weights of the model."""
+    def _name(self, entry: Entry) -> str:
+        """The one of an entry's names that the files know."""
+        name = self._names.of(entry)
+        if name is None:
+            raise missing_weight(self.folder, [entry.names[0]])
+        return name
+
+    def tensors(self, wanted: Sequence[Entry]) -> Iterator[tuple[Entry, Tensor | Stored]]:
+        by_name = {self._name(entry): entry for entry in wanted}
+        while by_name:
+            name = next(iter(by_name))
+            if name in self._names.plain:
+                yield by_name.pop(name), self._stored[self._names.plain[name]]
+                continue
+            conversion = self._names.converted[name]
+            made = conversion.run(self._model, lambda key: self._stored[key].tensor())
+            for each in [each for each in made if each in by_name]:
+                yield by_name.pop(each), made[each]
+
+    def identity(self) -> dict[str, Any]:
+        return {path.name: _file_identity(path) for path in [*self.files, *_configs(self.folder)]}
+
+
+def check_numbers(folder: Path, make: Callable[[], nn.Module], *, pickled: bool) -> None:
+    """ValueError for a weight in the files that is quantised, before any is read.
+
+    ``make`` gives the model on the meta device, for its names; it is called only where a file has
+    other than floating numbers (masks and counts may be such). ``pickled``: pickles are read, where
+    there are no safetensors; of a folder without files transformers says that there are none.
+    """
+    try:
+        files, read = shard_files(folder), _headers
+    except FileNotFoundError:
+        files, read = (_listed(folder, *_PICKLED) if pickled else []), _pickled_headers
+    headers = {key: header for path in files for key, header in read(path).items()}
+    if all(header.kind in _NUMBERS for header in headers.values()):
+        return
+    model = make()
+    _check_numbers(folder, model, _Names(model, headers), headers)
+
+
+def _check_numbers(
+    folder: Path, model: nn.Module, names: _Names, headers: Mapping[str, _Header]
+) -> None:
+    for entry in entries(model):
+        if not entry.dtype.is_floating_point:
+            continue
+        for key in names.keys_of(entry):
+            if headers[key].kind not in _NUMBERS:
+                raise ValueError(
+                    f"{key} is {headers[key].kind} in {folder}, and config.json has no "
+                    f"quantization_config that says what it means; expected {', '.join(_NUMBERS)}"
+                )
+
+
+class _Names:
+    """Which keys of the files make which weights of a model, as transformers loads them."""
+
+    def __init__(self, model: Any, headers: Mapping[str, _Header]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
             WeightConverter,
@@ -197,50 +260,51 @@ class ShardedWeights:
             rename_source_key,
         )
 
-        transforms = get_model_conversion_mapping(self._model)
+        self.plain: dict[str, str] = {}  # name in the model -> key in the files
+        self.converted: dict[str, _Conversion] = {}
+        self.unused: set[str] = set()  # names that the model does not have
+        self._shapes = {key: header.shape for key, header in headers.items()}
+        transforms = get_model_conversion_mapping(model)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-        prefix = getattr(self._model, "base_model_prefix", "") or None
-        state = self._model.state_dict()
+        prefix = getattr(model, "base_model_prefix", "") or None
+        state = model.state_dict()
         conversions: dict[str, _Conversion] = {}
-        for key in sorted(meta, key=_natural):
+        for key in sorted(headers, key=natural):
             name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-            if pattern is None:
-                self._plain[name] = key
+            if name not in state:
+                targets = [] if pattern is None else by_pattern[pattern].target_patterns
+                self.unused |= {name.replace(targets[0], each) for each in targets} or {name}
+            elif pattern is None:
+                self.plain[name] = key
             else:
                 conversion = conversions.setdefault(name, _Conversion(name, by_pattern[pattern]))
                 conversion.sources.append((key, pattern))
         for conversion in conversions.values():
-            for name, made in conversion.run(self._model, meta.__getitem__).items():
-                self._converted[name] = conversion
-                conversion.shapes[name] = made.shape
+            made = conversion.run(model, lambda key: headers[key].meta())
+            for name, value in made.items():
+                self.converted[name] = conversion
+                conversion.shapes[name] = value.shape
 
-    def _name(self, entry: Entry) -> str:
+    def of(self, entry: Entry) -> str | None:
         """The one of an entry's names that the files know."""
-        for name in entry.names:
-            if name in self._plain or name in self._converted:
-                return name
-        raise missing_weight(self.folder, [entry.names[0]])
+        known = (name for name in entry.names if name in self.plain or name in self.converted)
+        return next(known, None)
 
-    def _shape(self, name: str, meta: dict[str, Tensor]) -> torch.Size:
-        if name in self._plain:
-            return meta[self._plain[name]].shape
-        return self._converted[name].shapes[name]
+    def shape(self, name: str) -> torch.Size:
+        if name in self.plain:
+            return self._shapes[self.plain[name]]
+        return self.converted[name].shapes[name]
 
-    def tensors(self, wanted: Sequence[Entry]) -> Iterator[tuple[Entry, Tensor | Stored]]:
-        by_name = {self._name(entry): entry for entry in wanted}
-        while by_name:
-            name = next(iter(by_name))
-            if name in self._plain:
-                yield by_name.pop(name), self._stored[self._plain[name]]
-                continue
-            made = self._converted[name].run(self._model, lambda key: self._stored[key].tensor())
-            for each in [each for each in made if each in by_name]:
-                yield by_name.pop(each), made[each]
-
-    def identity(self) -> dict[str, Any]:
-        return {path.name: _file_identity(path) for path in [*self.files, *_configs(self.folder)]}
+    def keys_of(self, entry: Entry) -> list[str]:
+        """The keys that make an entry; none where it is missing."""
+        name = self.of(entry)
+        if name is None:
+            return []
+        if name in self.plain:
+            return [self.plain[name]]
+        return [key for key, _ in self.converted[name].sources]
 
 
 @dataclass(eq=False)
@@ -266,22 +330,44 @@ class _Conversion:
 
 def shard_files(folder: Path) -> list[Path]:
     """The safetensors files of a model's folder, by its index or the single one."""
-    index = folder / _INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    files = _listed(folder, *_SAFETENSORS)
+    if not files:
+        raise FileNotFoundError(
+            f"no {' or '.join(_SAFETENSORS)} in {folder}; the blockwise engine reads safetensors "
+            "weights only"
+        )
+    return files
+
+
+def _listed(folder: Path, single: str, index: str) -> list[Path]:
+    """The files that the index names, or the single one; none where neither is there."""
+    if (folder / index).is_file():
+        names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise ValueError(f"{folder}: no file {missing[0]}, which {_INDEX} names")
+            raise ValueError(f"{folder}: no file {missing[0]}, which {index} names")
         return [folder / name for name in names]
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
-    raise FileNotFoundError(
-        f"no {_SINGLE} or {_INDEX} in {folder}; the blockwise engine reads safetensors weights only"
-    )
+    return [folder / single] if (folder / single).is_file() else []
 
 
-def _header(path: Path) -> dict[str, tuple[torch.dtype, torch.Size, int]]:
-    """Dtype, shape and offset in the file of each of its tensors."""
+@dataclass(frozen=True)
+class _Header:
+    """What a file says of a tensor in it. ``kind`` is its dtype's name, torch's where it has one.
+
+    ``dtype`` stands in for those that torch does not compute with, which no model gets.
+    """
+
+    kind: str
+    dtype: torch.dtype
+    shape: torch.Size
+    offset: int
+
+    def meta(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def _headers(path: Path) -> dict[str, _Header]:
+    """Of each tensor in a safetensors file."""
     try:
         with safe_open(str(path), framework="pt"):
             pass  # which has checked the whole header, also against the file's size
@@ -295,11 +381,19 @@ def _header(path: Path) -> dict[str, tuple[torch.dtype, torch.Size, int]]:
         if key == "__metadata__":
             continue
         dtype = DTYPES.get(value["dtype"])
-        if dtype is None:
-            raise ValueError(f"{path}: {key} is {value['dtype']}: quantised weights")
+        kind = value["dtype"] if dtype is None else str(dtype).removeprefix("torch.")
         offset = 8 + size + value["data_offsets"][0]
-        result[key] = (dtype, torch.Size(value["shape"]), offset)
+        result[key] = _Header(kind, dtype or torch.uint8, torch.Size(value["shape"]), offset)
     return result
+
+
+def _pickled_headers(path: Path) -> dict[str, _Header]:
+    """Of each tensor in a pickle, without its data."""
+    return {
+        key: _Header(str(value.dtype).removeprefix("torch."), value.dtype, value.shape, 0)
+        for key, value in torch.load(path, map_location="meta", weights_only=True).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _configs(folder: Path) -> list[Path]:
@@ -316,11 +410,6 @@ def _file_identity(path: Path) -> str:
             file.seek(max(size - 4096, 0) * piece // _SAMPLES)
             digest.update(file.read(4096))
     return f"{size}:{digest.hexdigest()}"
-
-
-def _natural(key: str) -> list[tuple[int, str]]:
-    """Sort key in which experts.2 comes before experts.10."""
-    return [(int(part) if part.isdigit() else -1, part) for part in key.split(".")]
 
 
 class WeightStream:

@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from filet.checks import checked_config
 from filet.config import FiletConfig
 from filet.memory import named_shortage
 from filet.passes import Batches, collect_in_passes
@@ -220,7 +221,7 @@ def collect_statistics(
             measured to need are more than the GPU has free. A warning says where the whole batch
             is likely to be.
     """
-    config = config or FiletConfig()
+    config = checked_config(config)
     peft_model = check_peft_model(peft_model, adapter_name)
     targets, unsupported = find_targets(peft_model, adapter_name)
     check_targets(peft_model, targets, unsupported, adapter_name)
