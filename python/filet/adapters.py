@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from filet.factors import OF_ADAPTER, StartedFactor, StartedLayer
+from filet.factors import OF_ADAPTER, StartedFactor, StartedLinear
 from filet.files import replaced, replaced_together
 from filet.targets import (
     Target,
@@ -106,7 +106,7 @@ def _start(target: Target, layer: Layer, undo: list[Any]) -> None:
             undo.append(partial(StartedFactor.end, linear))
         StartedFactor.begin(linear, value if dim == 0 else -value, dim, layer.fingerprint)
     undo.append(partial(setattr, place, "__class__", type(place)))
-    place.__class__ = StartedLayer
+    place.__class__ = StartedLinear
     rank = 2 * target.rank
     _set_rank(place, adapter, rank, _whole(scaling * rank), False, undo)
 
@@ -378,7 +378,7 @@ def load(
                 trained, start = linear.weight.detach().tensor_split([layer["rank"]], dim)
                 linear.weight = nn.Parameter(trained.clone())
                 StartedFactor.begin(linear, start.clone(), dim, layer["weight"])
-            targets[name].layer.__class__ = StartedLayer
+            targets[name].layer.__class__ = StartedLinear
         _describe(peft_model, adapter_name)
     return peft_model
 

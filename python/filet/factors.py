@@ -19,7 +19,7 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-__all__ = ["StartedFactor", "StartedLayer"]
+__all__ = ["StartedFactor", "StartedLinear"]
 
 
 class StartedFactor(nn.Linear):
@@ -268,11 +268,12 @@ def _flat(values: Iterable[Any]) -> Iterable[Any]:
             yield value
 
 
-class StartedLayer(lora.Linear):
+class StartedLinear(lora.Linear):
     """A LoRA layer of PEFT's with such factors: an adapter made by their config has them too.
 
     TRL's trainers make their reference so, ``add_adapter("ref", model.peft_config["default"])``,
-    and then copy the parameters over by name. It begins where the other began.
+    and then copy the parameters over by name. It begins where the other began. (PEFT's "all-linear"
+    knows its own layers by a "Linear" in the name of their class.)
     """
 
     def _get_name(self) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from filet.factors import StartedFactor, StartedLayer
+from filet.factors import StartedFactor, StartedLinear
 from filet.transfer import values
 
 __all__ = [
@@ -207,7 +207,7 @@ def _unsupported(layer: LoraLayer, adapter_name: str, loaded: bool, tied: set[in
         return f"{layer.parameter_name} of this {kind} is a parameter (target_parameters), no layer"
     if isinstance(base, nn.MultiheadAttention):
         return "nn.MultiheadAttention multiplies by its weights itself, no layer of it is called"
-    if type(layer) not in (lora.Linear, StartedLayer) or not isinstance(base, (nn.Linear, Conv1D)):
+    if type(layer) not in (lora.Linear, StartedLinear) or not isinstance(base, (nn.Linear, Conv1D)):
         return f"{kind} is not a linear module (or is quantised)"
     if base.weight.dtype not in _DTYPES:
         return (
