@@ -202,7 +202,7 @@ def write_residual(peft_model: PeftModel, adapter_name: str = "default") -> None
     The adapter goes on as an ordinary LoRA of rank r, A and B as they are (the same parameters), on
     a base that is another model from now on: save that too (``base_model.save_pretrained``), for
     the adapter belongs to no other. FILet keeps nothing of it, and no original weights. It saves
-    the frozen half's products in training, 0.4% to 2.3% of a step at rank 32 (docs/adapters.md).
+    the frozen half's products in training, 0.6% to 4.3% of a step (docs/adapters.md).
 
     W_res is computed in float32 (float64 unless W has 16 bits) and rounded once to W's dtype, by
     which the model's function moves. The names by which model and adapter know where their weights
