@@ -96,6 +96,16 @@ def test_masks_of_queries_and_keys_need_one_of_tokens_beside(side: str, dtype: t
     assert off > 0.1  # which is why it is not done in silence
 
 
+def test_draws_by_a_mask_of_another_name() -> None:
+    """A sample's draw does not depend on its padding, whatever the mask is called."""
+    renamed = [
+        {"tokens" if key == "attention_mask" else key: value for key, value in batch.items()}
+        for batch in padded("right")
+    ]
+    expected = of_llama(padded("right"), fisher="sampled")
+    assert_energies(of_llama(renamed, token_mask="tokens", fisher="sampled"), expected, 1e-4)
+
+
 def test_no_mask_counts_every_token_where_that_is_said() -> None:
     """Block masks of rows packed without padding: all positions are tokens."""
     samples = case("llama").samples[:4]

@@ -82,6 +82,7 @@ from filet.walk import (
     preserved,
     samples_in,
     token_masks,
+    without_token_mask,
 )
 from filet_kernels import cross_entropy_, fisher_energies, lora_factors, select
 
@@ -1475,11 +1476,9 @@ def _read(
             for index, row in enumerate(counted):
                 drawn.append(loss.uniform(batch, index, int(row.sum())))
             uniform = torch.cat(drawn)
-        if config.token_mask not in ("attention_mask", None):
-            del batch[config.token_mask]  # the model does not know it
         result.append(
             _Batch(
-                inputs=batch,
+                inputs=without_token_mask(batch, config.token_mask),
                 rows=counted.flatten().nonzero().squeeze(1),
                 labels=labels[counted],
                 uniform=uniform,

@@ -58,6 +58,7 @@ __all__ = [
     "some",
     "token_masks",
     "warn_of_padding",
+    "without_token_mask",
 ]
 
 ForwardFn = Callable[[Any, Any], Any]
@@ -627,14 +628,15 @@ def collect_moments(
         """One batch forward and backward; returns the terms of its loss."""
         nonlocal scale
         batch = _to_device(host, device)
+        given = without_token_mask(batch, config.token_mask) if default else batch
         hooks.start_batch(masks)
         hooks.phase = "forward"
         loss: ChunkedLoss | ModelLoss | None = None
-        if head_loss.takes(host):
-            loss = head_loss(batch, host)
+        if head_loss.takes(given):
+            loss = head_loss(given, host)
             hooks.phase = "idle"  # if it goes through once more, its inputs are counted already
         if loss is None:
-            loss = summed_loss(forward_fn(peft_model, batch), batch)
+            loss = summed_loss(forward_fn(peft_model, given), batch)
         if scale is None and loss.terms:
             scale = _loss_scale(hooks, loss, index) if hooks.half else 1.0
         hooks.phase = "backward"
@@ -666,8 +668,6 @@ def collect_moments(
                 _warn_of_other_masks(batch, config.token_mask)
             batch = summed_loss.without_padded_terms(batch, masks["decoder"])
             inputs.check_labels(batch, index, summed_loss.shift)
-            if default and config.token_mask not in ("attention_mask", None):
-                del batch[config.token_mask]  # the model does not know it
             terms = through(batch, masks)
             hooks.finish_batch(index, partial(through, batch, masks))
             counts["samples"] += size
@@ -930,6 +930,13 @@ def token_masks(
         for k, m in sides.items()
     }
     return holed, tokens
+
+
+def without_token_mask(batch: Any, token_mask: str | None) -> Any:
+    """What the model gets of a batch: it does not know a mask of another name than its own."""
+    if token_mask in ("attention_mask", None):
+        return batch
+    return {key: value for key, value in batch.items() if key != token_mask}
 
 
 def _mask(entry: Mapping[str, Any], key: str) -> Tensor | None:
