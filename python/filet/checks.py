@@ -8,7 +8,6 @@ not known: of those that it gets nothing is asked.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from filet.config import FiletConfig
-from filet.loss import IGNORED, NUM_ITEMS, labels_of
+from filet.loss import IGNORED, NUM_ITEMS, labels_of, loss_type_of
 
 __all__ = ["Inputs", "check_batch", "check_dataloader", "checked_config"]
 
@@ -292,9 +291,7 @@ def _loss(model: Any) -> str | None:
     """The kind of a model's loss, None where it is not known to be one of transformers' own."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
-    if re.search(r"(?<!With)LMHeadModel$", type(model).__name__):  # the oldest, GPT-2's
-        return _CAUSAL
-    name: str | None = getattr(model, "loss_type", None)
+    name = loss_type_of(model)
     classifies = name in ("ForSequenceClassification", "ForImageClassification")
     return name if classifies or name == _CAUSAL or name in _PER_TOKEN else None
 

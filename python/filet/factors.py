@@ -19,7 +19,10 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-__all__ = ["StartedFactor", "StartedLinear"]
+__all__ = ["OF_ADAPTER", "StartedFactor", "StartedLinear"]
+
+OF_ADAPTER = "_filet_adapter"
+"""Attribute of a config: the name of the adapter whose it is."""
 
 
 class StartedFactor(nn.Linear):
@@ -294,7 +297,3 @@ class StartedLinear(lora.Linear):
                 begun.to(new.weight.dtype), requires_grad=new.weight.requires_grad
             )
             StartedFactor.begin(new, like.start.clone(), like.dim, like.base)
-
-
-OF_ADAPTER = "_filet_adapter"
-"""Attribute of a config: the name of the adapter whose it is."""

@@ -27,6 +27,7 @@ __all__ = [
     "drawn",
     "ids_shape",
     "labels_of",
+    "loss_type_of",
     "rows_may_be_samples",
 ]
 
@@ -72,13 +73,10 @@ class SummedLoss:
         self.is_encoder_decoder = bool(
             getattr(getattr(base_model, "config", None), "is_encoder_decoder", False)
         )
-        # transformers names the loss a model computes after its head; causal heads shift labels.
-        # The oldest of them (GPT2LMHeadModel) have a name of their own, and no loss_type.
-        loss_type = getattr(base_model, "loss_type", None)
-        named = re.search(r"(?<!With)LMHeadModel$", type(base_model).__name__) is not None
-        causal = named or loss_type in ("ForCausalLM", "ForConditionalGeneration")
+        kind = loss_type_of(base_model)
+        causal = kind in ("ForCausalLM", "ForConditionalGeneration")  # whose heads shift labels
         self.shift = causal and not self.is_encoder_decoder
-        self.known = causal or loss_type is not None
+        self.known = kind is not None
         self.reduction = None if config.loss_reduction == "auto" else config.loss_reduction
         self.settled = False
         self.ignored = _ignored(base_model)
@@ -264,6 +262,14 @@ def drawn(logits: Tensor, uniform: Tensor) -> Tensor:
         total = cumulative[:, -1:]
         picked.append(torch.searchsorted(cumulative, share * total, right=True).squeeze(1))
     return torch.cat(picked).clamp_max_(logits.shape[-1] - 1)
+
+
+def loss_type_of(model: Any) -> str | None:
+    """transformers' name for the loss that a model computes after its head, None for others."""
+    if re.search(r"(?<!With)LMHeadModel$", type(model).__name__):
+        return "ForCausalLM"  # the oldest (GPT2LMHeadModel) have no loss_type
+    name: str | None = getattr(model, "loss_type", None)
+    return name
 
 
 def _has_rows(value: Any) -> bool:
