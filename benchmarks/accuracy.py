@@ -29,8 +29,9 @@ import filet  # noqa: E402
 import oracle  # noqa: E402
 import python_docs  # noqa: E402
 import smollm2  # noqa: E402
-from filet.data import Sample, batches  # noqa: E402
-from filet.targets import find_targets  # noqa: E402
+from filet.data.samples import Sample  # noqa: E402
+from filet.data.tokens import batches  # noqa: E402
+from filet.model.targets import find_targets  # noqa: E402
 from filet_kernels import fisher_energies, select  # noqa: E402
 
 RANK = 32

@@ -38,8 +38,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from filet import FiletConfig
-from filet.blockwise import Blockwise, empty_model
-from filet.shards import Entry, ShardedWeights, WeightSource, entries, shard_files, size_of
+from filet.blockwise.engine import Blockwise
+from filet.blockwise.folder import empty_model
+from filet.blockwise.stream import size_of
+from filet.blockwise.weights import ShardedWeights, WeightSource
+from filet.model.checkpoint import Entry, entries, shard_files
 
 CUDA = torch.cuda.is_available()
 DEPTH = 80  # blocks of the real model

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import filet
-from filet.fused import fused
+from filet.model.fused import fused
 from filet_kernels import syrk_
 
 Batches = Sequence[dict[str, Tensor]]
@@ -238,7 +238,7 @@ def kernels(trace: dict[str, Any]) -> list[Kernel]:
             placed.add(id(event))
             args = scopes[-1].get("args", {}) if scopes else {}
             names = tuple(scope["name"] for scope in scopes)
-            # The backward runs in the thread that asks for it, also on a GPU (filet.walk).
+            # The backward runs in the thread that asks for it (filet.model.isolation).
             back = any("autograd::engine::evaluate_function" in name for name in names)
             found.append(_kernel(event, names, str(args.get("Input Dims", "")), back))
     found += [_kernel(e, (), "", False) for e in on_device if id(e) not in placed]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from filet import Statistics
-from filet.targets import find_targets, fingerprints
-from filet.walk import empty_moments
+from filet.collect.hooks import empty_moments
+from filet.model.fingerprint import fingerprints
+from filet.model.targets import find_targets
 
 __all__ = [
     "AsWritten",

@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 import filet
-from filet.data import Sample, batches, read_samples
+from filet.data.samples import Sample, read_samples
+from filet.data.tokens import batches
 
 Batch = dict[str, torch.Tensor]
 COLORS = {"FILet": "#0b6e99", "LoRA": "#8c8c8c", "PiSSA": "#d9822b"}

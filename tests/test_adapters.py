@@ -58,8 +58,10 @@ from adapted import (
     trained,
     wrap,
 )
-from filet import FiletConfig, adapters, files
-from filet.factors import StartedFactor
+from filet import FiletConfig
+from filet.adapter import saved, write
+from filet.model.factors import StartedFactor
+from filet.system import files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -611,7 +613,7 @@ def test_load_refuses_another_base_and_leaves_it_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [OSError("bad sector"), KeyboardInterrupt()])
 @pytest.mark.parametrize(
-    "place", ["get_peft_model", "set_peft_model_state_dict", "find_targets", "_describe"]
+    "place", ["get_peft_model", "set_peft_model_state_dict", "find_targets", "describe"]
 )
 def test_load_that_fails_late_leaves_the_base_alone(
     place: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -629,7 +631,7 @@ def test_load_that_fails_late_leaves_the_base_alone(
     again = base()
     before = snapshot(again)
     with monkeypatch.context() as patch:
-        patch.setattr(adapters, place, Failing(getattr(adapters, place), 1, error, after=True))
+        patch.setattr(saved, place, Failing(getattr(saved, place), 1, error, after=True))
         with pytest.raises(type(error)):
             filet.load(again, tmp_path)
     assert_unchanged(again, before)
@@ -747,8 +749,8 @@ PLACES = {
     "the first factor": ("_write", 1),
     "a factor": ("_write", 6),
     "a start": ("begin", 5),
-    "a rank": ("_set_rank", 3),
-    "the config": ("_describe", 1),
+    "a rank": ("set_rank", 3),
+    "the config": ("describe", 1),
 }
 
 
@@ -771,7 +773,7 @@ def test_an_exception_leaves_everything_as_it_was(
         train(model)
     as_it_was = snapshot(model)
     name, k = PLACES[place]
-    owner = StartedFactor if name == "begin" else adapters
+    owner = StartedFactor if name == "begin" else write
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, Failing(getattr(owner, name), k, error, after))
         with pytest.raises(type(error)):
@@ -888,8 +890,8 @@ def test_write_residual_goes_on_after_an_exception(monkeypatch: pytest.MonkeyPat
     model = trained(modules_to_save=["lm_head"])
     expected = logits(model)
     with monkeypatch.context() as patch:
-        failing = Failing(adapters.residual_weight_, 4, MemoryError("full"), after=False)
-        patch.setattr(adapters, "residual_weight_", failing)
+        failing = Failing(write.residual_weight_, 4, MemoryError("full"), after=False)
+        patch.setattr(write, "residual_weight_", failing)
         with pytest.raises(MemoryError):
             filet.write_residual(model)
     left = [m for m in model.modules() if isinstance(m, StartedFactor)]

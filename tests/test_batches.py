@@ -29,9 +29,9 @@ from transformers import (
 
 import filet
 from filet import FiletConfig
-from filet.checks import Inputs
-from filet.loss import SummedLoss
-from filet.walk import first_samples, is_divisible
+from filet.loss.summed import SummedLoss
+from filet.model.batch import first_samples, is_divisible
+from filet.model.inputs import Inputs
 from models import (
     CLASSES,
     VOCAB,

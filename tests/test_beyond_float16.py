@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import filet
 from filet import FiletConfig, Statistics
-from filet.walk import MomentHooks
+from filet.collect.hooks import MomentHooks
 from models import Case, assert_energies, case, energies_of, llama, loader, peft_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,7 +30,8 @@ CLOSE = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 @pytest.fixture
 def handed_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
-    yield lambda on: monkeypatch.setattr(filet.walk, "HANDS_ON", {"cpu", "cuda"} if on else set())
+    on_both = {"cpu", "cuda"}
+    yield lambda on: monkeypatch.setattr(filet.collect.hooks, "HANDS_ON", on_both if on else set())
 
 
 @pytest.fixture

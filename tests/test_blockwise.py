@@ -55,12 +55,21 @@ from transformers import (
 import filet
 import models
 import smollm2
-from filet import FiletConfig, FiletReport, blockwise, offload, shards, walk
-from filet.blockwise import Blockwise, empty_model, initialize_folder
-from filet.cli import main
-from filet.folder import load_model
-from filet.parts import Parts
-from filet.shards import Entry, ShardedWeights, WeightStream, entries
+from filet import FiletConfig, FiletReport
+from filet.blockwise import boundaries, weights
+from filet.blockwise import engine as engine_module
+from filet.blockwise import stream as stream_module
+from filet.blockwise.engine import Blockwise
+from filet.blockwise.folder import empty_model
+from filet.blockwise.keeping import Keeping
+from filet.blockwise.stream import WeightStream
+from filet.blockwise.weights import ShardedWeights
+from filet.cli.main import main
+from filet.collect import hooks
+from filet.initialize import initialize_folder
+from filet.model.chain import Parts
+from filet.model.checkpoint import Entry, entries
+from filet.model.folder import load_model
 
 SMALL = {
     "vocab_size": models.VOCAB,
@@ -249,7 +258,7 @@ def test_a_changed_base_is_refused_before_the_model_is_loaded(
 
     chosen = lora()
     chosen.init_lora_weights = init  # type: ignore[assignment]
-    monkeypatch.setattr("filet.targets.get_peft_model", never)
+    monkeypatch.setattr("filet.model.targets.get_peft_model", never)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
     with pytest.raises(ValueError, match=f"lora_config has init_lora_weights='{init}', by which"):
         initialize(folder, tmp_path / "out", engine, lora_config=chosen)
@@ -409,15 +418,15 @@ def test_plans_keep_what_they_hold(first: int, last: int, disk: int) -> None:
     strides = []
     for host in range(100):
         try:
-            keeping = blockwise._Keeping.choose(first, last, host, disk, 2**30)
+            keeping = Keeping.choose(first, last, host, disk, 2**30)
         except ValueError as error:
             assert not strides  # what fits also fits with more memory
             # It says what would do, without a disk and with one.
             alone, beside, needed = map(
                 float, re.findall(r"([\d.]+) GiB(?=,| and a| free)", str(error))[-3:]
             )
-            blockwise._Keeping.choose(first, last, int(alone), 0, 1)
-            blockwise._Keeping.choose(first, last, int(beside), int(needed * 0.9 + 0.1), 1)
+            Keeping.choose(first, last, int(alone), 0, 1)
+            Keeping.choose(first, last, int(beside), int(needed * 0.9 + 0.1), 1)
             continue
         strides.append(keeping.stride)
         assert keeping.kept[0] == first
@@ -451,7 +460,7 @@ def test_auto(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Blockwise, "sweep", lambda run: (swept.append(run), sweep(run)))
     initialize(folder, tmp_path / "fits", "auto")
     assert not swept
-    monkeypatch.setattr(blockwise, "_available_memory", lambda: 400_000)
+    monkeypatch.setattr(engine_module, "available_on_host", lambda: 400_000)
     initialize(folder, tmp_path / "does not", "auto", host_memory=2**20)
     assert swept
     assert_same_adapter(tmp_path / "fits", tmp_path / "does not")
@@ -471,9 +480,9 @@ def test_experts_are_chosen_alike_in_both_sweeps(
 
     They do it in an order of their own, which is played here by two bits that are off.
     """
-    monkeypatch.setattr(walk, "HANDS_ON", {"cpu"} if handed_on else set())
-    unrounded = walk._unrounded
-    monkeypatch.setattr(walk, "_unrounded", lambda *args: unrounded(*args) * (1 + 2**-6))
+    monkeypatch.setattr(hooks, "HANDS_ON", {"cpu"} if handed_on else set())
+    unrounded = hooks._unrounded
+    monkeypatch.setattr(hooks, "_unrounded", lambda *args: unrounded(*args) * (1 + 2**-6))
     folder = folders("qwen3_moe")
     seen: dict[tuple[str, bool], list[Tensor]] = {}
     model = empty_model(folder, dtype=torch.bfloat16)
@@ -615,7 +624,7 @@ def interrupt(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int = 2
 ) -> Callable[[], None]:
     """Let writing arenas fail after so many times; returns what ends that."""
-    save, count = offload.Arena.save, 0
+    save, count = boundaries.Arena.save, 0
 
     def failing(*args: Any, **more: Any) -> None:
         nonlocal count
@@ -624,8 +633,8 @@ def interrupt(
             raise error
         save(*args, **more)
 
-    monkeypatch.setattr(offload.Arena, "save", failing)
-    return lambda: monkeypatch.setattr(offload.Arena, "save", save)
+    monkeypatch.setattr(boundaries.Arena, "save", failing)
+    return lambda: monkeypatch.setattr(boundaries.Arena, "save", save)
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on(
@@ -742,18 +751,18 @@ def test_a_gradient_that_no_block_will_read_is_given_up(
     It has its arena all that time; the least host memory that is taken is enough.
     """
     initialize(folder, tmp_path / "whole")
-    save = offload.Arena.save
+    save = boundaries.Arena.save
     written = []
 
     def slow(
-        arena: offload.Arena, path: Path, trailer: bytes, abandon: threading.Event | None
+        arena: boundaries.Arena, path: Path, trailer: bytes, abandon: threading.Event | None
     ) -> None:
         assert abandon is not None
         assert abandon.wait(60)
         written.append(path)
         save(arena, path, trailer, abandon)
 
-    monkeypatch.setattr(offload.Arena, "save", slow)
+    monkeypatch.setattr(boundaries.Arena, "save", slow)
     monkeypatch.setattr(Blockwise, "_is_behind", IS_BEHIND)
     with run_of(folder, tmp_path, host_memory=arenas * BOUNDARY) as run:
         run.sweep()
@@ -769,10 +778,10 @@ def test_a_gradient_that_no_block_will_read_is_given_up(
 def test_no_gradient_comes_before_the_blocks_that_it_finishes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, save_block = offload.Arena.save, Blockwise._save_block
+    save, save_block = boundaries.Arena.save, Blockwise._save_block
     there = {block: threading.Event() for block in range(LAYERS)}
 
-    def quick(arena: offload.Arena, path: Path, *args: Any) -> None:
+    def quick(arena: boundaries.Arena, path: Path, *args: Any) -> None:
         save(arena, path, *args)
         there[int(path.name.split(".")[1].removeprefix("gradient-"))].set()
 
@@ -787,7 +796,7 @@ def test_no_gradient_comes_before_the_blocks_that_it_finishes(
         wait([run._writing] if run._writing else [])
         return IS_BEHIND(run)
 
-    monkeypatch.setattr(offload.Arena, "save", quick)
+    monkeypatch.setattr(boundaries.Arena, "save", quick)
     monkeypatch.setattr(Blockwise, "_save_block", slow)
     monkeypatch.setattr(Blockwise, "_is_behind", is_behind)
     initialize(folder, tmp_path / "out", **CHEAP)
@@ -817,13 +826,13 @@ def test_past_the_page_cache(
 
     monkeypatch.setattr(os, "open", open_file)
     monkeypatch.setattr(os, "write", write)
-    layout = offload.Layout([torch.Size((3, 1000)), torch.Size((7,))], torch.float32)
-    arena = offload.Arena(layout, False)
+    layout = boundaries.Layout([torch.Size((3, 1000)), torch.Size((7,))], torch.float32)
+    arena = boundaries.Arena(layout, False)
     arena.views[0].copy_(torch.arange(3000.0).view(3, 1000))
-    monkeypatch.setattr(offload, "_PIECE", 4096)
+    monkeypatch.setattr(boundaries, "_PIECE", 4096)
     before = arena.buffer.clone()
-    pool = offload.ArenaPool(layout, 1, CPU)
-    inputs = offload.BlockInputs(pool, tmp_path)
+    pool = boundaries.ArenaPool(layout, 1, CPU)
+    inputs = boundaries.BlockInputs(pool, tmp_path)
     assert not list(tmp_path.iterdir())
     assert min(inputs.speed(arena)) > 0
     inputs.write(3, arena)
@@ -849,7 +858,7 @@ def test_past_the_page_cache(
 def test_the_plan_knows_a_slow_scratch_disk(
     one_disk: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, read = offload._write, offload.read_at
+    write, read = boundaries._write, boundaries.read_at
     disk = threading.Lock() if one_disk else contextlib.nullcontext()
 
     def slow_write(*args: Any) -> None:
@@ -862,10 +871,10 @@ def test_the_plan_knows_a_slow_scratch_disk(
             time.sleep(0.2)
             read(*args)
 
-    monkeypatch.setattr(offload, "_write", slow_write)
-    monkeypatch.setattr(offload, "read_at", slow_read)
+    monkeypatch.setattr(boundaries, "_write", slow_write)
+    monkeypatch.setattr(boundaries, "read_at", slow_read)
     if not one_disk:
-        monkeypatch.setattr(blockwise, "_on_one_disk", lambda *_: False)
+        monkeypatch.setattr(engine_module, "_on_one_disk", lambda *_: False)
     scratch = tmp_path / "scratch"
     with run_of(folder, tmp_path, host_memory=5 * BOUNDARY, scratch=scratch, **CHEAP) as run:
         run.sweep()
@@ -879,10 +888,10 @@ def test_the_plan_knows_a_slow_scratch_disk(
 def test_a_file_is_abandoned_between_two_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layout = offload.Layout([torch.Size((3, 1000))], torch.float32)
-    arena = offload.Arena(layout, False)
+    layout = boundaries.Layout([torch.Size((3, 1000))], torch.float32)
+    arena = boundaries.Arena(layout, False)
     arena.views[0].copy_(torch.arange(3000.0).view(3, 1000))
-    monkeypatch.setattr(offload, "_PIECE", 4096)
+    monkeypatch.setattr(boundaries, "_PIECE", 4096)
     path, abandon, synced = tmp_path / "file", threading.Event(), 0
 
     def sync(_: int) -> None:
@@ -892,16 +901,16 @@ def test_a_file_is_abandoned_between_two_pieces(
             abandon.set()
 
     arena.save(path, b"end", threading.Event())
-    again = offload.Arena(layout, False)
+    again = boundaries.Arena(layout, False)
     assert again.load(path, 3) == b"end"
     assert torch.equal(again.views[0], arena.views[0])
     monkeypatch.setattr(os, "fdatasync", sync)
-    with pytest.raises(offload.Abandoned):
+    with pytest.raises(boundaries.Abandoned):
         arena.save(path, b"end", abandon)
     assert path.stat().st_size == 2 * 4096
 
 
-LAYOUT = offload.Layout([torch.Size((2, 8))], torch.float32)
+LAYOUT = boundaries.Layout([torch.Size((2, 8))], torch.float32)
 CPU = torch.device("cpu")
 
 
@@ -909,23 +918,23 @@ CPU = torch.device("cpu")
 def arenas(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many arenas have been made and freed."""
     count = {"made": 0, "freed": 0}
-    make, free = offload.Arena.__init__, offload.Arena.free
+    make, free = boundaries.Arena.__init__, boundaries.Arena.free
 
-    def made(arena: offload.Arena, *args: Any) -> None:
+    def made(arena: boundaries.Arena, *args: Any) -> None:
         make(arena, *args)
         count["made"] += 1
 
-    def freed(arena: offload.Arena) -> None:
+    def freed(arena: boundaries.Arena) -> None:
         free(arena)
         count["freed"] += 1
 
-    monkeypatch.setattr(offload.Arena, "__init__", made)
-    monkeypatch.setattr(offload.Arena, "free", freed)
+    monkeypatch.setattr(boundaries.Arena, "__init__", made)
+    monkeypatch.setattr(boundaries.Arena, "free", freed)
     return count
 
 
 def test_arenas_made_ahead(arenas: dict[str, int]) -> None:
-    pool = offload.ArenaPool(LAYOUT, 4, CPU, ahead=3)
+    pool = boundaries.ArenaPool(LAYOUT, 4, CPU, ahead=3)
     with pool.paused():
         before = arenas["made"]
         assert before + pool.making == 3
@@ -950,15 +959,15 @@ def test_arenas_made_ahead(arenas: dict[str, int]) -> None:
 def test_arenas_made_ahead_are_freed_after_an_exception(
     folder: Path, tmp_path: Path, arenas: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    init = offload.ArenaPool.__init__
+    init = boundaries.ArenaPool.__init__
 
-    def ahead(pool: offload.ArenaPool, *args: Any) -> None:
+    def ahead(pool: boundaries.ArenaPool, *args: Any) -> None:
         init(pool, *args[:3], 4)
 
     def fails(*_: Any) -> None:
         raise Crash
 
-    monkeypatch.setattr(offload.ArenaPool, "__init__", ahead)
+    monkeypatch.setattr(boundaries.ArenaPool, "__init__", ahead)
     monkeypatch.setattr(Blockwise, "_rehearse", fails)
     with pytest.raises(Crash):
         initialize(folder, tmp_path / "out")
@@ -967,10 +976,10 @@ def test_arenas_made_ahead_are_freed_after_an_exception(
 
 def test_an_arena_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
-        offload._check(1, 2**30)  # what CUDA answers where too much is locked
+        boundaries._check(1, 2**30)  # what CUDA answers where too much is locked
 
-    monkeypatch.setattr(offload.Arena, "__init__", fails)
-    pool = offload.ArenaPool(LAYOUT, 2, CPU, ahead=1)
+    monkeypatch.setattr(boundaries.Arena, "__init__", fails)
+    pool = boundaries.ArenaPool(LAYOUT, 2, CPU, ahead=1)
     with pytest.raises(ValueError, match=r"pinning 1\.00 GiB .* expected a smaller host_memory"):
         pool.get()
     pool.close()
@@ -1387,8 +1396,8 @@ def test_models_whose_blocks_are_no_chain(between: Callable[..., Any], message: 
 def test_weights_come_and_go(
     folder: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "_PIECE", 2**10)  # several for a weight
-    monkeypatch.setattr(shards, "_SHARE", 2**8)  # several threads for a piece
+    monkeypatch.setattr(stream_module, "_PIECE", 2**10)  # several for a weight
+    monkeypatch.setattr(weights, "_SHARE", 2**8)  # several threads for a piece
     model = empty_model(folder)
     source = ShardedWeights(folder, model)
     expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
@@ -1454,12 +1463,12 @@ def test_the_next_sweep_loads_ahead(
 
 @pytest.mark.parametrize("share", [100, 2**20])
 def test_parts_of_a_weight(share: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_SHARE", share)
+    monkeypatch.setattr(weights, "_SHARE", share)
     model = empty_model(folder)
     source = ShardedWeights(folder, model)
     expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     for entry, stored in source.tensors(entries(model)):
-        assert isinstance(stored, shards.Stored)
+        assert isinstance(stored, weights.Stored)
         whole = expected[entry.names[0]].flatten()
         for start in (0, whole.numel() // 3):
             for dtype in (torch.float32, torch.bfloat16):

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import filet
 import models
-from filet.cli import main
-from filet.report import REPORT_FILE, FiletReport
+from filet.cli.main import main
+from filet.report.report import REPORT_FILE, FiletReport
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -380,7 +380,7 @@ def test_help_and_inspect_do_not_load_transformers(init: list[str], tmp_path: Pa
     assert main([*init, "--target-modules", "q_proj"]) == 0
     code = """
 import sys
-from filet.cli import main
+from filet.cli.main import main
 assert main(["inspect", sys.argv[1]]) == 0
 try:
     main(["init", "--help"])

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from filet.data import Sample, batches, encode, read_samples
+from filet.data.samples import Sample, read_samples
+from filet.data.tokens import batches, encode
 
 BOS, EOS, PAD = 1, 2, 0
 

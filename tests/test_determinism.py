@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import filet
-from filet import FiletConfig, walk
+from filet import FiletConfig
+from filet.model import isolation
 from models import Case, case, linears, llama, loader, peft_of, randomised
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,7 +87,7 @@ def test_another_threads_attention_is_left_alone(monkeypatch: pytest.MonkeyPatch
         q = torch.randn(1, 2, 8, 16, requires_grad=True)
         F.scaled_dot_product_attention(q, q, q).sum().backward()
 
-    with walk._deterministic_attention():
+    with isolation._deterministic_attention():
         assert F.scaled_dot_product_attention is not before
         thread = threading.Thread(target=attend)
         thread.start()

@@ -36,7 +36,7 @@ from adapted import (
     trained,
     wrap,
 )
-from filet.factors import StartedFactor
+from filet.model.factors import StartedFactor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,8 +18,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-import filet.fused
-from filet.fused import fused
+import filet.model.fused
+from filet.model.fused import fused
 from filet_kernels.rotary import rotary_reference
 from models import assert_energies, case, energies_of, llama, loader, peft_of
 
@@ -31,7 +31,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """On every device; where there is no kernel, by the same formula in plain torch."""
-    monkeypatch.setattr(filet.fused, "FUSES_ON", {"cpu", "cuda"})
+    monkeypatch.setattr(filet.model.fused, "FUSES_ON", {"cpu", "cuda"})
 
 
 def model(name: str, dtype: torch.dtype, device: torch.device, **settings: Any) -> nn.Module:
@@ -405,17 +405,17 @@ def test_behind_the_hooks_of_a_device_map(
     dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They stay and are called; fused operations and y and h as without them, to the bit."""
-    monkeypatch.setattr(filet.walk, "HANDS_ON", {"cpu", "cuda"})
+    monkeypatch.setattr(filet.collect.hooks, "HANDS_ON", {"cpu", "cuda"})
     c = case("llama")
     calls: list[str] = []
     for name in ("rms_norm", "swiglu"):
-        function = getattr(filet.fused, name)
+        function = getattr(filet.model.fused, name)
 
         def count(*args: Any, name: str = name, function: Any = function, **kwargs: Any) -> Any:
             calls.append(name)
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(filet.fused, name, count)
+        monkeypatch.setattr(filet.model.fused, name, count)
     expected = energies_of(peft_of(c, device, dtype), loader(c.samples))
     direct, calls[:] = list(calls), []
     mapped = dispatch_model(copy.deepcopy(c.model).to(dtype), {"": str(device)}, force_hooks=True)
@@ -543,20 +543,20 @@ def test_a_pass_uses_them(
     c = case("llama")
     calls: list[str] = []
     for name in ("rms_norm", "swiglu", "rotary"):
-        function = getattr(filet.fused, name)
+        function = getattr(filet.model.fused, name)
 
         def count(*args: Any, name: str = name, function: Any = function, **kwargs: Any) -> Any:
             calls.append(name)
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(filet.fused, name, count)
+        monkeypatch.setattr(filet.model.fused, name, count)
     peft_model = peft_of(c, device, dtype)
     found = energies_of(peft_model, loader(c.samples))
     batches = calls.count("swiglu") / 2
     assert batches >= 2 and calls.count("rms_norm") == batches * 5
     assert calls.count("rotary") == batches * 2
     assert not replaced(peft_model)
-    monkeypatch.setattr(filet.fused, "FUSES_ON", set())
+    monkeypatch.setattr(filet.model.fused, "FUSES_ON", set())
     calls.clear()
     expected = energies_of(peft_of(c, device, dtype), loader(c.samples))
     assert not calls
@@ -576,7 +576,7 @@ def test_torch_compile_runs_modules_as_they_are(
         pytest.skip(f"torch {torch.__version__} cannot trace this transformers: {error}")
     torch.compiler.reset()
     for name in ("rms_norm", "swiglu", "rotary"):
-        monkeypatch.setattr(filet.fused, name, None)
+        monkeypatch.setattr(filet.model.fused, name, None)
     with fused(m):
         found = torch.compile(m, backend="eager", fullgraph=True)(ids).logits
         with pytest.raises(TypeError):

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 import smollm2
-from filet.head import ChunkedLoss, _StandIn
+from filet.loss.chunked import ChunkedLoss, _StandIn
 from models import (
     VOCAB,
     Case,
@@ -56,8 +56,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Chunks of eight rows; the scale of every backward that went through them."""
-    monkeypatch.setattr("filet.head._CHUNK_BYTES", 9 * VOCAB * 4)
-    monkeypatch.setattr("filet.head._CHUNK_ROWS", 8)
+    monkeypatch.setattr("filet.loss.chunked._CHUNK_BYTES", 9 * VOCAB * 4)
+    monkeypatch.setattr("filet.loss.chunked._CHUNK_ROWS", 8)
     scales: list[float] = []
     plain = ChunkedLoss.backward
 
@@ -257,7 +257,7 @@ def test_smollm2(chunks: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
 
     They differ by up to 1.3e-5, since the products of 30 layers round other last bits.
     """
-    monkeypatch.setattr("filet.head._CHUNK_BYTES", 2**22)
+    monkeypatch.setattr("filet.loss.chunked._CHUNK_BYTES", 2**22)
     torch.set_num_threads(2)
     base = AutoModelForCausalLM.from_pretrained(smollm2.prepare(), dtype=torch.float32)
     lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 29])

@@ -44,7 +44,7 @@ def test_frontend_touches_no_device() -> None:
     run(
         "import sys, torch, transformers, peft\n"
         + NO_DEVICE
-        + "import filet, filet.cli\n"
+        + "import filet, filet.cli.main\n"
         + "assert not torch.cuda.is_initialized()\n"
         + "assert all(hasattr(filet, name) for name in filet.__all__)"
     )

@@ -601,11 +601,11 @@ def test_low_cpu_mem_usage() -> None:
 
 
 def test_nothing_is_written_before_all_has_succeeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    import filet.initialize
+    import filet.select
 
     peft_model = peft_of(case("llama"))
     before = weights(peft_model)
-    inner, calls = filet.initialize.lora_factors, []
+    inner, calls = filet.select.lora_factors, []
 
     def fails(*args: Any, **kwargs: Any) -> Any:
         calls.append(0)
@@ -613,7 +613,7 @@ def test_nothing_is_written_before_all_has_succeeded(monkeypatch: pytest.MonkeyP
             raise KeyboardInterrupt
         return inner(*args, **kwargs)
 
-    monkeypatch.setattr(filet.initialize, "lora_factors", fails)
+    monkeypatch.setattr(filet.select, "lora_factors", fails)
     with pytest.raises(KeyboardInterrupt):
         initialized(peft_model)
     assert_bitwise(peft_model, before)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from filet import lock
-from filet.lock import FolderLock
+from filet.system import lock
+from filet.system.lock import FolderLock
 
 # Two descriptors of one process contend as those of two processes do: a lock belongs to what was
 # opened.

@@ -30,7 +30,7 @@ import filet
 import models
 import test_batches
 from filet import FiletConfig
-from filet.factors import StartedFactor
+from filet.model.factors import StartedFactor
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

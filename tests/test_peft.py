@@ -37,7 +37,7 @@ from adapted import (
     weight_of,
     wrap,
 )
-from filet.factors import StartedFactor
+from filet.model.factors import StartedFactor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

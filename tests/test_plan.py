@@ -17,11 +17,12 @@ pytest.importorskip("peft")
 
 import filet
 from filet import DevicePlan, FiletConfig, OutOfMemoryError, Statistics, collect_statistics
-from filet import passes as passes_module
-from filet import plan as plan_module
-from filet.memory import readable
-from filet.passes import Batches, blocks, groups
-from filet.targets import find_targets
+from filet.collect import estimate as plan_module
+from filet.collect import groups as passes_module
+from filet.collect.groups import Batches, groups
+from filet.model.blocks import blocks
+from filet.model.targets import find_targets
+from filet.system.text import readable
 from models import KINDS, LENGTHS, Case, case, llama, loader, peft_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -338,16 +339,16 @@ def test_float16_has_one_loss_scale_for_all_passes(monkeypatch: pytest.MonkeyPat
         model.lm_head.weight.copy_(model.lm_head.weight.mul(2.0**-12).half())
         model.model.layers[0].mlp.down_proj.weight.mul_(2.0**-6)
     c = Case(model, case("llama").samples, case("llama").targets, True)
-    from filet import walk
+    from filet.collect import run, scale
 
     scales: list[float] = []
-    find = walk._loss_scale
+    find = scale.loss_scale
 
     def counted(*args: Any) -> float:
         scales.append(find(*args))
         return scales[-1]
 
-    monkeypatch.setattr(walk, "_loss_scale", counted)
+    monkeypatch.setattr(run, "loss_scale", counted)
     one = collected(peft_of(c, dtype=torch.float16), loader(c.samples), c, passes=1)
     two = collected(peft_of(c, dtype=torch.float16), loader(c.samples), c, passes=2)
     assert len(scales) == 2 and scales[0] == scales[1] > 1  # once a call, not once a pass
@@ -409,7 +410,7 @@ def test_passes_are_found_for_a_gpu_that_is_full(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(plan_module, "_selection", lambda *_: 0)
 
     def passes() -> int:
-        with filet.walk.preserved(peft_model, "default", targets):
+        with filet.model.isolation.preserved(peft_model, "default", targets):
             return plan_module.passes_that_fit(peft_model, targets, batch, FiletConfig(), None)
 
     [on] = filet.estimate(peft_model, batch).devices
@@ -500,7 +501,7 @@ def test_a_shortage_after_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     peft_model = peft_of(c)
     batches = list(loader(c.samples))
     before = copy.deepcopy(peft_model.state_dict())
-    monkeypatch.setattr("filet.initialize.fisher_energies", lambda *_, **__: cuda_error())
+    monkeypatch.setattr("filet.select.fisher_energies", lambda *_, **__: cuda_error())
     with pytest.raises(OutOfMemoryError, match=r"the selection .*: 2\.50 GiB asked for") as caught:
         filet.initialize_lora_filet_weights(peft_model, batches, show_progress_bar=False)
     assert caught.value.phase == "selection" and "--batch-size" not in str(caught.value)
@@ -509,7 +510,7 @@ def test_a_shortage_after_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(after[key], before[key]) for key in before)
     monkeypatch.undo()
     statistics = collected(peft_model, batches, c)
-    monkeypatch.setattr("filet.initialize.fisher_energies", lambda *_, **__: cuda_error())
+    monkeypatch.setattr("filet.select.fisher_energies", lambda *_, **__: cuda_error())
     with pytest.raises(OutOfMemoryError, match="the selection"):
         filet.apply_statistics(peft_model, statistics)
 
@@ -518,7 +519,7 @@ def test_a_shortage_after_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     ("fails", "place"),
     [
         ("filet.initialize.values", "the checks of the weights"),
-        ("filet.statistics.fingerprints", "the hashing of the weights"),
+        ("filet.collect.statistics.fingerprints", "the hashing of the weights"),
     ],
 )
 def test_a_shortage_before_the_pass(

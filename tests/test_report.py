@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from disk import files_up_to
-from filet import report as report_module
-from filet.report import REPORT_FILE, FiletReport, ModuleReport
+from filet.report import plot
+from filet.report import report as report_module
+from filet.report.report import REPORT_FILE, FiletReport, ModuleReport
 
 KINDS = {
     "self_attn.q_proj": (64, 64),
@@ -214,17 +215,17 @@ def test_zero_energies_lie_below_all_others() -> None:
     module = make_module(
         "fc", (3, 3), 1, energies=torch.tensor([0.0, 1e-9, 1e-3], dtype=torch.float64)
     )
-    floor, bottom, top, has_zero = report_module._log_range([module])
+    floor, bottom, top, has_zero = plot.log_range([module])
     assert has_zero
     assert bottom < floor < -9.0 < -3.0 < top
-    assert report_module._log(module.energies, floor).tolist() == pytest.approx([floor, -9.0, -3.0])
+    assert plot._log(module.energies, floor).tolist() == pytest.approx([floor, -9.0, -3.0])
 
 
 def test_panels_group_by_kind() -> None:
     names = [f"h.{n}.{kind}.c_proj" for n in range(3) for kind in ("attn", "mlp")]
     names += [f"h.{n}.moe.experts.{e}.up" for n in range(2) for e in range(4)]
     names += ["score", "classifier"]
-    panels = report_module._panels([make_module(name) for name in names])
+    panels = plot.panels_of([make_module(name) for name in names])
     assert [panel.title for panel in panels] == [
         "attn.c_proj",
         "mlp.c_proj",
@@ -244,7 +245,7 @@ def test_plot_of_nothing_says_so(tmp_path: Path) -> None:
 def test_plot_leaves_the_global_backend_alone(tmp_path: Path) -> None:
     code = """
 import sys, torch
-from filet.report import FiletReport
+from filet.report.report import FiletReport
 FiletReport.load(sys.argv[1]).plot(sys.argv[1] + "/p.png")
 assert "matplotlib.pyplot" not in sys.modules
 """

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import filet
 from filet import FiletConfig
-from filet.factors import StartedFactor
+from filet.model.factors import StartedFactor
 from models import case, collate, loader, peft_of
 
 pytestmark = [

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from disk import files_up_to
 from filet import FiletConfig, Statistics, apply_statistics, collect_statistics
-from filet.targets import fingerprints
+from filet.model.fingerprint import fingerprints
 from filet_kernels import Moments, fisher_energies
 from models import (
     LENGTHS,

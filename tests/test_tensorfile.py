@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from disk import files_up_to
-from filet.tensorfile import DTYPES, write_tensors
+from filet.system.tensorfile import DTYPES, write_tensors
 
 METADATA = {"format": "test", "text": '"quoted", ünï ∑\n'}
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from filet.transfer import background_copies, values
+from filet.system.transfer import background_copies, values
 
 
 def test_values(device: torch.device) -> None:

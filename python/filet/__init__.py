@@ -6,14 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from filet.adapters import load, save_as_lora, write_residual
-    from filet.blockwise import initialize_folder
+    from filet.adapter.saved import load, save_as_lora
+    from filet.adapter.write import write_residual
+    from filet.collect.estimate import estimate
+    from filet.collect.plan import DevicePlan, Plan
+    from filet.collect.statistics import Statistics, collect_statistics
     from filet.config import FiletConfig
-    from filet.initialize import apply_statistics, initialize_lora_filet_weights
-    from filet.memory import OutOfMemoryError
-    from filet.plan import DevicePlan, Plan, estimate
-    from filet.report import FiletReport, ModuleReport
-    from filet.statistics import Statistics, collect_statistics
+    from filet.initialize import (
+        apply_statistics,
+        initialize_folder,
+        initialize_lora_filet_weights,
+    )
+    from filet.report.report import FiletReport, ModuleReport
+    from filet.system.memory import OutOfMemoryError
 
 __all__ = [
     "DevicePlan",
@@ -34,14 +39,15 @@ __all__ = [
 ]
 
 _MODULES = {
-    "adapters": ("load", "save_as_lora", "write_residual"),
-    "blockwise": ("initialize_folder",),
+    "adapter.saved": ("load", "save_as_lora"),
+    "adapter.write": ("write_residual",),
+    "collect.estimate": ("estimate",),
+    "collect.plan": ("DevicePlan", "Plan"),
+    "collect.statistics": ("Statistics", "collect_statistics"),
     "config": ("FiletConfig",),
-    "initialize": ("apply_statistics", "initialize_lora_filet_weights"),
-    "memory": ("OutOfMemoryError",),
-    "plan": ("DevicePlan", "Plan", "estimate"),
-    "report": ("FiletReport", "ModuleReport"),
-    "statistics": ("Statistics", "collect_statistics"),
+    "initialize": ("apply_statistics", "initialize_folder", "initialize_lora_filet_weights"),
+    "report.report": ("FiletReport", "ModuleReport"),
+    "system.memory": ("OutOfMemoryError",),
 }
 
 

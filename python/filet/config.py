@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from filet_kernels.energy import Normalization
 from filet_kernels.lora import Scaling, Selection
 
-__all__ = ["FiletConfig"]
+__all__ = ["FiletConfig", "Fisher", "LossReduction", "checked_config"]
 
 Fisher = Literal["empirical", "sampled"]
+
+
 LossReduction = Literal["auto", "mean", "sum"]
 
 
@@ -83,3 +86,15 @@ class FiletConfig:
             raise ValueError(f"passes={self.passes!r}; expected an integer ≥ 1, or 'auto'")
         if not isinstance(self.share_inputs, bool):
             raise ValueError(f"share_inputs={self.share_inputs!r}; expected True or False")
+
+
+def checked_config(config: Any) -> FiletConfig:
+    """The settings, the paper's for None; TypeError for anything else."""
+    if config is None:
+        return FiletConfig()
+    if not isinstance(config, FiletConfig):
+        what = f"{config!r}" if isinstance(config, (Mapping, str)) else f"a {type(config).__name__}"
+        raise TypeError(
+            f"config is {what}; expected a filet.FiletConfig, FiletConfig(samples=320) say"
+        )
+    return config

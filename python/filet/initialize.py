@@ -1,46 +1,48 @@
-"""FILet initialisation of a PeftModel: statistics in, adapter and base weights out."""
+"""The public calls: an adapter initialised from data, from statistics, or for a folder's model."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import os
 import time
-import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from peft import LoraConfig, PeftModel
 
-from filet.adapters import Layer, commit
-from filet.checks import checked_config
-from filet.config import FiletConfig
-from filet.memory import named_shortage
-from filet.report import FiletReport, ModuleReport
-from filet.statistics import (
-    Statistics,
-    check_statistics,
-    collect_statistics,
-    peak_memory,
+from filet.adapter.saved import write_folder
+from filet.adapter.write import commit, materialise_rest
+from filet.blockwise.engine import Blockwise
+from filet.blockwise.folder import Engine, choose_engine, empty_model
+from filet.blockwise.weights import ShardedWeights
+from filet.collect.run import ForwardFn
+from filet.collect.statistics import Statistics, check_statistics, collect_statistics
+from filet.config import FiletConfig, checked_config
+from filet.model.folder import load_model
+from filet.model.inputs import check_dataloader
+from filet.model.targets import (
+    Target,
+    adapted,
+    check_init,
+    check_peft_model,
+    check_targets,
+    find_targets,
 )
-from filet.targets import Target, check_peft_model, check_targets, find_targets
-from filet.transfer import values
-from filet.walk import ForwardFn, some
-from filet_kernels import Moments, SecondMoment, fisher_energies, lora_factors, select
+from filet.report.report import FiletReport
+from filet.select import check_rank, choose, warn_of
+from filet.system.memory import named_shortage, peak_memory
+from filet.system.transfer import values
 
 __all__ = [
     "apply_statistics",
     "check_applicable",
-    "check_rank",
+    "initialize_folder",
     "initialize_lora_filet_weights",
-    "materialise_rest",
-    "nothing_seen",
-    "warn_of",
 ]
-
-_AHEAD = 7  # modules whose energies a GPU computes while the host chooses: a block's
 
 
 def initialize_lora_filet_weights(
@@ -138,22 +140,6 @@ def check_applicable(peft_model: PeftModel, adapter_name: str) -> dict[str, Targ
     return targets
 
 
-def check_rank(target: Target, candidates: int) -> None:
-    """ValueError for a rank above the number of candidate directions, W's non-zero columns."""
-    shape = tuple(target.weight.shape)
-    if candidates == 0:
-        raise ValueError(
-            f"{target.name}: all of its weight {shape} is zero, so that it has no direction; "
-            "expected the weights of a trained model, or target_modules without this module"
-        )
-    if target.rank > candidates:
-        raise ValueError(
-            f"{target.name}: rank {target.rank} exceeds its {candidates} candidate directions "
-            f"(non-zero columns of W {shape}); expected a smaller r, or rank_pattern for this "
-            "module"
-        )
-
-
 def _apply(
     peft_model: PeftModel,
     statistics: Statistics,
@@ -161,47 +147,24 @@ def _apply(
     adapter_name: str,
 ) -> FiletReport:
     targets, unsupported = find_targets(peft_model, adapter_name)
-    left_default = dict(unsupported)
-    layers: dict[str, Layer] = {}
-    reports: dict[str, ModuleReport] = {}
     start = time.perf_counter()
-    sides = [(statistics.moments[n].input, statistics.moments[n].output) for n in targets]
-    counts = values([side.count for both in sides for side in both])
-    tokens = dict(zip(targets, zip(counts[::2], counts[1::2], strict=True), strict=True))
-    left_default |= {n: why for n, both in tokens.items() if (why := nothing_seen(*both))}
-    seen = {name: target for name, target in targets.items() if name not in left_default}
-    for name, energies in _energies(seen, statistics, config):
-        target, moments = targets[name], statistics.moments[name]
-        indices = select(energies, target.rank, config.select, seed=config.seed)
-        A, B = lora_factors(
-            target.weight, energies, indices, scaling=config.scaling, dtype=target.dtype
-        )
-        layers[name] = Layer(A, B, statistics.fingerprints[name])
-        reports[name] = ModuleReport(
-            name=name,
-            shape=moments.shape,
-            rank=target.rank,
-            energies=energies,
-            indices=indices,
-            input_space=moments.input.space,
-            output_space=moments.output.space,
-            input_tokens=tokens[name][0],
-            output_tokens=tokens[name][1],
-            shared_input=statistics.shared_input.get(name),
-        )
-    if not layers:
+    choice = choose(
+        targets, statistics.moments, statistics.shared_input, statistics.fingerprints, config
+    )
+    if not choice.layers:
         raise ValueError(
             f"no module of adapter {adapter_name!r} saw a token and its gradient; expected data "
             "that reaches at least one of them"
         )
     selected = time.perf_counter()
-    commit(peft_model, adapter_name, targets, layers)
+    commit(peft_model, adapter_name, targets, choice.layers)
     materialise_rest(peft_model, adapter_name, config.seed)
     written = time.perf_counter()
     devices = {t.weight.device for t in targets.values() if t.weight.device.type == "cuda"}
-    warn_of(left_default, layers)
+    left_default = unsupported | choice.left_default
+    warn_of(left_default, choice.layers)
     return FiletReport(
-        modules=reports,
+        modules=choice.reports,
         left_default=left_default,
         seconds={
             "statistics": statistics.seconds,
@@ -216,105 +179,144 @@ def _apply(
     )
 
 
-def _energies(
-    targets: dict[str, Target], statistics: Statistics, config: FiletConfig
-) -> Iterator[tuple[str, Tensor]]:
-    """Each module's energies, on the CPU; a GPU computes the next modules' in the meantime."""
-    under_way: deque[tuple[str, Tensor, torch.cuda.Event | None]] = deque()
-    sizes = {name: t.weight.shape[1] for name, t in targets.items() if t.weight.is_cuda}
-    places: dict[str, Tensor] = {}
-    if sizes:  # in one piece: an allocation of pinned memory may wait for all that a GPU does
-        pinned = torch.empty(sum(sizes.values()), dtype=torch.float64, pin_memory=True)
-        places = dict(zip(sizes, pinned.split(list(sizes.values())), strict=True))
+def initialize_folder(
+    model: str | os.PathLike[str],
+    batches: Iterable[Mapping[str, Any]],
+    output: str | os.PathLike[str],
+    lora_config: LoraConfig,
+    config: FiletConfig | None = None,
+    *,
+    engine: Engine = "auto",
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    device: torch.device | str | None = None,
+    host_memory: int | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    show_progress_bar: bool = True,
+) -> FiletReport:
+    """Initialise a LoRA adapter with FILet for the model in a folder, and write it to another.
 
-    def arrived() -> tuple[str, Tensor]:
-        name, energies, event = under_way.popleft()
-        if event is not None:
-            event.synchronize()
-            energies = energies.clone()  # the report's, without the pinned piece around it
-        return name, energies
+    The result is what :func:`filet.initialize_lora_filet_weights` and :func:`filet.save_as_lora`
+    give; ``filet.load(base_model, output)`` trains on it. With ``engine="blockwise"`` the model is
+    never whole in memory: its blocks come from the safetensors shards one by one, twice. A run that
+    was killed goes on at its last finished block when it is called again with the same arguments:
+    it keeps its state in ``<output>.filet-run`` until the adapter is written.
 
-    for name, target in targets.items():
-        moments, weight = statistics.moments[name], target.weight
-        energies = fisher_energies(
-            weight, _moved(moments, weight.device), normalization=config.normalization
-        )
-        event = None
-        if energies.is_cuda:
-            with torch.cuda.device(weight.device):
-                energies = places[name].copy_(energies, non_blocking=True)
-                event = torch.cuda.Event(blocking=True)
-                event.record()
-        under_way.append((name, energies, event))
-        if len(under_way) > _AHEAD:
-            yield arrived()
-    while under_way:
-        yield arrived()
+    Args:
+        model: local folder of a causal language model: config.json and safetensors weights, one
+            for every weight of the model.
+        batches: dicts of ``input_ids``, ``labels``, and what else the model takes
+            (``attention_mask``, ``position_ids``), each a CPU tensor of (samples, tokens). Read to
+            ``config.samples``. What goes through a block at once is one batch.
+        output: folder to create, with the adapter and ``filet_report.safetensors``.
+        lora_config: :class:`peft.LoraConfig`: rank, alpha, patterns, rslora, targets. The blockwise
+            engine takes layers inside the blocks only, and nothing to save besides.
+        config: :class:`FiletConfig`, the paper's settings by default. The blockwise engine computes
+            the loss itself, the cross-entropy of the next token: ``loss_reduction`` has no use.
+        engine: "memory" loads the whole model onto ``device``; "blockwise" never does; "auto" takes
+            "memory" where weights and statistics fit there with room to spare.
+        dtype: of the weights in memory, "auto" for what the folder says.
+        device: where to compute; a GPU if there is one, by default.
+        host_memory: bytes of host memory for block inputs and gradients; half of what is available
+            by default. What does not fit goes to ``scratch``, or is recomputed.
+        scratch: folder on a fast disk for block inputs; 90 % of what is free there may be used.
+        trust_remote_code: run Python code that lies in the model's folder.
+        overwrite: replace an adapter that is at ``output``.
+        show_progress_bar: also says the plan beforehand: GPU and host memory, disk, time.
 
+    Returns:
+        :class:`FiletReport`, which is also in the folder. ``seconds`` are of this call: a resumed
+        one does less.
 
-def nothing_seen(inputs: int, outputs: int) -> str | None:
-    """Why moments of so many tokens on either side choose nothing, or None."""
-    if not inputs:
-        return "it saw no token"
-    return None if outputs else "no gradient reached it"
+    Deterministic: bitwise the same for the same arguments on the same machine, killed or not.
 
-
-def _moved(moments: Moments, device: torch.device) -> Moments:
-    """The moments on the weight's device (statistics from a file are on the CPU)."""
-    if moments.input.sum.device == device == moments.output.sum.device:
-        return moments
-
-    def moved(side: SecondMoment) -> SecondMoment:
-        return dataclasses.replace(side, sum=side.sum.to(device), count=side.count.to(device))
-
-    loss_terms = moments.loss_terms.to(device)
-    return Moments(moved(moments.input), moved(moments.output), moments.shape, loss_terms)
-
-
-def materialise_rest(peft_model: PeftModel, adapter_name: str, seed: int) -> None:
-    """Give PEFT's default initialisation to adapter weights that are still on the meta device.
-
-    Drawn on the CPU, so that the same seed gives the same on every device and no GPU's random state
-    changes.
+    Raises:
+        TypeError: ``batches`` are none.
+        ValueError: an argument that does not fit, a batch among them; a model of another task, or
+            with a weight that no file has; a model that the blockwise engine does not do
+            (quantised, no safetensors, blocks that hand on more than one tensor or share weights;
+            targets outside the blocks), before any block is computed; a run folder of other data
+            or settings, naming the first difference.
+        FloatingPointError: NaN or infinity, naming the module.
+        OutOfMemoryError: naming what was asked for and what to change.
+        OSError: a full disk, say. What was finished stays, and the same call goes on there.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        for layer in peft_model.base_model.model.modules():
-            if not isinstance(layer, LoraLayer):
-                continue
-            device = next(layer.get_base_layer().parameters()).device  # experts have no weight
-            if device.type == "meta":  # of a model that is never whole
-                device = torch.device("cpu")
-            drawn: list[nn.Parameter] = []
-            for factors in (layer.lora_A, layer.lora_B):
-                if adapter_name in factors and factors[adapter_name].weight.device.type == "meta":
-                    drawn += factors[adapter_name].to_empty(device="cpu").parameters()
-            for parameters in (layer.lora_embedding_A, layer.lora_embedding_B):
-                if adapter_name in parameters and parameters[adapter_name].device.type == "meta":
-                    old = parameters[adapter_name]
-                    parameters[adapter_name] = nn.Parameter(
-                        torch.empty_like(old, device="cpu"), requires_grad=old.requires_grad
-                    )
-                    drawn.append(parameters[adapter_name])
-            if drawn:
-                layer.reset_lora_parameters(adapter_name, True)
-            for parameter in drawn:
-                parameter.data = parameter.data.to(device)
+    config = checked_config(config)
+    check_dataloader(batches, "batches")
+    if engine not in ("auto", "memory", "blockwise"):
+        raise ValueError(f"engine={engine!r}; expected 'auto', 'memory' or 'blockwise'")
+    if not isinstance(lora_config, LoraConfig):
+        raise TypeError(f"lora_config is a {type(lora_config).__name__}; expected a LoraConfig")
+    check_init(lora_config)
+    if host_memory is not None and host_memory < 1:
+        raise ValueError(f"host_memory={host_memory}; expected a positive number of bytes")
+    folder, output = Path(model), Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if not overwrite:
+            raise ValueError(f"output={str(output)!r} exists; expected overwrite=True to replace")
+        if not (output / "adapter_config.json").is_file():
+            raise ValueError(
+                f"output={str(output)!r} holds no adapter; overwrite=True replaces only adapters"
+            )
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+    if engine == "auto":
+        engine = choose_engine(
+            folder, lora_config, device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    if engine == "memory":
+        return _in_memory(
+            folder, batches, output, lora_config, config, dtype, device, trust_remote_code,
+            show_progress_bar,
+        )  # fmt: skip
+    whole = empty_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    run_folder = output.parent / f"{output.name}.filet-run"
+    with contextlib.ExitStack() as stack:
+        scratch_folder = None
+        if scratch is not None:
+            # One name for one run folder, which is locked: what a killed run has left there is
+            # replaced, and nothing of another one.
+            name = hashlib.blake2b(str(run_folder.resolve()).encode(), digest_size=6).hexdigest()
+            scratch_folder = Path(scratch) / f"filet-scratch-{name}"
+        run = stack.enter_context(
+            Blockwise(
+                whole,
+                ShardedWeights(folder, whole),
+                batches,
+                lora_config,
+                config,
+                device=device,
+                run_folder=run_folder,
+                host_memory=host_memory,
+                scratch=scratch_folder,
+                show_progress_bar=show_progress_bar,
+            )
+        )
+        run.sweep()
+        report = run.write(output)
+        run.discard()
+    return report
 
 
-def warn_of(left_default: dict[str, str], layers: dict[str, Layer]) -> None:
-    if left_default:
-        shown = [f"{name} ({reason})" for name, reason in left_default.items()]
-        warnings.warn(
-            f"{len(left_default)} modules keep PEFT's default LoRA initialisation: {some(shown)}",
-            stacklevel=4,
-        )
-    alive = values([(x.A0.any(1) | x.B0.any(0)).all() for x in layers.values()])
-    dead = [name for name, flag in zip(layers, alive, strict=True) if not flag]
-    if dead:
-        warnings.warn(
-            f"{some(dead)}: some chosen directions have no energy at all (or less than the "
-            "adapter's dtype can hold), so their rows of A and columns of B are zero and will not "
-            "train; expected more samples, a float32 adapter, or another scaling",
-            stacklevel=4,
-        )
+def _in_memory(
+    folder: Path,
+    batches: Iterable[Mapping[str, Any]],
+    output: Path,
+    lora_config: LoraConfig,
+    config: FiletConfig,
+    dtype: Any,
+    device: torch.device,
+    trust_remote_code: bool,
+    show_progress_bar: bool,
+) -> FiletReport:
+    base = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    peft_model = adapted(base, lora_config, config.seed)
+    report = initialize_lora_filet_weights(
+        peft_model, batches, config, show_progress_bar=show_progress_bar
+    )
+    write_folder(peft_model, report, output)
+    return report

@@ -1,0 +1,197 @@
+"""An initialised adapter's ways to disk and back, to go on training at rank r."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from filet.adapter.state import (
+    CONFIG_FILE,
+    FILET_FILE,
+    FORMAT,
+    WEIGHTS_FILE,
+    describe,
+    key_of,
+    started,
+    starts_of,
+)
+from filet.model.factors import StartedFactor, StartedLinear
+from filet.model.fingerprint import check_fingerprint, fingerprints
+from filet.model.targets import find_targets, weight_of
+from filet.report.plot import PLOT_FILE
+from filet.report.report import FiletReport
+from filet.system.files import replaced_together, staged
+
+__all__ = ["load", "save_as_lora", "write_folder"]
+
+
+def save_as_lora(
+    peft_model: PeftModel, folder: str | os.PathLike[str], adapter_name: str = "default"
+) -> None:
+    """Save an adapter that FILet initialised: what PEFT saves, into ``folder`` itself.
+
+    That is a plain LoRA of rank 2r for the base model as it is,
+        A' = [A; A0],  B' = [B, −B0],  alpha' = 2r s,
+    with A and B to the bit. It loads in any PEFT, without this package; ``filet.json`` beside it
+    lets :func:`load` go on training at rank r. ``peft_model.save_pretrained``, a Trainer's
+    checkpoints and uploads write the same files.
+
+    All files are in place, or on an exception those that were there before. Killed while they are
+    renamed, the folder has no ``adapter_config.json``, so nothing loads what belongs to two saves.
+
+    Raises ValueError for an adapter that FILet did not initialise.
+    """
+    started(peft_model, adapter_name)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = peft_model.peft_config[adapter_name]
+    with tempfile.TemporaryDirectory(prefix=".filet.", dir=folder) as beside:
+        try:
+            describe(peft_model, adapter_name)  # with scalings that somebody changed, for now
+            peft_model.save_pretrained(beside, selected_adapters=[adapter_name])
+        finally:
+            peft_model.peft_config[adapter_name] = config
+        place = Path(beside) / ("" if adapter_name == "default" else adapter_name)
+        replaced_together(place, folder, (WEIGHTS_FILE, FILET_FILE, CONFIG_FILE))
+
+
+def load(
+    base_model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default"
+) -> PeftModel:
+    """Load what :func:`save_as_lora` wrote, ready to go on training at rank r.
+
+    Args:
+        base_model: with the very weights that the adapter was made for; they stay as they are.
+        folder: what :func:`save_as_lora`, ``save_pretrained`` or a Trainer wrote.
+        adapter_name: the adapter's name in the new model.
+
+    Returns:
+        A PeftModel like the saved one. For inference alone, plain PEFT loads the folder as well.
+
+    Raises:
+        ValueError: no such adapter in the folder, or a base model of other weights (the first
+            module that differs is named); ``base_model`` is then as it was.
+    """
+    if isinstance(base_model, PeftModel):
+        raise ValueError("base_model is a PeftModel; expected the model without adapters")
+    folder = Path(folder)
+    layers, tensors = _described(folder)
+    config = LoraConfig.from_pretrained(str(folder))
+    replicated = bool(config.layer_replication)
+    if not replicated:  # else its layers are not there yet
+        _check_base(base_model, layers, folder)
+    config.inference_mode = False
+    half = any(value.dtype in (torch.float16, torch.bfloat16) for value in tensors.values())
+    with _kept_on_error(base_model, tensors):
+        peft_model = get_peft_model(
+            base_model, config, adapter_name=adapter_name, autocast_adapter_dtype=not half
+        )
+        found = set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name)
+        # With bias="all" PEFT writes those of modules to save twice, once under a name of its own.
+        unknown = [key for key in found.unexpected_keys if ".modules_to_save." not in key]
+        if unknown:
+            raise ValueError(f"the base model has no place for {unknown[0]!r}, which {folder} has")
+        if replicated:
+            _check_base(base_model, layers, folder)
+        targets, _ = find_targets(peft_model, adapter_name)
+        for name, layer in layers.items():
+            for linear, dim in ((targets[name].A, 0), (targets[name].B, 1)):
+                trained, start = linear.weight.detach().tensor_split([layer["rank"]], dim)
+                linear.weight = nn.Parameter(trained.clone())
+                StartedFactor.begin(linear, start.clone(), dim, layer["weight"])
+            targets[name].layer.__class__ = StartedLinear
+        describe(peft_model, adapter_name)
+    return peft_model
+
+
+@contextlib.contextmanager
+def _kept_on_error(base_model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """On an exception the base model is as it was: its modules, what asks for gradients, values.
+
+    ``tensors`` are an adapter's. Those of the base's own weights among them (biases that were
+    trained, embeddings that were saved along) are loaded into it. PEFT's ``unload`` would leave
+    them there, and trained heads in place of the base's.
+    """
+    children = [(m, *child) for m in base_model.modules() for child in m.named_children()]
+    flags = {parameter: parameter.requires_grad for parameter in base_model.parameters()}
+    names = {k.removeprefix("base_model.model.").replace(".base_layer", "") for k in tensors}
+    own = dict(base_model.named_parameters(remove_duplicate=False))
+    values = {own[name]: own[name].detach().clone() for name in names & own.keys()}
+    try:
+        yield
+    except BaseException:
+        for module, name, child in children:
+            module._modules[name] = child
+        base_model.__dict__.pop("peft_config", None)  # PEFT's
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        for parameter, value in values.items():
+            parameter.data.copy_(value)
+        raise
+
+
+def _described(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """The layers of the adapter in a folder that have a start, and all its tensors."""
+    try:
+        description = json.loads((folder / FILET_FILE).read_text())
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder} has no {FILET_FILE}; expected a folder that filet.save_as_lora wrote"
+        ) from error
+    if description.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder / FILET_FILE}: format {description.get('format')!r}; expected {FORMAT!r}"
+        )
+    layers: dict[str, dict[str, Any]] = description["layers"]
+    tensors = load_peft_weights(str(folder), device="cpu")
+    for name, layer in layers.items():
+        starts = {key: layer[key] for key in ("A0", "B0")}
+        key = key_of(name, "A")
+        if key not in tensors or starts_of(tensors, name, layer["rank"]) != starts:
+            raise ValueError(
+                f"{folder / FILET_FILE} describes another adapter than lies beside it: the frozen "
+                f"half of {name} is another; expected them of one save "
+                "(peft.PeftModel.from_pretrained loads the adapter as an ordinary LoRA)"
+            )
+    return layers, tensors
+
+
+def _check_base(
+    base_model: nn.Module, layers: Mapping[str, Mapping[str, Any]], folder: Path
+) -> None:
+    weights = {}
+    for name in layers:
+        try:
+            linear = base_model.get_submodule(name)
+        except AttributeError:
+            linear = base_model
+        if isinstance(linear, LoraLayer):
+            linear = linear.get_base_layer()
+        if not isinstance(linear, (nn.Linear, Conv1D)):
+            raise ValueError(f"the base model has no linear module {name!r}, which {folder} has")
+        weights[name] = weight_of(linear)
+    for name, found in fingerprints(weights).items():
+        check_fingerprint(name, found, layers[name]["weight"], f"{folder} belongs")
+
+
+def write_folder(peft_model: PeftModel, report: FiletReport, output: Path) -> None:
+    import importlib.util
+
+    with staged(output) as place:
+        place.mkdir()
+        save_as_lora(peft_model, place)
+        report.save(place)
+        if report.modules and importlib.util.find_spec("matplotlib") is not None:
+            report.plot(place / PLOT_FILE)

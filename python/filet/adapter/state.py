@@ -1,0 +1,185 @@
+"""What an initialised adapter is: its config, its files, and which half of its factors is frozen.
+
+Its layers hold [A; A0] and [B, −B0] (:mod:`filet.model.factors`), a plain LoRA of rank 2r over the
+base as it was, and its config says so. What PEFT saves of it loads in any PEFT; ``filet.json``
+beside it says which half is frozen.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.utils import WEIGHTS_NAME, load_peft_weights
+from safetensors.torch import save_file
+from torch import Tensor
+
+from filet.model.factors import OF_ADAPTER, StartedFactor
+from filet.model.fingerprint import fingerprints
+from filet.model.targets import Target, check_peft_model, find_targets, layers_of
+from filet.system.files import replaced
+
+__all__ = [
+    "CONFIG_FILE",
+    "FILET_FILE",
+    "FORMAT",
+    "WEIGHTS_FILE",
+    "FiletLoraConfig",
+    "describe",
+    "factors_of",
+    "key_of",
+    "set_rank",
+    "started",
+    "starts_of",
+    "whole_number",
+]
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+CONFIG_FILE = "adapter_config.json"
+
+
+FILET_FILE = "filet.json"
+
+
+FORMAT = "filet-adapter-2"
+
+
+class FiletLoraConfig(LoraConfig):
+    """The config of an adapter that FILet initialised, as it is: of rank 2r, half of it frozen."""
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        # Of which adapter, only PEFT's save_pretrained knows: others may share this config.
+        caller = sys._getframe(1).f_locals
+        if isinstance(caller.get("self"), PeftModel):
+            _complete(Path(save_directory), caller["self"], caller["adapter_name"])
+
+
+def set_rank(
+    layer: LoraLayer, adapter: str, rank: int, alpha: float, rslora: bool, undo: list[Any]
+) -> None:
+    """What PEFT knows of a layer's rank. Its scaling stays what it is."""
+    for known, value in ((layer.r, rank), (layer.lora_alpha, alpha), (layer.use_rslora, rslora)):
+        undo.append(partial(known.__setitem__, adapter, known[adapter]))
+        known[adapter] = value
+
+
+def whole_number(alpha: float) -> float:
+    """PEFT's alphas are integers: drop the rounding of s · r where it should be one."""
+    alpha = float(alpha)  # PEFT makes scalings tensors, for a hot swap of a compiled model
+    nearest = round(alpha)
+    return nearest if math.isclose(alpha, nearest, rel_tol=1e-12) else alpha
+
+
+def describe(peft_model: PeftModel, adapter_name: str) -> None:
+    """Give the adapter a config that says what its layers are.
+
+    The config has no rslora, whose α/√r is another at rank 2r, and says every rank by the layer's
+    full name: a shorter one would be taken for all modules whose name ends so. The user's own
+    object stays as it is.
+    """
+    config = copy.deepcopy(peft_model.peft_config[adapter_name])
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, layer in layers_of(peft_model, adapter_name):
+        if isinstance(layer, ParamWrapper):  # several may be nested at one place
+            name = f"{name.removesuffix('.base_layer')}.{layer.parameter_name}"
+        rank = ranks[f"^{name}"] = layer.r[adapter_name]
+        alphas[f"^{name}"] = whole_number(layer.scaling[adapter_name] * rank)
+    config.r, config.rank_pattern = _pattern(ranks)
+    config.lora_alpha, config.alpha_pattern = _pattern(alphas)
+    config.use_rslora, config.init_lora_weights, config.eva_config = False, True, None
+    config.__dict__.pop(OF_ADAPTER, None)
+    config.__class__ = LoraConfig
+    if factors_of(peft_model, adapter_name):
+        config.__class__ = FiletLoraConfig
+        config.__dict__[OF_ADAPTER] = adapter_name
+    peft_model.peft_config[adapter_name] = config
+
+
+def factors_of(
+    peft_model: PeftModel, adapter_name: str
+) -> dict[str, tuple[StartedFactor, StartedFactor]]:
+    """A and B of the adapter's layers that have a start, by the layers' paths."""
+    return {
+        name: (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
+        for name, layer in layers_of(peft_model, adapter_name)
+        if adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], StartedFactor)
+    }
+
+
+def _pattern(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most common value, and the modules that differ from it."""
+    found = list(values.values())
+    common = max(set(found), key=found.count)
+    return common, {name: value for name, value in values.items() if value != common}
+
+
+def started(peft_model: PeftModel, adapter_name: str) -> dict[str, Target]:
+    """The layers that hold a start, an error where there is none."""
+    check_peft_model(peft_model, adapter_name)
+    targets, _ = find_targets(peft_model, adapter_name, loaded=False)
+    found = {name: targets[name] for name in factors_of(peft_model, adapter_name)}
+    if not found:
+        raise ValueError(
+            f"adapter {adapter_name!r} is not one that FILet initialised; expected one of "
+            f"{[n for n, c in peft_model.peft_config.items() if isinstance(c, FiletLoraConfig)]}"
+        )
+    return found
+
+
+def _complete(folder: Path, peft_model: PeftModel, adapter_name: str) -> None:
+    """Write which half of an adapter is frozen beside what PEFT has just saved of it.
+
+    The frozen halves themselves too, where its weights were gathered from ``named_parameters``, as
+    many training scripts do. Weights of another rank are no longer this adapter: PEFT can save its
+    difference to another one.
+    """
+    factors = factors_of(peft_model, adapter_name)
+    tensors = load_peft_weights(str(folder), device="cpu") if factors else {}
+    halves = {
+        key_of(name, side): factor
+        for name, pair in factors.items()
+        for side, factor in zip("AB", pair, strict=True)
+    }
+    lacking = [k for k, f in halves.items() if k in tensors and tensors[k].shape == f.start.shape]
+    for key in lacking:
+        start = halves[key].start.to("cpu", tensors[key].dtype)
+        tensors[key] = torch.cat([tensors[key], start], halves[key].dim)
+    if lacking and (folder / WEIGHTS_FILE).exists():
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    elif lacking:
+        torch.save(tensors, folder / WEIGHTS_NAME)
+    whole = {key: (factor.out_features, factor.in_features) for key, factor in halves.items()}
+    there = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key in whole}
+    if not factors or there != whole:
+        (folder / FILET_FILE).unlink(missing_ok=True)
+        return
+    layers = {
+        name: {"rank": A.rank, "weight": A.base, **starts_of(tensors, name, A.rank)}
+        for name, (A, _) in factors.items()
+    }
+    with replaced(folder / FILET_FILE) as beside:
+        beside.write_text(json.dumps({"format": FORMAT, "layers": layers}, indent=1))
+
+
+def key_of(name: str, side: str) -> str:
+    """Of a factor in a file of PEFT's."""
+    return f"base_model.model.{name}.lora_{side}.weight"
+
+
+def starts_of(tensors: Mapping[str, Tensor], name: str, rank: int) -> dict[str, str]:
+    """Fingerprints of the frozen halves of a layer's factors."""
+    A, B = tensors[key_of(name, "A")], tensors[key_of(name, "B")]
+    return fingerprints({"A0": A[rank:], "B0": B[:, rank:]})

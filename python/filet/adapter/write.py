@@ -1,0 +1,160 @@
+"""Writing an initialisation into a model: all of it, or on an exception none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from filet.adapter.state import describe, set_rank, started, whole_number
+from filet.model.factors import StartedFactor, StartedLinear
+from filet.model.targets import Target, check_unmerged
+from filet.select import Layer
+from filet_kernels import residual_weight_
+
+__all__ = ["commit", "materialise_rest", "write_residual"]
+
+
+def commit(
+    peft_model: PeftModel,
+    adapter_name: str,
+    targets: Mapping[str, Target],
+    layers: Mapping[str, Layer],
+) -> None:
+    """Start the adapter at A0, B0 in these layers: in all of them, or on an exception in none."""
+    configs = peft_model.peft_config
+    undo: list[Any] = [partial(configs.__setitem__, adapter_name, configs[adapter_name])]
+    try:
+        for name, layer in layers.items():
+            _start(targets[name], layer, undo)
+        describe(peft_model, adapter_name)
+    except BaseException:
+        for action in reversed(undo):
+            action()
+        raise
+
+
+def _start(target: Target, layer: Layer, undo: list[Any]) -> None:
+    """Put the factors of a layer into its A and B; on ``undo`` what reverts it."""
+    place, adapter, scaling = target.layer, target.adapter, target.scaling
+    for linear, value, dim in ((target.A, layer.A0, 0), (target.B, layer.B0, 1)):
+        _write(linear, "weight", value, undo)
+        if linear.bias is not None:
+            _write(linear, "bias", torch.zeros_like(linear.bias, device=value.device), undo)
+        if isinstance(linear, StartedFactor):
+            undo.append(partial(StartedFactor.begin, linear, linear.start, dim, linear.base))
+        else:
+            undo.append(partial(StartedFactor.end, linear))
+        StartedFactor.begin(linear, value if dim == 0 else -value, dim, layer.fingerprint)
+    undo.append(partial(setattr, place, "__class__", type(place)))
+    place.__class__ = StartedLinear
+    rank = 2 * target.rank
+    set_rank(place, adapter, rank, whole_number(scaling * rank), False, undo)
+
+
+def _write(linear: nn.Linear, name: str, value: Tensor, undo: list[Any]) -> None:
+    parameter = linear._parameters[name]
+    assert parameter is not None
+    if parameter.device.type == "meta":
+        undo.append(partial(linear._parameters.__setitem__, name, parameter))
+        written = nn.Parameter(value.clone(), requires_grad=parameter.requires_grad)
+        linear._parameters[name] = written
+    else:
+        undo.append(partial(parameter.data.copy_, parameter.detach().clone()))
+        parameter.data.copy_(value)
+
+
+def write_residual(peft_model: PeftModel, adapter_name: str = "default") -> None:
+    """W ← W_res = W − s B0 A0, as the paper has it: a one-way conversion, in place.
+
+    The adapter goes on as an ordinary LoRA of rank r, A and B as they are (the same parameters), on
+    a base that is another model from now on: save that too (``base_model.save_pretrained``), for
+    the adapter belongs to no other. FILet keeps nothing of it, and no original weights. It saves
+    the frozen half's products in training, 0.6% to 4.3% of a step (docs/adapters.md).
+
+    W_res is computed in float32 (float64 unless W has 16 bits) and rounded once to W's dtype, by
+    which the model's function moves. The names by which model and adapter know where their weights
+    came from are cleared.
+
+    Raises ValueError, with the model as it was, for an adapter that FILet did not initialise or
+    that is merged, for a weight that another module uses too, and for a layer on which another
+    adapter sits: their functions would change with W. On another exception (no memory, say) the
+    layers that are done are done, each with its function; the same call goes on.
+    """
+    targets = started(peft_model, adapter_name)
+    check_unmerged(targets)
+    _check_sole_user(peft_model, targets, adapter_name)
+    model = peft_model.base_model.model
+    try:
+        for target in targets.values():
+            A, B = target.A, target.B
+            assert isinstance(A, StartedFactor) and isinstance(B, StartedFactor)
+            rank, scaling = target.rank, target.scaling
+            dtype = target.dtype
+            residual_weight_(target.weight, A.start.to(dtype), -B.start.to(dtype), scaling)
+            StartedFactor.end(A)
+            StartedFactor.end(B)
+            if not any(isinstance(x, StartedFactor) for x in target.layer.lora_A.values()):
+                target.layer.__class__ = lora.Linear
+            set_rank(target.layer, adapter_name, rank, whole_number(scaling * rank), False, [])
+    finally:
+        describe(peft_model, adapter_name)
+        peft_model.peft_config[adapter_name].base_model_name_or_path = None
+        if hasattr(model, "name_or_path"):
+            model.name_or_path = ""
+
+
+def _check_sole_user(peft_model: PeftModel, targets: dict[str, Target], adapter_name: str) -> None:
+    names: dict[int, list[str]] = {}
+    for name, parameter in peft_model.base_model.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for name, target in targets.items():
+        used_by = names[id(target.parameter)]
+        if len(used_by) > 1:
+            raise ValueError(
+                f"the weight of {name} is shared ({', '.join(used_by)}), so writing its residual "
+                "would change the other module too; expected target_modules without it"
+            )
+        others = set(target.layer.lora_A) - {adapter_name}
+        if others:
+            raise ValueError(
+                f"{name} also has the adapter {sorted(others)[0]!r}, whose function would change "
+                "with the base weight; expected it deleted first"
+            )
+
+
+def materialise_rest(peft_model: PeftModel, adapter_name: str, seed: int) -> None:
+    """Give PEFT's default initialisation to adapter weights that are still on the meta device.
+
+    Drawn on the CPU, so that the same seed gives the same on every device and no GPU's random state
+    changes.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        for layer in peft_model.base_model.model.modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            device = next(layer.get_base_layer().parameters()).device  # experts have no weight
+            if device.type == "meta":  # of a model that is never whole
+                device = torch.device("cpu")
+            drawn: list[nn.Parameter] = []
+            for factors in (layer.lora_A, layer.lora_B):
+                if adapter_name in factors and factors[adapter_name].weight.device.type == "meta":
+                    drawn += factors[adapter_name].to_empty(device="cpu").parameters()
+            for parameters in (layer.lora_embedding_A, layer.lora_embedding_B):
+                if adapter_name in parameters and parameters[adapter_name].device.type == "meta":
+                    old = parameters[adapter_name]
+                    parameters[adapter_name] = nn.Parameter(
+                        torch.empty_like(old, device="cpu"), requires_grad=old.requires_grad
+                    )
+                    drawn.append(parameters[adapter_name])
+            if drawn:
+                layer.reset_lora_parameters(adapter_name, True)
+            for parameter in drawn:
+                parameter.data = parameter.data.to(device)

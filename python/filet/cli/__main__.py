@@ -1,0 +1,3 @@
+from filet.cli.main import main
+
+raise SystemExit(main())

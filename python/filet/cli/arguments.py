@@ -1,0 +1,382 @@
+"""The arguments of the commands."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from filet.report.plot import PLOT_FILE
+
+__all__ = ["SCALINGS", "make_parser"]
+
+SCALINGS = ("fisher", "singular", "constant-min", "constant-max")
+
+
+_DESCRIPTION = """\
+Initialise LoRA adapters with FILet: in the directions to which the loss on your data is least
+sensitive."""
+
+
+_EPILOG = """\
+examples:
+  filet init --model llama --data train.jsonl --output adapter --rank 32
+  filet stats --model llama --data train.jsonl --output llama.safetensors
+  filet init --model llama --statistics llama.safetensors --output adapter-r64 --rank 64
+  filet inspect adapter
+
+exit status: 0 done, 1 an error (said in one line; --debug shows where), 2 wrong usage,
+130 interrupted; after 1 and 130 nothing half-written is left."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="filet",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    init = commands.add_parser(
+        "init",
+        help="write a FILet-initialised LoRA adapter for a model",
+        description="Run the data through the model, choose the directions and write a plain LoRA "
+        "adapter that any PEFT loads, with a report and a picture of the energies beside it.",
+    )
+    source = init.add_argument_group("model and data")
+    _add_model(source, required=True)
+    either = source.add_mutually_exclusive_group(required=True)
+    _add_data(source, either)
+    either.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help="use statistics that 'filet stats' or --save-statistics wrote: the model is loaded "
+        "for its weights and not run",
+    )
+    adapter = init.add_argument_group("adapter")
+    adapter.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder to create"
+    )
+    adapter.add_argument(
+        "--save-statistics",
+        type=Path,
+        metavar="FILE",
+        help="also keep the statistics, to be used again with --statistics",
+    )
+    adapter.add_argument(
+        "--rank",
+        type=_positive,
+        default=32,
+        metavar="R",
+        help="directions chosen in every layer (default: 32)",
+    )
+    adapter.add_argument(
+        "--alpha",
+        type=_positive,
+        metavar="N",
+        help="LoRA's alpha (default: the rank, so that the scaling alpha/rank is 1)",
+    )
+    adapter.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(rank)")
+    _add_targets(adapter)
+    method = init.add_argument_group("method")
+    method.add_argument(
+        "--select",
+        choices=("min", "max", "random"),
+        default="min",
+        help="which energies to choose (default: min)",
+    )
+    method.add_argument(
+        "--scaling",
+        choices=SCALINGS,
+        default="fisher",
+        help="how A and B are scaled (default: fisher)",
+    )
+    method.add_argument(
+        "--normalization",
+        choices=("mean", "sum"),
+        default="mean",
+        help="energies of the mean or of the summed loss; scales A and B, does not change the "
+        "choice (default: mean)",
+    )
+    _add_fisher(method)
+    running = init.add_argument_group("running")
+    _add_run(running, overwrite="replace an adapter that is there")
+    _add_engine(running)
+    init.set_defaults(run=init, check=_check_init)
+
+    stats = commands.add_parser(
+        "stats",
+        help="collect statistics once, for any rank and variant; or merge several",
+        description="Run the data through the model and save the statistics that 'filet init "
+        "--statistics' takes, or merge files of statistics of the same model.",
+    )
+    stats.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="a .safetensors file to create"
+    )
+    stats.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="merge these files of statistics instead of running a model: the result is what one "
+        "run over all their data gives",
+    )
+    source = stats.add_argument_group("model and data (not with --merge)")
+    _add_model(source, required=False)
+    _add_data(source, source)
+    method = stats.add_argument_group("method")
+    _add_targets(method)
+    _add_fisher(method)
+    _add_run(stats.add_argument_group("running"), overwrite="replace the file if it is there")
+    stats.set_defaults(run=stats, check=_check_stats)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="print the table of an initialisation and draw its energies",
+        description="Print the report that 'filet init' wrote and draw the energies, layer by "
+        "layer, with the chosen directions marked.",
+    )
+    inspect.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="what 'filet init' wrote, or the report itself"
+    )
+    inspect.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help=f"where to draw (default: FOLDER/{PLOT_FILE})",
+    )
+    _add_debug(inspect)
+    inspect.set_defaults(run=inspect, check=lambda args, parser: None)
+    return parser
+
+
+def _add_model(group: argparse._ArgumentGroup, *, required: bool) -> None:
+    group.add_argument(
+        "--model",
+        type=Path,
+        required=required,
+        metavar="DIR",
+        help="local folder of a causal language model and its tokenizer; nothing is downloaded",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="type of the weights in memory (default: auto, as saved)",
+    )
+    group.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to run (default: auto, a GPU if there is one)",
+    )
+    group.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="also load weights that are not safetensors; such files can run code: only if you "
+        "trust their source",
+    )
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that lies in the model's folder",
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="keep one activation a block and run the forward again in the backward: less memory, "
+        "more time",
+    )
+
+
+def _add_data(
+    group: argparse._ArgumentGroup,
+    where: argparse._ArgumentGroup | argparse._MutuallyExclusiveGroup,
+) -> None:
+    where.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help=".txt (blocks between blank lines, else lines), .jsonl, .jsonl.gz or .parquet",
+    )
+    group.add_argument(
+        "--samples",
+        type=_samples,
+        default=320,
+        metavar="N",
+        help="take the first N samples of the file, or 'all' (default: 320)",
+    )
+    group.add_argument(
+        "--max-length",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="tokens kept of a sample (default: 512)",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=_positive_or_auto,
+        default="auto",
+        metavar="N",
+        help="samples as long as the longest that go through the model at once, shorter ones share "
+        "their room; the result does not depend on it (default: auto, what fits in the GPU's free "
+        "memory, or 4096 tokens on a CPU)",
+    )
+    group.add_argument(
+        "--passes",
+        type=_positive_or_auto,
+        default="auto",
+        metavar="N",
+        help="take the moments in N passes over the data, each of some blocks, and keep finished "
+        "ones in host memory (default: auto, as few as fit; one on a CPU)",
+    )
+    group.add_argument("--text-field", metavar="NAME", help="field that holds a whole text")
+    group.add_argument("--prompt-field", metavar="NAME", help="field that holds the prompt")
+    group.add_argument(
+        "--response-field", metavar="NAME", help="field that holds what follows the prompt"
+    )
+    group.add_argument(
+        "--mask-prompt", action="store_true", help="count the loss on the response only"
+    )
+
+
+def _add_targets(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--target-modules",
+        nargs="+",
+        default=["all-linear"],
+        metavar="NAME",
+        help="names of the linear layers (default: all-linear, all but the output layer)",
+    )
+
+
+def _add_fisher(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--fisher",
+        choices=("empirical", "sampled"),
+        default="empirical",
+        help="labels of the data, or drawn from the model (default: empirical)",
+    )
+    group.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="of everything random (default: 0)"
+    )
+
+
+def _add_run(group: argparse._ArgumentGroup, *, overwrite: str) -> None:
+    group.add_argument("--overwrite", action="store_true", help=overwrite)
+    group.add_argument("--no-progress", action="store_true", help="no progress bars")
+    _add_debug(group)
+
+
+def _add_engine(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--engine",
+        choices=("auto", "memory", "blockwise"),
+        default="auto",
+        help="memory: the whole model at once; blockwise: a block at a time from its safetensors "
+        "shards, for models larger than the GPU, and resumed by the same command when killed "
+        "(default: auto, memory where the model fits)",
+    )
+    group.add_argument(
+        "--host-memory",
+        type=_bytes,
+        metavar="SIZE",
+        help="blockwise: host memory for what goes between the blocks, 64G say; what does not fit "
+        "is put on --scratch or computed again (default: half of what is free)",
+    )
+    group.add_argument(
+        "--scratch",
+        type=Path,
+        metavar="DIR",
+        help="blockwise: folder on a fast disk for what host memory does not hold",
+    )
+
+
+def _add_debug(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return value
+
+
+def _seed(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number in [0, 2**63), got {text!r}")
+    return value
+
+
+def _bytes(text: str) -> int:
+    """``64G``, ``1.5T``, ``500M``, or a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    size = 0
+    if match:
+        size = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"must be a size like 64G or 500M, got {text!r}")
+    return size
+
+
+def _samples(text: str) -> int | None:
+    """A positive number, or None for ``all``."""
+    return None if text == "all" else _positive(text)
+
+
+def _positive_or_auto(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
+
+
+def _check_init(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.statistics is not None and args.save_statistics is not None:
+        parser.error("init: --save-statistics has nothing to save with --statistics")
+    if args.statistics is not None or args.save_statistics is not None:
+        if args.engine == "blockwise":
+            parser.error("init: --engine blockwise keeps no statistics of the whole model")
+        args.engine = "memory"
+    if args.engine == "memory" and (args.host_memory is not None or args.scratch is not None):
+        parser.error("init: --host-memory and --scratch are for --engine blockwise")
+    _check_names(args, parser)
+    _check_fields(args, parser)
+
+
+def _check_stats(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.merge is None:
+        missing = [f"--{name}" for name in ("model", "data") if getattr(args, name) is None]
+        if missing:
+            parser.error(f"stats: {' and '.join(missing)} required (or --merge)")
+    elif args.model is not None or args.data is not None:
+        parser.error("stats: --merge excludes --model and --data")
+    elif len(args.merge) < 2:
+        parser.error("stats: --merge needs at least two files")
+    _check_names(args, parser)
+    _check_fields(args, parser)
+
+
+def _check_names(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    for name in args.target_modules:
+        if re.search(r"[][(){}*+?^$|\\,]", name):
+            parser.error(
+                f"--target-modules {name!r}: expected names of layers with spaces between them "
+                "(q_proj mlp.up_proj), no pattern and no list"
+            )
+
+
+def _check_fields(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.text_field and (args.prompt_field or args.response_field):
+        parser.error("--text-field excludes --prompt-field and --response-field")
+    if args.response_field and not args.prompt_field:
+        parser.error("--response-field needs --prompt-field")
+    if args.max_length < 2:
+        parser.error("--max-length must be at least 2")

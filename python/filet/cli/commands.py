@@ -1,0 +1,212 @@
+"""The commands: what ``filet init``, ``filet stats`` and ``filet inspect`` do."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from filet.cli.model import (
+    check_model_folder,
+    device_of,
+    dtype_of,
+    load_data,
+    load_peft_model,
+    lora_config_of,
+    own_code,
+    quiet_transformers,
+)
+from filet.cli.output import check_file_output, check_folder_output, one_line, say
+from filet.report.plot import PLOT_FILE
+from filet.system.files import inside, staged
+
+__all__ = ["init", "inspect", "stats"]
+
+
+def init(args: argparse.Namespace) -> None:
+    inputs = [args.model, args.data, args.statistics]
+    check_folder_output(args.output, args.overwrite, inputs)
+    if args.save_statistics is not None:
+        check_file_output(args.save_statistics, args.overwrite, inputs, option="--save-statistics")
+        if inside(args.save_statistics, args.output):
+            raise ValueError("--save-statistics must not lie in the folder that --output creates")
+    draw = importlib.util.find_spec("matplotlib") is not None
+    if not draw:
+        warnings.warn(f"matplotlib is not installed: {PLOT_FILE} is left out", stacklevel=1)
+    check_model_folder(args)
+
+    import filet
+
+    config = _config(args)
+    encoded = None if args.data is None else load_data(args)
+    if _engine(args) == "blockwise":
+        with own_code(args):
+            report = filet.initialize_folder(
+                args.model,
+                _micro_batches(args, encoded),
+                args.output,
+                lora_config_of(args, rank=args.rank, alpha=args.alpha),
+                config,
+                engine="blockwise",
+                dtype=dtype_of(args),
+                device=device_of(args),
+                host_memory=args.host_memory,
+                scratch=args.scratch,
+                trust_remote_code=args.trust_remote_code,
+                overwrite=args.overwrite,
+                show_progress_bar=not args.no_progress,
+            )
+        say(report.table())
+        say(f"{'written':<14}{args.output}")
+        return
+    statistics = None if args.statistics is None else filet.Statistics.load(args.statistics)
+    peft_model = load_peft_model(args, rank=args.rank, alpha=args.alpha)
+    if encoded is not None:
+        from filet.initialize import check_applicable
+
+        # Refused before anything runs: a rank too high, say.
+        check_applicable(peft_model, "default")
+    if encoded is None:
+        assert statistics is not None  # --data or --statistics, says the parser
+        report = filet.apply_statistics(peft_model, statistics, config=config)
+    elif args.save_statistics is not None:
+        statistics = _run(args, peft_model, encoded, config, filet.collect_statistics)
+        # Before they are applied: an error in that does not cost the pass.
+        with staged(args.save_statistics) as place:
+            statistics.save(place)
+        report = filet.apply_statistics(peft_model, statistics, config=config)
+    else:
+        report = _run(args, peft_model, encoded, config, filet.initialize_lora_filet_weights)
+    with staged(args.output) as place:
+        place.mkdir()
+        filet.save_as_lora(peft_model, place)
+        report.save(place)
+        if draw and report.modules:
+            report.plot(place / PLOT_FILE)
+    say(report.table())
+    say(f"{'written':<14}{args.output}")
+
+
+def stats(args: argparse.Namespace) -> None:
+    inputs = args.merge or [args.model, args.data]
+    if args.output.suffix != ".safetensors":
+        raise ValueError(f"--output must be a .safetensors file, got {args.output}")
+    check_file_output(args.output, args.overwrite, inputs, option="--output")
+    if args.merge is not None:
+        import filet
+
+        first, *others = args.merge
+        statistics = filet.Statistics.load(first)
+        for path in others:  # one at a time: they can be large
+            statistics = statistics.merge(filet.Statistics.load(path))
+    else:
+        check_model_folder(args)
+        encoded = load_data(args)
+
+        import filet
+
+        # The rank does not enter the statistics: 1 costs least.
+        peft_model = load_peft_model(args, rank=1, alpha=1)
+        statistics = _run(args, peft_model, encoded, _config(args), filet.collect_statistics)
+    with staged(args.output) as place:
+        statistics.save(place)
+    say(f"{'written':<14}{args.output}")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    from filet.report.report import FiletReport
+
+    report = FiletReport.load(args.folder)
+    say(report.table())
+    folder = args.folder if args.folder.is_dir() else args.folder.parent
+    path = args.plot or folder / PLOT_FILE
+    if report.modules:
+        report.plot(path)
+        say(f"{'drawn':<14}{path}")
+
+
+def _run(
+    args: argparse.Namespace,
+    peft_model: Any,
+    encoded: Any,
+    config: Any,
+    function: Callable[..., Any],
+) -> Any:
+    """Print the plan and run ``function`` on the data; in smaller batches where memory runs out."""
+    import torch
+
+    import filet
+
+    plan = filet.estimate(
+        peft_model,
+        encoded.batches(2, by_length=True)[0],  # of the longest samples
+        dataclasses.replace(config, samples=len(encoded)),
+        batch_size=args.batch_size,
+        tokens=encoded.tokens,
+    )
+    say(str(plan))
+    config = dataclasses.replace(config, passes=plan.passes)
+    size = plan.batch_size
+    while True:
+        loader = encoded.batches(size, by_length=True)
+        padding = 1 - encoded.tokens / sum(batch["input_ids"].numel() for batch in loader)
+        say(f"{'padding':<14}{padding:.1%} of {len(loader)} batches")
+        try:
+            return function(
+                peft_model, loader, config=config, show_progress_bar=not args.no_progress
+            )
+        except filet.OutOfMemoryError as error:
+            if args.batch_size != "auto" or size == 1 or error.phase != "pass":
+                raise
+            message = one_line(error)
+        # Outside of the handler: what failed is held until it has ended.
+        size //= 2
+        warnings.warn(f"{message}. Starting again with --batch-size {size}", stacklevel=1)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _micro_batches(args: argparse.Namespace, encoded: Any) -> list[dict[str, Any]]:
+    """What goes through a block at a time: 4096 tokens, where the size is left to us."""
+    from filet.collect.estimate import CPU_TOKENS
+
+    size = args.batch_size
+    if size == "auto":
+        size = max(1, CPU_TOKENS // max(len(ids) for ids, _ in encoded.rows))
+    return list(encoded.batches(size, by_length=True))
+
+
+def _config(args: argparse.Namespace) -> Any:
+    from filet import FiletConfig
+
+    chosen: dict[str, Any] = {
+        key: getattr(args, key) for key in ("fisher", "seed", "samples", "passes")
+    }
+    if args.command == "init":
+        chosen["select"] = args.select
+        chosen["scaling"] = args.scaling.replace("-", "_")
+        chosen["normalization"] = args.normalization
+    return FiletConfig(**chosen)
+
+
+def _engine(args: argparse.Namespace) -> str:
+    """The engine, chosen by what the device holds where it is left to us."""
+    if args.engine != "auto" or (args.allow_pickle and not any(args.model.glob("*.safetensors"))):
+        return "blockwise" if args.engine == "blockwise" else "memory"
+    import torch
+
+    from filet.blockwise.folder import choose_engine
+
+    quiet_transformers(args)
+    with own_code(args):
+        return choose_engine(
+            args.model,
+            lora_config_of(args, rank=1, alpha=1),
+            torch.device(device_of(args)),
+            dtype=dtype_of(args),
+            trust_remote_code=args.trust_remote_code,
+        )

@@ -1,0 +1,82 @@
+"""What the commands write: refused early where it would destroy something, and said in one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from filet.system.files import inside
+
+__all__ = [
+    "check_file_output",
+    "check_folder_output",
+    "expected_errors",
+    "one_line",
+    "say",
+    "show_warning",
+]
+
+
+def check_folder_output(output: Path, overwrite: bool, inputs: Sequence[Path | None]) -> None:
+    """Refuse, before any work, an output folder that would destroy something."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output: {output} is a file, not a folder")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"--output: {output} is not empty; --overwrite replaces it")
+    if not (output / "adapter_config.json").is_file():
+        raise ValueError(f"--output: {output} holds no adapter; --overwrite replaces only adapters")
+    for path in inputs:
+        if path is not None and inside(path, output):
+            raise ValueError(f"--output: {output} holds {path}, which is read")
+
+
+def check_file_output(
+    output: Path, overwrite: bool, inputs: Sequence[Path | None], *, option: str
+) -> None:
+    """Refuse, before any work, an output file that would destroy something."""
+    if output.is_dir():
+        raise ValueError(f"{option}: {output} is a folder, not a file")
+    if not output.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{option}: {output} exists; --overwrite replaces it")
+    if any(path is not None and output.resolve() == path.resolve() for path in inputs):
+        raise ValueError(f"{option}: {output} is also read")
+
+
+def say(text: str) -> None:
+    """Print where the terminal may know ASCII only: names of files can hold anything."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, errors="replace").decode(encoding))
+
+
+def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"filet: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """What a user can cause; anything else is a bug and keeps its traceback."""
+    errors: tuple[type[Exception], ...] = (
+        ValueError,
+        OSError,
+        FloatingPointError,
+        ImportError,
+        MemoryError,
+    )
+    # Of packages that no error can be of before they are imported.
+    for package, name in (("torch", "OutOfMemoryError"), ("safetensors", "SafetensorError")):
+        if package in sys.modules:
+            errors += (getattr(sys.modules[package], name),)
+    return errors
+
+
+def one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(text.split())

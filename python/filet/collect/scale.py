@@ -1,0 +1,60 @@
+"""The loss scale that keeps float16 gradients away from underflow and overflow."""
+
+from __future__ import annotations
+
+import math
+
+from filet.collect.hooks import MomentHooks
+from filet.loss.chunked import ChunkedLoss
+from filet.loss.summed import ModelLoss
+
+__all__ = ["backward", "loss_scale"]
+
+# Loss scale where gradients are float16: the largest |g| of the first batch is put at 2⁴. That
+# leaves 2¹² of room below the largest float16 (65504), and 2¹⁸ above its smallest normal number.
+_FP16_PEAK = 2.0**4
+
+
+# Where another gradient on the way, the logits', say, overflows before that: this far below it.
+_FP16_ROOM = 2.0**5
+
+
+def backward(
+    loss: ChunkedLoss | ModelLoss, scale: float, index: int, retain_graph: bool = False
+) -> None:
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the loss of batch {index} has no gradient: no target module took part in it, or "
+            "forward_fn ran under torch.no_grad(); expected a loss that depends on the targets"
+        )
+    loss.backward(scale, retain_graph)
+
+
+def loss_scale(hooks: MomentHooks, loss: ChunkedLoss | ModelLoss, index: int) -> float:
+    """The power of two that keeps float16 gradients away from underflow and overflow.
+
+    Found by going backward through this batch's graph, which stays for the backward that counts.
+    """
+    hooks.phase = "probe"
+    scale, ceiling = 1.0, math.inf
+    for _ in range(12):
+        hooks.peaks = []
+        backward(loss, scale, index, retain_graph=True)
+        peak = max((float(peak) for peak in hooks.peaks), default=0.0, key=_nan_last)
+        if not math.isfinite(peak):
+            ceiling = scale = scale / _FP16_ROOM
+            continue
+        gain = 2.0 ** math.floor(math.log2(_FP16_PEAK / peak)) if peak else 2.0**12
+        wanted = min(scale * gain, ceiling)
+        if peak and wanted <= scale:
+            return wanted
+        scale = wanted
+    hooks.check_finite(f"batch {index} (counted from 0)")  # names where a NaN of the forward began
+    raise FloatingPointError(
+        f"no loss scale keeps the float16 gradients of batch {index} finite and non-zero; expected "
+        "a model in bfloat16 or float32, or a batch without NaN"
+    )
+
+
+def _nan_last(value: float) -> float:
+    return math.inf if math.isnan(value) else value

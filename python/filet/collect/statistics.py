@@ -1,0 +1,292 @@
+"""Statistics of a model on a data set: taken once, applied to any rank and variant."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from filet.collect.estimate import passes_that_fit
+from filet.collect.groups import Batches, collect_in_passes
+from filet.collect.hooks import empty_moments
+from filet.collect.run import ForwardFn
+from filet.config import FiletConfig, checked_config
+from filet.model.fingerprint import check_fingerprint, fingerprints
+from filet.model.isolation import preserved
+from filet.model.targets import Target, check_peft_model, check_targets, find_targets
+from filet.system.memory import named_shortage, peak_memory
+from filet.system.tensorfile import write_tensors
+from filet_kernels import Moments, SecondMoment
+
+__all__ = ["Statistics", "check_statistics", "collect_statistics"]
+
+_FORMAT = "filet-statistics-1"
+
+
+@dataclass(eq=False)
+class Statistics:
+    """Second moments of every target module, with what they belong to.
+
+    Attributes:
+        moments: module name (below the base model) → its :class:`filet_kernels.Moments`.
+        fingerprints: module name → hash of the base weight they were taken with.
+        shared_input: module → the module whose input moment it shares.
+        samples, tokens, loss_terms: how much data they saw.
+        fisher: "empirical" or "sampled" labels.
+        seconds, peak_memory: of the pass that took them.
+    """
+
+    moments: dict[str, Moments]
+    fingerprints: dict[str, str]
+    shared_input: dict[str, str]
+    samples: int
+    tokens: int
+    loss_terms: int
+    fisher: str
+    seconds: float = 0.0
+    peak_memory: int = 0
+    path: str | None = field(default=None, repr=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file; complete, or not there at all.
+
+        A moment that several modules share is stored once. Sums keep their dtype; above the
+        diagonal there are zeros. A copy is made of one moment at a time, in host memory.
+        """
+        tensors: dict[str, Tensor] = {}
+        modules = {}
+        for name, moments in self.moments.items():
+            keys = {}
+            for side in ("input", "output"):
+                moment: SecondMoment = getattr(moments, side)
+                owner = self.shared_input.get(name, name) if side == "input" else name
+                keys[side] = f"{owner}.{moment.space}"
+                tensors[f"{keys[side]}.sum"] = moment.sum
+                tensors[f"{keys[side]}.count"] = moment.count
+            modules[name] = {**keys, "shape": moments.shape, "weight": self.fingerprints[name]}
+        header = {
+            "modules": modules,
+            "shared_input": self.shared_input,
+            **{key: getattr(self, key) for key in _COUNTS},
+        }
+        metadata = {"format": _FORMAT, "statistics": json.dumps(header)}
+        write_tensors(path, tensors, metadata, _lower)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Statistics:
+        """Read what :meth:`save` wrote. ValueError where the file is something else."""
+        try:
+            with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(
+                        f"{path}: format {metadata.get('format')!r}; expected {_FORMAT!r}, a file "
+                        "that Statistics.save wrote"
+                    )
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        header = json.loads(metadata["statistics"])
+        loaded: dict[str, SecondMoment] = {}
+        moments = {}
+        for name, module in header["modules"].items():
+            for key in (module["input"], module["output"]):
+                if key not in loaded:
+                    loaded[key] = SecondMoment(
+                        key.rpartition(".")[2], tensors[f"{key}.sum"], tensors[f"{key}.count"]
+                    )
+            m, n = module["shape"]
+            moments[name] = Moments(
+                loaded[module["input"]],
+                loaded[module["output"]],
+                (m, n),
+                torch.tensor(header["loss_terms"], device=device),
+            )
+        return cls(
+            moments,
+            {name: module["weight"] for name, module in header["modules"].items()},
+            header["shared_input"],
+            **{key: header[key] for key in _COUNTS},
+            path=str(path),
+        )
+
+    def merge(self, other: Statistics) -> Statistics:
+        """The statistics over both data sets, as if one run had seen them all (to rounding).
+
+        ValueError, with the first difference named, where they are of different models or kinds.
+        """
+        _compare(self, other.fingerprints, "the other statistics")
+        if self.fisher != other.fisher:
+            raise ValueError(
+                f"cannot merge fisher={other.fisher!r} statistics into fisher={self.fisher!r} ones"
+            )
+        merged: dict[tuple[int, int], SecondMoment] = {}
+
+        def both(mine: SecondMoment, theirs: SecondMoment) -> SecondMoment:
+            key = (id(mine), id(theirs))
+            if key not in merged:
+                # One that never saw a token took its space without knowing whose input it shares.
+                empty = mine.space != theirs.space and not int(mine.count)
+                if empty or not int(theirs.count):
+                    merged[key] = theirs if empty else mine
+                else:
+                    merged[key] = mine.merged(theirs)
+            return merged[key]
+
+        moments = {}
+        for name, mine in self.moments.items():
+            theirs = other.moments[name]
+            moments[name] = Moments(
+                both(mine.input, theirs.input),
+                both(mine.output, theirs.output),
+                mine.shape,
+                mine.loss_terms + theirs.loss_terms.to(mine.loss_terms.device),
+            )
+        shared = {
+            name: leader
+            for name, leader in self.shared_input.items()
+            if moments[name].input is moments[leader].input
+        }
+        counts = {key: getattr(self, key) + getattr(other, key) for key in _SUMS}
+        counts |= {"fisher": self.fisher, "peak_memory": max(self.peak_memory, other.peak_memory)}
+        return Statistics(moments, self.fingerprints, shared, **counts)
+
+
+_SUMS = ("samples", "tokens", "loss_terms", "seconds")
+
+
+_COUNTS = (*_SUMS, "fisher", "peak_memory")
+
+
+def collect_statistics(
+    peft_model: PeftModel,
+    dataloader: Iterable[Any],
+    config: FiletConfig | None = None,
+    adapter_name: str = "default",
+    forward_fn: ForwardFn | None = None,
+    show_progress_bar: bool = True,
+) -> Statistics:
+    """Take the second moments of an adapter's target modules on data.
+
+    Args:
+        peft_model: from ``get_peft_model``, with a LoRA adapter. The pass sees it as the adapter's
+            training will begin: with the trained heads and tokens that belong to the adapter, and
+            with other adapters where they are active beside it, but without what the layers add
+            that are to be initialised. Their base weights are what the statistics belong to. The
+            model comes back as it was (flags, gradients, hooks, random state), also after an
+            exception.
+        dataloader: batches, as dicts of the model's arguments with labels unless ``forward_fn``
+            says otherwise. Positions with ``attention_mask`` 0 do not count; positions without a
+            label do. ``num_items_in_batch`` is left out: the loss is summed, whatever divides it.
+            Moved to the model's device. Read once, a generator will do.
+        config: :class:`FiletConfig`; uses ``samples``, ``fisher``, ``seed``, ``loss_reduction``,
+            ``share_inputs`` and ``passes``.
+        adapter_name: whose target modules.
+        forward_fn: ``forward_fn(model, batch)`` → an output with ``.loss``, the loss, or
+            ``(loss, terms)``; ``model(**batch)`` by default.
+        show_progress_bar: samples, tokens a second, time left.
+
+    Returns:
+        :class:`Statistics`, on the devices of the modules, or in host memory where it took several
+        passes; float32 sums (float64 for float64 weights) of at most min(m, n)² a side.
+
+    A causal language model of transformers whose loss is the plain cross-entropy of its head never
+    has logits of a whole batch: :mod:`filet.head`; the logger "filet" says, at level INFO, why
+    another model computes its own loss.
+
+    Deterministic: bitwise the same for the same batches and seed on the same machine, and the same
+    to rounding however the samples are batched or ordered.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, or a batch (samples that are no
+            batch, ids beyond the embeddings, labels beyond what the model predicts, sequences
+            beyond its positions; with a ``forward_fn`` none of that is asked), or a loss of unknown
+            reduction.
+        FloatingPointError: NaN or infinity, naming the module and the batch.
+        OutOfMemoryError: naming what was asked for, the batch and what to change; also before the
+            pass, with ``passes="auto"``, where the moments of one block and what one sample was
+            measured to need are more than the GPU has free. A warning says where the whole batch
+            is likely to be.
+    """
+    config = checked_config(config)
+    peft_model = check_peft_model(peft_model, adapter_name)
+    targets, unsupported = find_targets(peft_model, adapter_name)
+    check_targets(peft_model, targets, unsupported, adapter_name)
+    with named_shortage("checks", lambda: "the hashing of the weights"):
+        weights = fingerprints({name: target.weight for name, target in targets.items()})
+    devices = {t.weight.device for t in targets.values() if t.weight.device.type == "cuda"}
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    with preserved(peft_model, adapter_name, targets):
+        batches = Batches(dataloader)
+        passes = config.passes
+        if passes == "auto":
+            first = batches.first() if devices else None
+            passes = (
+                1
+                if first is None
+                else passes_that_fit(peft_model, targets, first, config, forward_fn)
+            )
+        moments, shared_input, counts = collect_in_passes(
+            peft_model, targets, batches, config, forward_fn, show_progress_bar, passes
+        )
+    for device in devices:
+        torch.cuda.synchronize(device)
+    for name, target in targets.items():
+        if name not in moments:  # an expert that no token was routed to
+            moments[name] = empty_moments(target.weight, device="cpu" if passes > 1 else None)
+            moments[name].loss_terms.fill_(counts["loss_terms"])
+    return Statistics(
+        {name: moments[name] for name in targets},
+        weights,
+        shared_input,
+        samples=counts["samples"],
+        tokens=counts["tokens"],
+        loss_terms=counts["loss_terms"],
+        fisher=config.fisher,
+        seconds=time.perf_counter() - start,
+        peak_memory=peak_memory(devices),
+    )
+
+
+def _lower(tensor: Tensor) -> None:
+    """Zeros above the diagonal, where a sum is undefined."""
+    if tensor.dim() == 2:
+        tensor.tril_()
+
+
+def check_statistics(statistics: Statistics, targets: dict[str, Target]) -> None:
+    """ValueError naming the first difference where the statistics are of another model."""
+    missing = next((name for name in targets if name not in statistics.fingerprints), None)
+    if missing is not None:
+        raise ValueError(f"{_of(statistics)} have no module {missing!r}, a target of this adapter")
+    mine = fingerprints({name: target.weight for name, target in targets.items()})
+    _compare(statistics, mine, "this model", partial=True)
+
+
+def _compare(
+    statistics: Statistics, other: dict[str, str], what: str, partial: bool = False
+) -> None:
+    for name, mine in statistics.fingerprints.items():
+        theirs = other.get(name)
+        if theirs is None:
+            if partial:
+                continue
+            raise ValueError(f"{what} have no module {name!r}, which {_of(statistics)} have")
+        check_fingerprint(name, theirs, mine, f"{_of(statistics)} belong", what)
+    extra = next((name for name in other if name not in statistics.fingerprints), None)
+    if extra is not None:
+        raise ValueError(f"{_of(statistics)} have no module {extra!r}, which {what} have")
+
+
+def _of(statistics: Statistics) -> str:
+    return f"the statistics in {statistics.path}" if statistics.path else "the statistics"

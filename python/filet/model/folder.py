@@ -1,0 +1,132 @@
+"""The causal language model in a local folder: what is refused of it, and the loading.
+
+transformers gives a weight that no file has random numbers, and a model of another task a head of
+its own: whoever only looks at the exit status trains on an initialisation of noise.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from filet.model.checkpoint import check_shapes, missing_weight, understood, warn_of_unused
+from filet.system.memory import named_shortage
+
+__all__ = ["load_model", "outline", "settings_of"]
+
+_EXPECTED = (
+    "expected a causal language model (filet.initialize_lora_filet_weights takes others, loaded by "
+    "their own class)"
+)
+
+
+# What a class of transformers is for stands behind its last "For"; a bare model has none.
+_TASK = re.compile(r".*For([A-Z]\w*)")
+
+
+_TASKS = ("CausalLM", "ConditionalGeneration")
+
+
+def settings_of(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+    """The folder's config, of a causal language model; else a ValueError that says what it is of.
+
+    Loaded as a causal language model a classifier may lack nothing but sense: with tied embeddings
+    it has a head, and a BERT sees the very tokens that it is to predict.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        AutoConfig,
+    )
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no config.json in {folder}; expected the folder of a model")
+    with understood(folder):
+        settings = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    names = getattr(settings, "architectures", None) or []
+    tasks = [match[1] for match in map(_TASK.fullmatch, names) if match is not None]
+    if tasks and not any(task.startswith(_TASKS) for task in tasks):
+        raise ValueError(f"{folder} is a {names[0]} (architectures in config.json); {_EXPECTED}")
+    if getattr(settings, "is_encoder_decoder", False):
+        raise ValueError(f"{folder} is an encoder-decoder; {_EXPECTED}")
+    own_code = getattr(settings, "auto_map", None) or {}
+    if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
+        raise ValueError(
+            f"{folder} is of model_type {settings.model_type!r} (in config.json), of which "
+            f"transformers has no causal language model; {_EXPECTED}"
+        )
+    # The kinds that are masked language models as well attend both ways, unless they are told.
+    causal = getattr(settings, "is_decoder", False) or getattr(settings, "causal", False)
+    if type(settings) in MODEL_FOR_MASKED_LM_MAPPING and not causal:
+        raise ValueError(
+            f"{folder} is of model_type {settings.model_type!r} and attends both ways, so that it "
+            f"sees its labels (is_decoder in config.json is not true); {_EXPECTED}"
+        )
+    if getattr(settings, "return_dict", True) is False:
+        raise ValueError(
+            f"{folder} has return_dict false in config.json, by which its outputs have no names; "
+            "expected true, or none"
+        )
+    return settings
+
+
+def outline(settings: Any, dtype: Any, *, trust_remote_code: bool = False) -> Any:
+    """The causal language model of a config, its parameters on the meta device, in eval mode."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            settings, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()  # again: the meta device parted them
+    return model.eval()
+
+
+def load_model(
+    folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Any:
+    """The causal language model of a folder, whole, on ``device``.
+
+    Raises ValueError for another kind of model (:func:`settings_of`), and for a weight that no file
+    has, or that is quantised without a word of it in config.json or has another shape, naming it;
+    OutOfMemoryError where it does not fit. Warns of weights that the model does not use.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from filet.model.checkpoint import check_numbers
+
+    folder = Path(folder)
+    settings = settings_of(folder, trust_remote_code=trust_remote_code)
+    with understood(folder), named_shortage("loading", lambda: f"the loading of {folder}"):
+        if getattr(settings, "quantization_config", None) is None:
+            make = partial(outline, settings, torch.float32, trust_remote_code=trust_remote_code)
+            check_numbers(folder, make, pickled=allow_pickle)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused here, by name
+        )
+        check_shapes(folder, sorted(found["mismatched_keys"]))
+        if found["missing_keys"]:  # without those that are tied to one that is there
+            raise missing_weight(folder, sorted(found["missing_keys"]))
+        model = model.to(device)
+    warn_of_unused(folder, model, found["unexpected_keys"])
+    return model

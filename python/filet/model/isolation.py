@@ -1,0 +1,243 @@
+"""A model and a process as a pass needs them, and as they were afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from filet.model.fused import fused
+from filet.model.targets import Target
+from filet.system.transfer import values
+
+__all__ = ["preserved"]
+
+# By which transformers asks the flash-attn package, which does not listen to torch, for a backward
+# without atomics. Read at every call.
+_FLASH_ATTENTION = "FLASH_ATTENTION_DETERMINISTIC"
+
+
+@contextlib.contextmanager
+def preserved(
+    peft_model: PeftModel, adapter_name: str, targets: Mapping[str, Target]
+) -> Iterator[None]:
+    """Everything of the model and the process that a pass changes, put back also on an exception.
+
+    Inside: the model as its training will begin (:func:`_as_it_starts`), all parameters frozen,
+    dropout off, no key/value cache, gradients on, on CUDA deterministic algorithms, and norms and
+    gates by fused kernels. Restored: training flags, requires_grad, which adapters are active, the
+    caches' settings, the random states of Python, NumPy and torch. ``.grad`` is never touched:
+    nothing that owns one asks for a gradient.
+    """
+    training = {module: module.training for module in peft_model.modules()}
+    requires_grad = {p: p.requires_grad for p in peft_model.parameters()}
+    base_model = peft_model.base_model.model
+    model_config: Any = getattr(base_model, "config", None)
+    if hasattr(model_config, "get_text_config"):
+        model_config = model_config.get_text_config()
+    use_cache = getattr(model_config, "use_cache", None)
+    dropouts: list[tuple[nn.Module, str, float]] = []
+    random_states = (random.getstate(), np.random.get_state())
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
+    deterministic = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    flash = os.environ.get(_FLASH_ATTENTION)
+    memory: Any = torch.utils.deterministic  # its attribute is a property that mypy does not see
+    fill = memory.fill_uninitialized_memory
+    hooks = []
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=cuda))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            # The switch of _deterministic_attention is the process's, and autograd has a thread of
+            # its own for each GPU: one would throw it while another computes.
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message=".*CuBLAS.*deterministic")
+            stack.enter_context(_as_it_starts(peft_model, adapter_name, targets))
+            # cuDNN's attention differs from run to run, also where torch is told to be strict.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            os.environ[_FLASH_ATTENTION] = "1"
+            if cuda and deterministic != (True, False):
+                torch.use_deterministic_algorithms(True, warn_only=True)
+                stack.enter_context(_deterministic_attention())
+            memory.fill_uninitialized_memory = False  # a pass over every new tensor
+            for parameter in requires_grad:
+                parameter.requires_grad_(False)
+            for module in training:
+                # Gradient checkpointing runs only in training mode, so the modules that do it keep
+                # that flag; their children lose it, and with it their dropout.
+                # (Not getattr: PEFT 0.18's wrapper of a head that is not active fails at any.)
+                module.training = training[module] and bool(
+                    vars(module).get("gradient_checkpointing", False)
+                )
+                if module.training:
+                    for name, value in list(vars(module).items()):
+                        if "drop" in name and isinstance(value, float):
+                            dropouts.append((module, name, value))
+                            setattr(module, name, 0.0)
+            if use_cache is not None:
+                model_config.use_cache = False
+            stack.enter_context(fused(base_model))
+            embeddings = _input_embeddings(base_model)
+            if embeddings is not None:
+                # Reentrant checkpointing needs an input with gradient at its first block.
+                hooks.append(embeddings.register_forward_hook(_ask_for_gradient))
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if use_cache is not None:
+            model_config.use_cache = use_cache
+        for module, name, value in dropouts:
+            setattr(module, name, value)
+        for module, flag in training.items():
+            module.training = flag
+        for parameter, flag in requires_grad.items():
+            parameter.requires_grad_(flag)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
+        if flash is None:
+            os.environ.pop(_FLASH_ATTENTION, None)
+        else:
+            os.environ[_FLASH_ATTENTION] = flash
+        memory.fill_uninitialized_memory = fill
+        random.setstate(random_states[0])
+        np.random.set_state(random_states[1])
+        if cuda:
+            torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+
+
+@contextlib.contextmanager
+def _as_it_starts(
+    peft_model: PeftModel, adapter_name: str, targets: Mapping[str, Target]
+) -> Iterator[None]:
+    """The model as the adapter's training begins: itself, without what its targets add.
+
+    What else is active then is active here: trained heads and tokens (``modules_to_save``,
+    ``trainable_token_indices``), layers of the adapter that FILet does not initialise, and other
+    adapters that are active beside it. An adapter that is not active is taken to be alone.
+    """
+    tuner = peft_model.base_model
+    switches = {
+        module: (module._active_adapter, module._disable_adapters)
+        for module in peft_model.modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    }
+    active = tuner.active_adapter
+    try:
+        if adapter_name not in tuner.active_adapters:
+            tuner.set_adapter(adapter_name)
+        off = {(id(target.layer), adapter_name) for target in targets.values()}
+        off |= _adding_nothing(switches)
+        for module in switches:
+            module._disable_adapters = False
+            if isinstance(module, LoraLayer):
+                names = [name for name in module.active_adapters if (id(module), name) not in off]
+                module._active_adapter = names
+        yield
+    finally:
+        for module, (names, disabled) in switches.items():
+            module._active_adapter, module._disable_adapters = names, disabled
+        tuner.active_adapter = active
+
+
+def _adding_nothing(modules: Iterable[nn.Module]) -> set[tuple[int, str]]:
+    """Layers (by id) and their adapters whose B A is still zero: running them would only cost.
+
+    That of fused experts is a copy of all their weights, kept for the backward.
+    """
+    nothing: set[tuple[int, str]] = set()
+    flags: dict[tuple[int, str], Tensor] = {}
+    for layer in modules:
+        if not isinstance(layer, LoraLayer):
+            continue
+        for name in layer.active_adapters:
+            linears = [side[name] for side in (layer.lora_A, layer.lora_B) if name in side]
+            embeddings = (layer.lora_embedding_A, layer.lora_embedding_B)
+            factors = [x.weight for x in linears] + [x[name] for x in embeddings if name in x]
+            if not factors or name in layer.lora_variant:  # a variant may scale W
+                continue
+            if any(factor.device.type == "meta" for factor in factors):
+                nothing.add((id(layer), name))
+                continue
+            zero = torch.stack([~factor.any() for factor in factors]).any()
+            biases = [x.bias.any() for x in linears if x.bias is not None]
+            flags[id(layer), name] = zero & ~torch.stack(biases).any() if biases else zero
+    zeros = values(list(flags.values()))
+    return nothing | {place for place, zero in zip(flags, zeros, strict=True) if zero}
+
+
+@contextlib.contextmanager
+def _deterministic_attention() -> Iterator[None]:
+    """Makes the backward of scaled_dot_product_attention deterministic, of calls by this thread.
+
+    It adds with atomics, and differs from run to run, unless torch is told to be strict: a mere
+    warning leaves it as it is. Being strict about everything would refuse the operations that have
+    no other way, so this is for the attention's own node of the graph, which runs in this thread as
+    all of the backward does (:func:`preserved`).
+    """
+    plain, mine = F.scaled_dot_product_attention, threading.get_ident()
+
+    def attention(*args: Any, **kwargs: Any) -> Tensor:
+        output = plain(*args, **kwargs)
+        node = output.grad_fn if threading.get_ident() == mine else None
+        while node is not None and not node.name().startswith("ScaledDotProduct"):
+            node = node.next_functions[0][0] if node.next_functions else None
+        if node is not None:
+            node.register_prehook(lambda *_: torch.use_deterministic_algorithms(True))
+            node.register_hook(lambda *_: torch.use_deterministic_algorithms(True, warn_only=True))
+        return output
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+def _input_embeddings(model: Any) -> nn.Module | None:
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return embeddings if isinstance(embeddings, nn.Module) else None
+
+
+class _Start(torch.autograd.Function):
+    """The same memory, as something that has a gradient, of which nothing is kept.
+
+    A leaf that asks for one would keep it, and cannot be written to in place, as BLIP, GIT and CTRL
+    do with their embeddings.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+@torch.compiler.disable
+def _ask_for_gradient(module: nn.Module, args: Any, output: Any) -> Any:
+    if isinstance(output, Tensor) and output.is_floating_point() and output.is_leaf:
+        return _Start.apply(output, output.new_empty(0, requires_grad=True))
+    return None

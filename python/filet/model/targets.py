@@ -1,0 +1,265 @@
+"""Which layers of a PeftModel FILet can initialise, and their weights as the paper writes them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from filet.model.factors import StartedFactor, StartedLinear
+
+__all__ = [
+    "Target",
+    "adapted",
+    "check_init",
+    "check_peft_model",
+    "check_targets",
+    "check_unmerged",
+    "find_targets",
+    "layers_of",
+    "weight_of",
+]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+# Values of LoraConfig.init_lora_weights, or their beginnings, by which PEFT changes W.
+_CHANGES_W = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A LoRA layer over a plain linear module."""
+
+    name: str  # path below the base model, "model.layers.0.self_attn.q_proj"
+    layer: lora.Linear
+    adapter: str
+
+    @property
+    def base(self) -> nn.Linear | Conv1D:
+        return self.layer.get_base_layer()
+
+    @property
+    def parameter(self) -> Tensor:
+        """The base weight, a parameter, as the module stores it."""
+        return self.base.weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight as a view (m, n) = (out, in), detached."""
+        return weight_of(self.base)
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.base.bias
+        return None if bias is None else bias.detach()
+
+    @property
+    def rank(self) -> int:
+        """Of what trains: PEFT counts the frozen half of an initialised layer as well."""
+        return self.A.rank if isinstance(self.A, StartedFactor) else self.layer.r[self.adapter]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which A and B are stored."""
+        return next(self.A.parameters()).dtype
+
+    @property
+    def scaling(self) -> float:
+        return self.layer.scaling[self.adapter]
+
+    @property
+    def A(self) -> nn.Linear:
+        return self.layer.lora_A[self.adapter]
+
+    @property
+    def B(self) -> nn.Linear:
+        return self.layer.lora_B[self.adapter]
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """A linear module's weight as a view (m, n) = (out, in), detached: Conv1D stores it turned."""
+    weight: Tensor = linear.weight.detach()  # type: ignore[operator]
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def adapted(model: Any, lora_config: LoraConfig, seed: int | None = None) -> PeftModel:
+    """``model`` with an adapter, drawn by PEFT from ``seed``; without one A and B are on meta.
+
+    The process's own random state is what it was. PEFT may rewrite ``lora_config.target_modules``.
+
+    Raises ValueError for a name in it that no module has, where PEFT drops it in silence as long as
+    another name has some; and for an initialisation that changes the base weights.
+    """
+    check_init(lora_config)
+    modules = dict(model.named_modules())
+    try:
+        with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, for an embedding always
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+            peft_model = get_peft_model(model, lora_config, low_cpu_mem_usage=seed is None)
+    except ValueError:
+        _check_names(lora_config, modules, type(model).__name__)  # which says what is near
+        raise
+    # Not before: PEFT knows names of experts' layers that transformers has fused since.
+    _check_names(lora_config, modules, type(model).__name__)
+    return peft_model
+
+
+def _check_names(lora_config: LoraConfig, modules: dict[str, nn.Module], model: str) -> None:
+    names = lora_config.target_modules
+    if names is None or isinstance(names, str):  # PEFT's choice, or a pattern, which it checks
+        return
+    for name in sorted(names):
+        parts = name.count(".") + 1
+        called = {".".join(path.split(".")[-parts:]): None for path in modules}
+        if name in called:
+            continue
+        linear = {
+            path.rpartition(".")[2]: None
+            for path, module in modules.items()
+            if isinstance(module, (nn.Linear, Conv1D))
+        }
+        near: Sequence[str] = difflib.get_close_matches(name, called) or list(linear)[:12]
+        expected = f"names like {', '.join(map(repr, near))}"
+        raise ValueError(
+            f"target_modules has {name!r} (--target-modules), and {model} no module of that name; "
+            f"expected {'it alone' if name == 'all-linear' else expected}"
+        )
+
+
+def check_peft_model(peft_model: object, adapter_name: str) -> PeftModel:
+    """The model, if it is a PeftModel with a LoRA adapter of that name; an error otherwise."""
+    if not isinstance(peft_model, PeftModel):
+        raise TypeError(
+            f"peft_model is a {type(peft_model).__name__}; expected the PeftModel that "
+            "peft.get_peft_model(model, LoraConfig(...)) returns"
+        )
+    if adapter_name not in peft_model.peft_config:
+        raise ValueError(
+            f"adapter_name={adapter_name!r}; expected one of {list(peft_model.peft_config)}"
+        )
+    kind = peft_model.peft_config[adapter_name].peft_type
+    if kind != PeftType.LORA:
+        raise ValueError(f"adapter {adapter_name!r} is of type {kind}; expected a LoRA adapter")
+    return peft_model
+
+
+def find_targets(
+    peft_model: PeftModel, adapter_name: str, *, loaded: bool = True
+) -> tuple[dict[str, Target], dict[str, str]]:
+    """The adapter's layers that can be initialised, and for each of the others the reason.
+
+    ``loaded=False`` takes weights on the meta device as well: they come later.
+    """
+    targets: dict[str, Target] = {}
+    unsupported: dict[str, str] = {}
+    wrapped: list[str] = []  # whose inner layers PEFT handles as parts of them
+    tied = _embedding_storages(peft_model, adapter_name)
+    for name, layer in layers_of(peft_model, adapter_name):
+        if name.startswith(tuple(wrapped)):
+            continue
+        if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
+            wrapped.append(f"{name}.")
+        reason = _unsupported(layer, adapter_name, loaded, tied)
+        if reason is None:
+            targets[name] = Target(name, layer, adapter_name)
+        else:
+            unsupported[name] = reason
+    return targets, unsupported
+
+
+def layers_of(peft_model: PeftModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+    """The LoRA layers that an adapter has, of whatever kind, by their paths."""
+    for name, layer in peft_model.base_model.model.named_modules():
+        if isinstance(layer, LoraLayer):
+            if adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A:
+                yield name, layer
+
+
+def _embedding_storages(peft_model: PeftModel, adapter_name: str) -> set[int]:
+    """Where the factors of embeddings lie: those of a tied head are views of them."""
+    return {
+        factors[adapter_name].untyped_storage().data_ptr()
+        for _, layer in layers_of(peft_model, adapter_name)
+        for factors in (layer.lora_embedding_A, layer.lora_embedding_B)
+        if adapter_name in factors and factors[adapter_name].device.type != "meta"
+    }
+
+
+def _unsupported(layer: LoraLayer, adapter_name: str, loaded: bool, tied: set[int]) -> str | None:
+    base = layer.get_base_layer()
+    kind = type(base).__name__
+    if adapter_name in layer.lora_variant:
+        return f"its adapter is a {type(layer.lora_variant[adapter_name]).__name__}, not plain LoRA"
+    if isinstance(layer, lora.ParamWrapper):
+        return f"{layer.parameter_name} of this {kind} is a parameter (target_parameters), no layer"
+    if isinstance(base, nn.MultiheadAttention):
+        return "nn.MultiheadAttention multiplies by its weights itself, no layer of it is called"
+    if type(layer) not in (lora.Linear, StartedLinear) or not isinstance(base, (nn.Linear, Conv1D)):
+        return f"{kind} is not a linear module (or is quantised)"
+    if base.weight.dtype not in _DTYPES:
+        return (
+            f"the weight of this {kind} is {base.weight.dtype}: quantised, which is not supported"
+        )
+    factor = layer.lora_A[adapter_name]
+    if type(factor) not in (nn.Linear, StartedFactor):
+        return f"its A is a {type(factor).__name__}; expected nn.Linear"
+    if next(factor.parameters()).untyped_storage().data_ptr() in tied - {0}:
+        return "its adapter is tied to that of the embedding"
+    if loaded and base.weight.device.type == "meta":
+        raise ValueError(
+            "a base weight is on the meta device (not loaded, or offloaded by device_map); "
+            "load the model onto real devices before initialising it"
+        )
+    return None
+
+
+def check_targets(
+    peft_model: PeftModel,
+    targets: Mapping[str, Target],
+    unsupported: Mapping[str, str],
+    adapter_name: str,
+) -> None:
+    """An error where nothing can be initialised, or a weight is not the original."""
+    if not targets:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(unsupported.items())[:5])
+        raise ValueError(
+            f"adapter {adapter_name!r} has no module that FILet can initialise "
+            f"({reasons or 'it has no module at all'}); expected LoRA on nn.Linear or Conv1D"
+        )
+    check_unmerged(targets)
+    for other, config in peft_model.peft_config.items():
+        if any(other in target.layer.lora_A for target in targets.values()):
+            check_init(config, f"adapter {other!r}")
+
+
+def check_unmerged(targets: Mapping[str, Target]) -> None:
+    merged = [name for name, target in targets.items() if target.layer.merged]
+    if merged:
+        raise ValueError(
+            f"{merged[0]}: an adapter is merged into its weight; expected an unmerged model "
+            "(call peft_model.unmerge_adapter() first)"
+        )
+
+
+def check_init(config: LoraConfig, what: str = "lora_config") -> None:
+    """An error for an initialisation of PEFT's that changes the base weights.
+
+    W_res + s B A is W to rounding only (docs/adapters.md), and only while nothing was trained,
+    which A and B do not tell. So it is not undone.
+    """
+    init = getattr(config, "init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_CHANGES_W):
+        raise ValueError(
+            f"{what} has init_lora_weights={init!r}, by which PEFT changes the base weights; "
+            "expected the original ones: a base model loaded anew, and init_lora_weights=True"
+        )

@@ -1,0 +1,197 @@
+"""Moments → energies → directions → A and B: the choice for every layer, made in one place.
+
+Both engines choose by :func:`choose`. It reads weights and moments and writes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from filet.config import FiletConfig
+from filet.model.targets import Target
+from filet.report.modules import ModuleReport
+from filet.system.text import some
+from filet.system.transfer import values
+from filet_kernels import Moments, SecondMoment, fisher_energies, lora_factors, select
+
+__all__ = ["Choice", "Layer", "check_rank", "choose", "warn_of"]
+
+_AHEAD = 7  # modules whose energies a GPU computes while the host chooses: a block's
+
+
+@dataclass(eq=False)
+class Layer:
+    """What was chosen for a layer: its factors, in the dtype in which the adapter stores them."""
+
+    A0: Tensor  # (r, n)
+    B0: Tensor  # (m, r)
+    fingerprint: str  # of the base weight
+
+
+@dataclass(eq=False)
+class Choice:
+    """What was chosen for some layers, in their order.
+
+    Attributes:
+        layers: module → its factors.
+        reports: module → its energies and directions.
+        left_default: module → why nothing was chosen for it.
+    """
+
+    layers: dict[str, Layer] = field(default_factory=dict)
+    reports: dict[str, ModuleReport] = field(default_factory=dict)
+    left_default: dict[str, str] = field(default_factory=dict)
+
+
+def choose(
+    targets: Mapping[str, Target],
+    moments: Mapping[str, Moments],
+    shared_input: Mapping[str, str],
+    fingerprints: Mapping[str, str],
+    config: FiletConfig,
+) -> Choice:
+    """The r directions of every target by :func:`filet_kernels.fisher_energies`, and A0, B0.
+
+    Args:
+        targets: layers with their weights, which are read.
+        moments: of their names. A target without any saw no token (an expert, say).
+        shared_input: module → the module whose input moment it shares, for the report.
+        fingerprints: module → hash of its weight.
+        config: uses ``normalization``, ``select``, ``scaling`` and ``seed``.
+
+    Returns:
+        :class:`Choice`; A0 and B0 on the weights' devices, energies and indices on the CPU.
+    """
+    choice = Choice()
+    tokens = _tokens(targets, moments)
+    choice.left_default = {name: why for name, both in tokens.items() if (why := _unseen(*both))}
+    seen = {name: target for name, target in targets.items() if name not in choice.left_default}
+    for name, energies in _energies(seen, moments, config):
+        target, its = targets[name], moments[name]
+        indices = select(energies, target.rank, config.select, seed=config.seed)
+        A0, B0 = lora_factors(
+            target.weight, energies, indices, scaling=config.scaling, dtype=target.dtype
+        )
+        choice.layers[name] = Layer(A0, B0, fingerprints[name])
+        choice.reports[name] = ModuleReport(
+            name=name,
+            shape=its.shape,
+            rank=target.rank,
+            energies=energies,
+            indices=indices,
+            input_space=its.input.space,
+            output_space=its.output.space,
+            input_tokens=tokens[name][0],
+            output_tokens=tokens[name][1],
+            shared_input=shared_input.get(name),
+        )
+    return choice
+
+
+def _tokens(
+    targets: Mapping[str, Target], moments: Mapping[str, Moments]
+) -> dict[str, tuple[int, int]]:
+    """How many tokens each side of each target's moments counted."""
+    there = [name for name in targets if name in moments]
+    counts = values(
+        [side.count for name in there for side in (moments[name].input, moments[name].output)]
+    )
+    found = dict(zip(there, zip(counts[::2], counts[1::2], strict=True), strict=True))
+    return {name: found.get(name, (0, 0)) for name in targets}
+
+
+def _unseen(inputs: int, outputs: int) -> str | None:
+    """Why moments of so many tokens on either side choose nothing, or None."""
+    if not inputs:
+        return "it saw no token"
+    return None if outputs else "no gradient reached it"
+
+
+def _energies(
+    targets: Mapping[str, Target], moments: Mapping[str, Moments], config: FiletConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Each module's energies, on the CPU; a GPU computes the next modules' in the meantime."""
+    under_way: deque[tuple[str, Tensor, torch.cuda.Event | None]] = deque()
+    weights = {name: target.weight for name, target in targets.items()}
+    sizes = {name: weight.shape[1] for name, weight in weights.items() if weight.is_cuda}
+    places: dict[str, Tensor] = {}
+    if sizes:  # in one piece: an allocation of pinned memory may wait for all that a GPU does
+        pinned = torch.empty(sum(sizes.values()), dtype=torch.float64, pin_memory=True)
+        places = dict(zip(sizes, pinned.split(list(sizes.values())), strict=True))
+
+    def arrived() -> tuple[str, Tensor]:
+        name, energies, event = under_way.popleft()
+        if event is not None:
+            event.synchronize()
+            energies = energies.clone()  # the report's, without the pinned piece around it
+        return name, energies
+
+    for name, weight in weights.items():
+        energies = fisher_energies(
+            weight, _moved(moments[name], weight.device), normalization=config.normalization
+        )
+        event = None
+        if energies.is_cuda:
+            with torch.cuda.device(weight.device):
+                energies = places[name].copy_(energies, non_blocking=True)
+                event = torch.cuda.Event(blocking=True)
+                event.record()
+        under_way.append((name, energies, event))
+        if len(under_way) > _AHEAD:
+            yield arrived()
+    while under_way:
+        yield arrived()
+
+
+def _moved(moments: Moments, device: torch.device) -> Moments:
+    """The moments on the weight's device (statistics from a file are on the CPU)."""
+    if moments.input.sum.device == device == moments.output.sum.device:
+        return moments
+
+    def moved(side: SecondMoment) -> SecondMoment:
+        return dataclasses.replace(side, sum=side.sum.to(device), count=side.count.to(device))
+
+    loss_terms = moments.loss_terms.to(device)
+    return Moments(moved(moments.input), moved(moments.output), moments.shape, loss_terms)
+
+
+def check_rank(target: Target, candidates: int) -> None:
+    """ValueError for a rank above the number of candidate directions, W's non-zero columns."""
+    shape = tuple(target.weight.shape)
+    if candidates == 0:
+        raise ValueError(
+            f"{target.name}: all of its weight {shape} is zero, so that it has no direction; "
+            "expected the weights of a trained model, or target_modules without this module"
+        )
+    if target.rank > candidates:
+        raise ValueError(
+            f"{target.name}: rank {target.rank} exceeds its {candidates} candidate directions "
+            f"(non-zero columns of W {shape}); expected a smaller r, or rank_pattern for this "
+            "module"
+        )
+
+
+def warn_of(left_default: Mapping[str, str], layers: Mapping[str, Layer]) -> None:
+    """Warnings of modules that keep PEFT's initialisation, and of directions without energy."""
+    if left_default:
+        shown = [f"{name} ({reason})" for name, reason in left_default.items()]
+        warnings.warn(
+            f"{len(left_default)} modules keep PEFT's default LoRA initialisation: {some(shown)}",
+            stacklevel=4,
+        )
+    alive = values([(x.A0.any(1) | x.B0.any(0)).all() for x in layers.values()])
+    dead = [name for name, flag in zip(layers, alive, strict=True) if not flag]
+    if dead:
+        warnings.warn(
+            f"{some(dead)}: some chosen directions have no energy at all (or less than the "
+            "adapter's dtype can hold), so their rows of A and columns of B are zero and will not "
+            "train; expected more samples, a float32 adapter, or another scaling",
+            stacklevel=4,
+        )
