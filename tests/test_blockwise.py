@@ -58,6 +58,7 @@ import smollm2
 from filet import FiletConfig, FiletReport
 from filet.blockwise import boundaries, weights
 from filet.blockwise import engine as engine_module
+from filet.blockwise import folder as folder_module
 from filet.blockwise import stream as stream_module
 from filet.blockwise.engine import Blockwise
 from filet.blockwise.folder import empty_model
@@ -460,7 +461,7 @@ def test_auto(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Blockwise, "sweep", lambda run: (swept.append(run), sweep(run)))
     initialize(folder, tmp_path / "fits", "auto")
     assert not swept
-    monkeypatch.setattr(engine_module, "available_on_host", lambda: 400_000)
+    monkeypatch.setattr(folder_module, "available_on_host", lambda: 400_000)
     initialize(folder, tmp_path / "does not", "auto", host_memory=2**20)
     assert swept
     assert_same_adapter(tmp_path / "fits", tmp_path / "does not")

@@ -104,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     running = init.add_argument_group("running")
     _add_run(running, overwrite="replace an adapter that is there")
     _add_engine(running)
-    init.set_defaults(run=init, check=_check_init)
+    init.set_defaults(check=_check_init)
 
     stats = commands.add_parser(
         "stats",
@@ -130,7 +130,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_targets(method)
     _add_fisher(method)
     _add_run(stats.add_argument_group("running"), overwrite="replace the file if it is there")
-    stats.set_defaults(run=stats, check=_check_stats)
+    stats.set_defaults(check=_check_stats)
 
     inspect = commands.add_parser(
         "inspect",
@@ -148,7 +148,7 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"where to draw (default: FOLDER/{PLOT_FILE})",
     )
     _add_debug(inspect)
-    inspect.set_defaults(run=inspect, check=lambda args, parser: None)
+    inspect.set_defaults(check=lambda args, parser: None)
     return parser
 
 

@@ -16,9 +16,12 @@ import warnings
 from collections.abc import Sequence
 
 from filet.cli.arguments import make_parser
+from filet.cli.commands import init, inspect, stats
 from filet.cli.output import expected_errors, one_line, show_warning
 
 __all__ = ["main"]
+
+_COMMANDS = {"init": init, "stats": stats, "inspect": inspect}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = show_warning
         try:
             args.check(args, parser)
-            args.run(args)
+            _COMMANDS[args.command](args)
             sys.stdout.flush()
             return 0
         except KeyboardInterrupt:
