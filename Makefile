@@ -63,7 +63,7 @@ bench-training: $(INSTALLED)  ## what the frozen half of an adapter costs in tra
 bench-blockwise: $(INSTALLED)  ## a block of Llama-3-70B, in and out of a GPU
 	$(BIN)/python benchmarks/bench_blockwise.py $(BENCH_ARGS)
 
-accuracy: $(INSTALLED) $(MODEL)  ## print the accuracy table of the README
+accuracy: $(INSTALLED) $(MODEL)  ## print the table of docs/accuracy.md
 	$(BIN)/python benchmarks/accuracy.py --model $(FILET_SMOLLM2)
 
 sanitize: $(INSTALLED)  ## run the CUDA kernels under compute-sanitizer, on a GPU

@@ -1,4 +1,4 @@
-"""Second moments on a GPU: syrk_ against the library's product, for the shapes of the README.
+"""Second moments on a GPU: syrk_ against the library's product, for the shapes of docs/kernels.md.
 
     make bench-syrk
 
