@@ -28,7 +28,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -356,7 +356,8 @@ def profiled(model: nn.Module, batches: Batches, rank: int, path: Path) -> list[
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="llama-8b" if CUDA else "tiny")
     parser.add_argument("--blocks", type=int, help="the first so many (default: all)")
@@ -376,10 +377,99 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if not CUDA and options.shape != "tiny":
         parser.error(f"--shape {options.shape} needs a GPU; expected --shape tiny without one")
-    shape = SHAPES[options.shape]
-    blocks = options.blocks or shape.blocks
-    about = shapes.about()
-    tokens = options.batch_size * options.length
+    options.blocks = options.blocks or SHAPES[options.shape].blocks
+    return options
+
+
+class Figures:
+    """The medians of all rounds, in ms a batch where it does not say otherwise."""
+
+    def __init__(self, options: argparse.Namespace, rounds: Sequence[Mapping[str, Any]]) -> None:
+        self.rounds = rounds
+        self.count = options.samples // options.batch_size
+        self.to_all = SAMPLES / options.samples
+        self.sizes: Mapping[int, int] = rounds[0]["sizes"]
+        tokens = options.batch_size * options.length
+        self.alone = moments_alone(self.sizes, tokens, max(options.rounds, 5))
+        self.syrk = sum(self.alone[n] * self.sizes[n] for n in self.sizes)
+        self.bare, self.fused, self.taking, self.all = (
+            1e3 * self.median(key) / self.count
+            for key in ("bare", "fused", "statistics", "initialize")
+        )
+        self.seconds = {
+            key: statistics.median(result["seconds"][key] for result in rounds)
+            for key in rounds[0]["seconds"]
+        }
+        more = self.seconds["statistics"] * (self.to_all - 1)
+        self.scaled = 1e3 * (self.median("initialize") + more) / (self.count * self.to_all)
+
+    def median(self, key: str) -> float:
+        return statistics.median(result[key] for result in self.rounds)
+
+    def rows(self) -> list[tuple[str, float, float]]:
+        """What, ms a batch, GiB over the weights."""
+        nan = float("nan")
+        rows = [
+            ("(a) bare forward and backward", self.bare, self.median("bare peak")),
+            ("(a) with fused norms and gates", self.fused, self.median("fused peak")),
+            ("floor: that + syrk_ alone", self.fused + self.syrk, nan),
+            ("(b) collect_statistics", self.taking, self.median("statistics peak")),
+            ("(c) initialize", self.all, self.median("initialize peak")),
+        ]
+        if self.to_all != 1:
+            rows.append((f"(c) scaled to {SAMPLES} samples", self.scaled, nan))
+        return rows
+
+
+def show(figures: Figures, rows: Sequence[tuple[str, float, float]], weights: int) -> None:
+    print("\nms a batch, × (a), GiB over the weights at the peak")
+    for what, milliseconds, peak in rows:
+        print(f"{milliseconds:10.2f} {milliseconds / figures.bare:7.3f} {peak:8.2f}  {what}")
+    count, sizes, alone = figures.count, figures.sizes, figures.alone
+    samples = round(SAMPLES / figures.to_all)
+    print(
+        f"\n(c) in seconds, {samples} samples: {figures.median('initialize'):.2f} in all; "
+        + ", ".join(f"{key} {value:.2f}" for key, value in figures.seconds.items())
+    )
+    if figures.to_all != 1:
+        whole = figures.scaled * count * figures.to_all / 1e3
+        print(f"(c) scaled to {SAMPLES} samples: {whole:.2f} s")
+    paired = [1e3 * (r["statistics"] - r["fused"]) / count for r in figures.rounds]
+    print(
+        f"(b) − fused (a): {statistics.median(paired):.2f} ms a batch; "
+        f"syrk_ alone {figures.syrk:.2f}: "
+        + ", ".join(f"{sizes[n]} × n={n} at {alone[n]:.3f}" for n in sorted(sizes))
+    )
+    print(
+        f"weights {weights / GIB:.2f} GiB; statistics "
+        f"{figures.rounds[0]['statistics bytes'] / GIB:.3f} GiB in {sum(sizes.values())} moments",
+        flush=True,
+    )
+
+
+def records(
+    options: argparse.Namespace,
+    figures: Figures,
+    rows: Sequence[tuple[str, float, float]],
+    about: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """The rows as the CSV has them."""
+    return [
+        {
+            "shape": options.shape, "blocks": options.blocks, "samples": options.samples,
+            "length": options.length, "batch_size": options.batch_size, "rank": options.rank,
+            "what": what, "ms_a_batch": milliseconds, "times_bare": milliseconds / figures.bare,
+            "GiB_over_weights": peak,
+            "statistics_GiB": figures.rounds[0]["statistics bytes"] / GIB,
+            **about,
+        }
+        for what, milliseconds, peak in rows
+    ]  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = arguments(argv)
+    shape, blocks, about = SHAPES[options.shape], options.blocks, shapes.about()
     print(
         f"{shape.title}: {blocks} of {shape.blocks} blocks, {options.samples} samples × "
         f"{options.length} tokens in batches of {options.batch_size}, r={options.rank}, bf16; "
@@ -390,74 +480,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     batches = shapes.token_batches(shape, options.samples, options.length, options.batch_size)
     one_round(model, batches[:WARM], options.rank)
-    found = [one_round(model, batches, options.rank) for _ in range(options.rounds)]
-
-    def median(key: str) -> float:
-        return statistics.median(result[key] for result in found)
-
-    count = len(batches)
-    to_all = SAMPLES / options.samples
-    base, fusing = (1e3 * median(key) / count for key in ("bare", "fused"))
-    taking = 1e3 * median("statistics") / count
-    sizes = found[0]["sizes"]
-    alone = moments_alone(sizes, tokens, max(options.rounds, 5))
-    syrk = sum(alone[n] * sizes[n] for n in sizes)
-    seconds = {
-        key: statistics.median(result["seconds"][key] for result in found)
-        for key in found[0]["seconds"]
-    }
-    scaled = 1e3 * (median("initialize") + seconds["statistics"] * (to_all - 1)) / (count * to_all)
-    paired = [1e3 * (r["statistics"] - r["fused"]) / count for r in found]
-    # What, ms a batch, GiB over the weights.
-    nan = float("nan")
-    rows = [
-        ("(a) bare forward and backward", base, median("bare peak")),
-        ("(a) with fused norms and gates", fusing, median("fused peak")),
-        ("floor: that + syrk_ alone", fusing + syrk, nan),
-        ("(b) collect_statistics", taking, median("statistics peak")),
-        ("(c) initialize", 1e3 * median("initialize") / count, median("initialize peak")),
-    ]
-    if options.samples != SAMPLES:
-        rows.append((f"(c) scaled to {SAMPLES} samples", scaled, nan))
+    rounds = [one_round(model, batches, options.rank) for _ in range(options.rounds)]
+    figures = Figures(options, rounds)
+    rows = figures.rows()
     if options.paper:
-        more, on = paper(model, shape, blocks, batches, median("bare peak"), options.rounds)
+        peak = figures.median("bare peak")
+        more, on = paper(model, shape, blocks, batches, peak, options.rounds)
         title = "the paper's statistics as written"
         if on < blocks:
             title += f", measured on {on} of {blocks} blocks, scaled"
-        rows.append((title, base + more, nan))
-    print("\nms a batch, × (a), GiB over the weights at the peak")
-    for what, milliseconds, peak in rows:
-        print(f"{milliseconds:10.2f} {milliseconds / base:7.3f} {peak:8.2f}  {what}")
-    print(
-        f"\n(c) in seconds, {options.samples} samples: {median('initialize'):.2f} in all; "
-        + ", ".join(f"{key} {value:.2f}" for key, value in seconds.items())
-    )
-    if options.samples != SAMPLES:
-        print(f"(c) scaled to {SAMPLES} samples: {scaled * count * to_all / 1e3:.2f} s")
-    print(
-        f"(b) − fused (a): {statistics.median(paired):.2f} ms a batch; syrk_ alone {syrk:.2f}: "
-        + ", ".join(f"{sizes[n]} × n={n} at {alone[n]:.3f}" for n in sorted(sizes))
-    )
-    print(
-        f"weights {weights / GIB:.2f} GiB; statistics "
-        f"{found[0]['statistics bytes'] / GIB:.3f} GiB in {sum(sizes.values())} moments",
-        flush=True,
-    )
-    records = [
-        {
-            "shape": options.shape, "blocks": blocks, "samples": options.samples,
-            "length": options.length, "batch_size": options.batch_size, "rank": options.rank,
-            "what": what, "ms_a_batch": milliseconds, "times_bare": milliseconds / base,
-            "GiB_over_weights": peak, "statistics_GiB": found[0]["statistics bytes"] / GIB,
-            **about,
-        }
-        for what, milliseconds, peak in rows
-    ]  # fmt: skip
-    write(records, options.output / f"model_{options.shape}.csv")
+        rows.append((title, figures.bare + more, float("nan")))
+    show(figures, rows, weights)
+    write(records(options, figures, rows, about), options.output / f"model_{options.shape}.csv")
     if options.profile:
         stem = options.output / f"profile_{options.shape}"
         launched = profiled(model, batches, options.rank, stem.with_suffix(".json.gz"))
-        text = summary(launched, shape.vocabulary, PROFILED, taking, CUDA)
+        text = summary(launched, shape.vocabulary, PROFILED, figures.taking, CUDA)
         stem.with_suffix(".txt").write_text(f"{shape.title}, {about}\n{text}\n")
         print(f"\n{text}")
     print(f"wrote to {options.output}", file=sys.stderr)
