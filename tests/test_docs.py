@@ -32,9 +32,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_that_are_named_exist(page: Path) -> None:
     if page.name == "CHANGELOG.md":
         return
-    named = r"`((?:python|filet_kernels|csrc|tests|benchmarks|examples)/[\w./]+\.\w+)`"
-    for name in re.findall(named, page.read_text()):
+    top = r"`((?:python|filet_kernels|csrc|tests|benchmarks|examples)/[\w./]+\.\w+)`"
+    for name in re.findall(top, page.read_text()):
         assert (ROOT / name).exists(), name
+    folders = "|".join(path.name for path in (ROOT / "python" / "filet").iterdir() if path.is_dir())
+    for name in re.findall(rf"`((?:{folders})/\w+\.py)`", page.read_text()):
+        assert (ROOT / "python" / "filet" / name).exists(), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
