@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from filet_kernels import syrk_, syrk_ragged_
 from filet_kernels.extension import cuda_extension, why_no_extension
-from filet_kernels.syrk import BACKENDS, _turns, backend_of
+from filet_kernels.syrk import BACKENDS, backend_of, turns_on
 from with_triton import NO_TRITON, needs_triton, skip_interpreter
 
 CUDA = torch.cuda.is_available()
@@ -335,7 +335,7 @@ def test_every_triton_configuration(index, device):
         if config.unsupported(10 * major + minor, tma=True, pieces=1):
             pytest.skip(f"{config.name} does not run here")
     X = make(1000, 328, torch.bfloat16, device)
-    C, turns = poisoned(328, device, value=1.0), _turns(device)
+    C, turns = poisoned(328, device, value=1.0), turns_on(device)
     syrk_triton(C, X, 0.5, None, turns, config)
     check(C, X, start=torch.ones_like(C), alpha=0.5)
     assert not turns.any()
@@ -409,7 +409,7 @@ def test_every_plan(T, n):
     if why_no_extension():
         pytest.skip(why_no_extension())
     X = make(T, n, torch.bfloat16, "cuda")
-    turns = _turns(X.device)
+    turns = turns_on(X.device)
     for plan in (0, 12, 13, 15, 18, 2160, 2192, 4128):
         C = poisoned(n, "cuda", value=1.0)
         cuda_extension().syrk_sm90(
