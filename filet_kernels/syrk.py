@@ -3,7 +3,7 @@
 This is the accumulation step of S_X = E[x xᵀ] and S_Y = E[g gᵀ] (FILet, arXiv 2605.01046,
 Algorithm 1); the division by the token count happens once, in :mod:`filet_kernels.energy`.
 
-Three implementations: the CUDA kernel of csrc/syrk_sm90.cu, the Triton kernel of
+Three implementations: the CUDA kernels of csrc/syrk_*_sm90.cu, the Triton kernel of
 :mod:`filet_kernels.syrk_triton`, and plain torch. The first that supports the operands is used.
 docs/kernels.md has the measurements.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,9 +104,9 @@ def _cuda_unsupported(C: Tensor, X: Tensor, weights: Tensor | None) -> str | Non
 
 
 @functools.cache
-def _plan(device: torch.device, n: int) -> int:
-    plan: int = cuda_extension().syrk_sm90_plan(n)
-    return plan
+def _plan(device: torch.device, n: int) -> Any:
+    """Which CUDA kernel suits an n-wide C there, and its size: a ``SyrkPlan`` of the extension."""
+    return cuda_extension().syrk_sm90_plan(n)
 
 
 def _cuda(C: Tensor, X: Tensor, alpha: float, weights: Tensor | None, deterministic: bool) -> None:

@@ -88,12 +88,13 @@ def test_it_is_there_where_it_can_be() -> None:
 def test_a_failed_launch_says_why() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     C, X = torch.zeros(128, 128, device=device), torch.zeros(8, 128, device=device).bfloat16()
+    cuda = cuda_extension()
     # Rows of 3 elements are no tensor map; without a driver nothing is.
     words = "invalid tensor map" if device == "cuda" else "driver"
     with pytest.raises(RuntimeError, match=rf"syrk_: launch failed with status -?\d+: .*{words}"):
-        cuda_extension().syrk_sm90(
+        cuda.syrk_sm90(
             c=C.data_ptr(), stride_c=128, x=X.data_ptr(), stride_x=3, n=128, tokens=8, alpha=1.0,
-            half=False, plan=0, flags=0, stream=0,
+            half=False, plan=cuda.SyrkPlan(cuda.SyrkKernel.pairs), flags=0, stream=0,
         )  # fmt: skip
     assert not C.any()
 

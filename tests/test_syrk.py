@@ -13,6 +13,9 @@ from with_triton import NO_TRITON, needs_triton, skip_interpreter
 CUDA = torch.cuda.is_available()
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 EPS = torch.finfo(torch.float32).eps
+# The CUDA kernels and their sizes: csrc/include/filet/syrk.h.
+PLANS = [("pairs", 0), *(("share", size) for size in (2, 3, 5, 8))]
+PLANS += [("grid", columns) for columns in (128, 160, 192)]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -409,10 +412,11 @@ def test_every_plan(T, n):
     if why_no_extension():
         pytest.skip(why_no_extension())
     X = make(T, n, torch.bfloat16, "cuda")
-    turns = turns_on(X.device)
-    for plan in (0, 12, 13, 15, 18, 2160, 2192, 4128):
+    turns, extension = turns_on(X.device), cuda_extension()
+    for kernel, size in PLANS:
+        plan = extension.SyrkPlan(getattr(extension.SyrkKernel, kernel), size)
         C = poisoned(n, "cuda", value=1.0)
-        cuda_extension().syrk_sm90(
+        extension.syrk_sm90(
             c=C.data_ptr(), stride_c=n, x=X.data_ptr(), stride_x=n, n=n, tokens=T, alpha=0.5,
             half=False, plan=plan, flags=turns.data_ptr(),
             stream=torch.cuda.current_stream().cuda_stream,

@@ -1,0 +1,61 @@
+// What the kernels of second moments on Hopper share (csrc/syrk_*_sm90.cu): the ring of stages through
+// which X flows, the main loop over it, and the ways of a tile into C.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "filet/sm90.cuh"
+#include "filet/syrk_launch.h"
+
+namespace filet::syrk {
+
+using namespace filet::sm90;
+
+constexpr int BOX_BYTES = TILE_K * BOX * 2;
+constexpr int PANEL_BYTES = 2 * BOX_BYTES;  // 64 tokens × 128 columns
+constexpr int K_STEP = 2048 >> 4;           // 16 tokens on, in a wgmma descriptor
+
+__device__ __forceinline__ void load_panel(uint32_t target, const CUtensorMap* map_x, int column,
+                                           int step, uint32_t barrier) {
+#pragma unroll
+    for (int box = 0; box < 2; ++box)
+        tma_load(target + box * BOX_BYTES, map_x, column + box * BOX, step * TILE_K, barrier);
+}
+
+// What a warpgroup hands to the copy engine at a time: 64 rows × 32 columns of fp32, in turn from two
+// buffers.
+constexpr int OUT_BYTES = OUT_ROWS * OUT_COLUMNS * 4;
+constexpr int CHUNK = OUT_COLUMNS / 2;  // registers of a chunk
+
+// alpha v, this warpgroup's 64 rows and the 32 columns of a chunk, as the copy engine wants them.
+__device__ __forceinline__ void stage_chunk(float alpha, const float* v, uint32_t buffer) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < CHUNK; i += 2) {
+        const int r = row + i / 2 % 2 * 8;  // r % 8 == lane / 4: the 128-byte swizzle
+        const int unit = (i / 4 * 2 + lane % 4 / 2) ^ (lane / 4);
+        store_shared(buffer + r * 128 + unit * 16 + lane % 2 * 8, alpha * v[i], alpha * v[i + 1]);
+    }
+}
+
+// C += alpha v from registers, for the 64 rows and 32 columns from (row0, column) on, of which none
+// lies above the diagonal if `below`.
+__device__ __forceinline__ void add_registers(const Problem& problem, const float* v, int row0,
+                                              int column, bool below) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < CHUNK; i += 2) {
+        const int r = row0 + row + i / 2 % 2 * 8, c = column + i / 4 * 8 + lane % 4 * 2;
+        float* target = problem.c + r * problem.stride_c + c;
+        if (r >= problem.n) continue;
+        if (below || r > c) {
+            add_global(target, problem.alpha * v[i], problem.alpha * v[i + 1]);
+        } else if (r == c) {
+            atomicAdd(target, problem.alpha * v[i]);
+        }
+    }
+}
+
+}  // namespace filet::syrk
