@@ -16,7 +16,7 @@ struct Shape {
     static constexpr int COLUMNS = COLUMNS_, HIGH = 2, WIDE = WIDE_, BLOCKS = HIGH * WIDE;
     static_assert(WIDE <= 2);
     static constexpr int B_BOX = COLUMNS % BOX ? BOX / 2 : BOX;  // columns of a box of B
-    static constexpr int B_BOX_BYTES = TILE_K * B_BOX * 2, B_K_STEP = 16 * B_BOX * 2 >> 4;
+    static constexpr int B_BOX_BYTES = TILE_K * B_BOX * 2;
     static constexpr int STAGE_BYTES = PANEL_BYTES + TILE_K * COLUMNS * 2;
     static constexpr int STAGES = (232448 - 1024 - 128) / STAGE_BYTES;  // alignment, barriers
     static constexpr int SMEM_BYTES = STAGES * STAGE_BYTES + 1024;      // and its alignment
@@ -114,24 +114,8 @@ __global__ void __launch_bounds__(THREADS, 1)
             }
         } else {
             float d[S::COLUMNS / 2];  // 64 rows of the tile
-            int previous = 0;
-            for (int step = 0; step < problem.steps; ++step) {
-                mbarrier_wait(full + 8 * ring.stage, ring.phase);
-                const uint32_t stage = smem + ring.stage * S::STAGE_BYTES;
-                const uint64_t a = wgmma_descriptor(stage + group * BOX_BYTES, BOX_BYTES);
-                const uint64_t b = wgmma_descriptor<S::B_BOX>(stage + PANEL_BYTES, S::B_BOX_BYTES);
-                wgmma_begin();
-#pragma unroll
-                for (int k = 0; k < TILE_K / 16; ++k)
-                    wgmma_m64k16<T>(d, a + k * K_STEP, b + k * S::B_K_STEP, step > 0 || k > 0);
-                wgmma_commit();
-                wgmma_wait<1>();
-                if (step > 0 && release) mbarrier_arrive(release + 8 * previous);
-                previous = ring.stage;
-                ring.next();
-            }
-            wgmma_wait<0>();
-            wgmma_pin(d);
+            Consumer<S::STAGE_BYTES, S::B_BOX, false, Ring<S::STAGES>&> consumer(smem, full, release, ring);
+            consumer.template run<T>(d, group, problem.steps);
             named_sync(1, CONSUMERS * WARPGROUP);  // both warpgroups are done with the stages
 
             // Even chunks below the diagonal by the copy engine, the rest from registers meanwhile.

@@ -145,42 +145,6 @@ __device__ __forceinline__ void fetch(const CUtensorMap* map_x, uint32_t smem, u
     ring.next();
 }
 
-// A consumer warpgroup's side of the ring.
-struct Consumer {
-    uint32_t smem, full, release;  // release: the barrier of stage 0 that this thread arrives at, or 0
-    Ring<STAGES> ring;
-
-    // Both blocks write into both blocks' stages: both are told of every stage that is free again.
-    __device__ Consumer(uint32_t smem_, uint32_t full_, uint32_t empty) : smem(smem_), full(full_) {
-        const int thread = threadIdx.x % WARPGROUP;
-        release = thread < 2 ? peer_address(empty, thread) : 0;
-    }
-
-    // d = the products of the next `steps` > 0 stages. One group of products stays in flight.
-    template <typename T>
-    __device__ void run(float (&d)[2][64], int group, int steps) {
-        int previous = 0;
-        for (int step = 0; step < steps; ++step) {
-            mbarrier_wait(full + 8 * ring.stage, ring.phase);
-            const uint32_t stage = smem + ring.stage * STAGE_BYTES;
-            const uint64_t a = wgmma_descriptor(stage + group * BOX_BYTES, BOX_BYTES);
-            const uint64_t b = wgmma_descriptor(stage + PANEL_BYTES, BOX_BYTES);
-            wgmma_begin();
-#pragma unroll
-            for (int k = 0; k < TILE_K / 16; ++k)
-                wgmma_m64k16<T>(d, a + k * K_STEP, b + k * K_STEP, step > 0 || k > 0);
-            wgmma_commit();
-            wgmma_wait<1>();
-            if (step > 0 && release) mbarrier_arrive(release + 8 * previous);
-            previous = ring.stage;
-            ring.next();
-        }
-        wgmma_wait<0>();
-        wgmma_pin(d[0]);
-        wgmma_pin(d[1]);
-        if (release) mbarrier_arrive(release + 8 * previous);
-    }
-};
 
 // C += alpha v for a chunk, without reading C here: below the diagonal in turns by the copy engine and
 // from registers, which is faster than either alone; where the diagonal crosses, one by one.
@@ -282,14 +246,16 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
         const int thread = threadIdx.x % WARPGROUP;
         const uint32_t out = smem + OUT_OFFSET + group * 2 * OUT_BYTES;
         int* flags = problem.flags + (schedule.worker * 2 + rank) * CONSUMERS + group;
-        Consumer consumer(smem, full, empty);
+        // Both blocks write into both blocks' stages: both are told of every stage that is free again.
+        Consumer<STAGE_BYTES, BOX, true, Ring<STAGES>> consumer(
+            smem, full, thread < 2 ? peer_address(empty, thread) : 0);
         int sent = 0;
         for (int i = 0; i < schedule.count(); ++i) {
             int unit, begin, end;
             schedule.piece(i, pair, unit, begin, end);
             const Tile tile(unit, rank, fours);
             float d[2][64];
-            consumer.run<T>(d, group, end - begin);
+            consumer.template run<T>(d, group, end - begin);
             if (problem.flags && end < schedule.steps) {
                 if (thread == 0) wait_for_turn(flags + 2 * CONSUMERS);
                 named_sync(1 + group, WARPGROUP);

@@ -126,12 +126,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             const uint64_t a = wgmma_descriptor(
                 (diagonal ? stage : stage + PANEL_BYTES) + group * BOX_BYTES, BOX_BYTES);
             const uint64_t b = wgmma_descriptor(stage, BOX_BYTES);
-            wgmma_begin();
-#pragma unroll
-            for (int k = 0; k < TILE_K / 16; ++k)
-                wgmma_m64k16<T>(d, a + k * K_STEP, b + k * K_STEP, 1);
-            wgmma_commit();
-            wgmma_wait<1>();
+            multiply_stage<T, BOX>(d, a, b, false);
             if (previous >= 0 && thread == 0) mbarrier_arrive(empty + 8 * previous);
             previous = ring.stage;
             ring.next();

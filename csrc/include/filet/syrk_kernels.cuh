@@ -24,6 +24,51 @@ __device__ __forceinline__ void load_panel(uint32_t target, const CUtensorMap* m
         tma_load(target + box * BOX_BYTES, map_x, column + box * BOX, step * TILE_K, barrier);
 }
 
+// d = the products of a stage, or unless it is the first d + them, by the descriptors of A and of B
+// in boxes of so many columns. They are under way afterwards, and those of the stage before are done.
+template <typename T, int B_BOX, typename D>
+__device__ __forceinline__ void multiply_stage(D& d, uint64_t a, uint64_t b, bool first) {
+    wgmma_begin();
+#pragma unroll
+    for (int k = 0; k < TILE_K / 16; ++k)
+        wgmma_m64k16<T>(d, a + k * K_STEP, b + k * (16 * B_BOX * 2 >> 4), !first || k > 0);
+    wgmma_commit();
+    wgmma_wait<1>();
+}
+
+// A consumer warpgroup's side of the ring: A's panel in a stage, and B's after it in boxes of B_BOX
+// columns.
+template <int STAGE_BYTES, int B_BOX, bool RELEASE_LAST, typename RingType>
+struct Consumer {
+    uint32_t smem, full, release;  // release: the barrier of stage 0 that this thread arrives at, or 0
+    RingType ring;
+
+    __device__ Consumer(uint32_t smem_, uint32_t full_, uint32_t release_)
+        : smem(smem_), full(full_), release(release_) {}
+    __device__ Consumer(uint32_t smem_, uint32_t full_, uint32_t release_, RingType ring_)
+        : smem(smem_), full(full_), release(release_), ring(ring_) {}
+
+    // The main loop: d = the products of the next `steps` > 0 stages, as they become full. One group of
+    // products stays in flight; the stage of the one before is free again.
+    template <typename T, typename D>
+    __device__ void run(D& d, int group, int steps) {
+        int previous = 0;
+        for (int step = 0; step < steps; ++step) {
+            mbarrier_wait(full + 8 * ring.stage, ring.phase);
+            const uint32_t stage = smem + ring.stage * STAGE_BYTES;
+            const uint64_t a = wgmma_descriptor(stage + group * BOX_BYTES, BOX_BYTES);
+            const uint64_t b = wgmma_descriptor<B_BOX>(stage + PANEL_BYTES, TILE_K * B_BOX * 2);
+            multiply_stage<T, B_BOX>(d, a, b, step == 0);
+            if (step > 0 && release) mbarrier_arrive(release + 8 * previous);
+            previous = ring.stage;
+            ring.next();
+        }
+        wgmma_wait<0>();
+        wgmma_pin(d);
+        if (RELEASE_LAST && release) mbarrier_arrive(release + 8 * previous);
+    }
+};
+
 // What a warpgroup hands to the copy engine at a time: 64 rows × 32 columns of fp32, in turn from two
 // buffers.
 constexpr int OUT_BYTES = OUT_ROWS * OUT_COLUMNS * 4;
