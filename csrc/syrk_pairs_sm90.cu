@@ -183,6 +183,15 @@ __device__ __forceinline__ void give_turn(int* flag) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
 }
 
+// C's tile into L2 during a tile's last steps, as all blocks come to add to C at the same time: the
+// chunk that is wanted so many steps before the end.
+__device__ __forceinline__ void prefetch_tile(const CUtensorMap* map_c, const Tile& tile, int chunk) {
+    if (chunk >= 2 * CHUNKS || tile.transposed) return;
+    const int column = tile.b[chunk / CHUNKS] + chunk % CHUNKS * OUT_COLUMNS;
+    tma_prefetch(map_c, column, tile.a);
+    tma_prefetch(map_c, column, tile.a + 64);
+}
+
 // add_chunk for a transposed tile: v holds columns of C from column0 on, by rows from row0 on.
 __device__ __forceinline__ void add_transposed(const Problem& problem, const float (&v)[64],
                                                int row0, int column0) {
@@ -196,6 +205,22 @@ __device__ __forceinline__ void add_transposed(const Problem& problem, const flo
     }
 }
 
+// C += alpha d, this warpgroup's half of a tile.
+__device__ __forceinline__ void add_tile(const CUtensorMap* map_c, const Problem& problem,
+                                         const float (&d)[2][64], uint32_t out, int& sent,
+                                         const Tile& tile, int group) {
+    if (tile.transposed) {
+        add_transposed(problem, d[0], tile.b[0], group * 64);
+        add_transposed(problem, d[1], tile.b[1], group * 64);
+    } else {
+#pragma unroll
+        for (int chunk = 0; chunk < 2 * CHUNKS; ++chunk)
+            add_chunk(map_c, problem, d[chunk / CHUNKS] + chunk % CHUNKS * CHUNK, out, sent,
+                      tile.a + group * 64,
+                      tile.b[chunk / CHUNKS] + chunk % CHUNKS * OUT_COLUMNS, group, chunk);
+    }
+}
+
 template <typename T>
 __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
     pairs_kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_c,
@@ -206,11 +231,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
     const uint32_t full = smem_address(barriers), empty = full + 8 * STAGES;
     const int rank = cluster_rank(), pair = blockIdx.x / 2;
     if (threadIdx.x == 0) {
-        for (int stage = 0; stage < STAGES; ++stage) {
-            mbarrier_init(full + 8 * stage, 1);
-            mbarrier_init(empty + 8 * stage, 2 * CONSUMERS);
-        }
-        mbarrier_init_done();
+        init_stages<STAGES>(full, empty, 2 * CONSUMERS);
         prefetch_map(&map_x);
         prefetch_map(&map_c);
     }
@@ -229,14 +250,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
                 const Tile tile(unit, rank, fours);
                 for (int step = begin; step < end; ++step) {
                     fetch(&map_x, smem, full, empty, ring, step, tile, rank);
-                    // C's tile into L2 meanwhile: all blocks come to add to C at the same time.
-                    const int chunk = end - 1 - step;
-                    if (chunk < 2 * CHUNKS && !tile.transposed) {
-                        const int column =
-                            tile.b[chunk / CHUNKS] + chunk % CHUNKS * OUT_COLUMNS;
-                        tma_prefetch(&map_c, column, tile.a);
-                        tma_prefetch(&map_c, column, tile.a + 64);
-                    }
+                    prefetch_tile(&map_c, tile, end - 1 - step);
                 }
             }
         }
@@ -260,16 +274,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
                 if (thread == 0) wait_for_turn(flags + 2 * CONSUMERS);
                 named_sync(1 + group, WARPGROUP);
             }
-            if (tile.transposed) {
-                add_transposed(problem, d[0], tile.b[0], group * 64);
-                add_transposed(problem, d[1], tile.b[1], group * 64);
-            } else {
-#pragma unroll
-                for (int chunk = 0; chunk < 2 * CHUNKS; ++chunk)
-                    add_chunk(&map_c, problem, d[chunk / CHUNKS] + chunk % CHUNKS * CHUNK, out,
-                              sent, tile.a + group * 64,
-                              tile.b[chunk / CHUNKS] + chunk % CHUNKS * OUT_COLUMNS, group, chunk);
-            }
+            add_tile(&map_c, problem, d, out, sent, tile, group);
             if (problem.flags && begin > 0) {
                 named_sync(1 + group, WARPGROUP);
                 if (thread == 0) give_turn(flags);

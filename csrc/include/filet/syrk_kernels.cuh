@@ -24,6 +24,16 @@ __device__ __forceinline__ void load_panel(uint32_t target, const CUtensorMap* m
         tma_load(target + box * BOX_BYTES, map_x, column + box * BOX, step * TILE_K, barrier);
 }
 
+// The barriers of a ring's stages, by one thread: one arrival fills a stage, `arrivals` free it.
+template <int STAGES>
+__device__ __forceinline__ void init_stages(uint32_t full, uint32_t empty, int arrivals) {
+    for (int stage = 0; stage < STAGES; ++stage) {
+        mbarrier_init(full + 8 * stage, 1);
+        mbarrier_init(empty + 8 * stage, arrivals);
+    }
+    mbarrier_init_done();
+}
+
 // d = the products of a stage, or unless it is the first d + them, by the descriptors of A and of B
 // in boxes of so many columns. They are under way afterwards, and those of the stage before are done.
 template <typename T, int B_BOX, typename D>
