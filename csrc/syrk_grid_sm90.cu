@@ -36,6 +36,68 @@ struct Shape {
     }
 };
 
+// This block's part of A and of B, into all that share them.
+template <typename S>
+__device__ __forceinline__ void load_stage(const CUtensorMap* map_a, const CUtensorMap* map_b,
+                                           uint32_t stage, uint32_t barrier, int row0, int column0,
+                                           int high, int wide, uint16_t beside, uint16_t above,
+                                           int step) {
+    mbarrier_expect(barrier, S::STAGE_BYTES);
+#pragma unroll
+    for (int i = 0; i < 2; i += S::WIDE) {
+        const int box = i + wide;
+        const uint32_t target = stage + box * BOX_BYTES;
+        if constexpr (S::WIDE > 1)
+            tma_load_multicast(target, map_a, row0 + box * BOX, step * TILE_K, barrier,
+                               beside);
+        else
+            tma_load(target, map_a, row0 + box * BOX, step * TILE_K, barrier);
+    }
+    for (int box = high; box < S::COLUMNS / S::B_BOX; box += S::HIGH)
+        tma_load_multicast(stage + PANEL_BYTES + box * S::B_BOX_BYTES, map_b,
+                           column0 + box * S::B_BOX, step * TILE_K, barrier, above);
+}
+
+// The main loop of a block that loads for the others only.
+template <typename S>
+__device__ __forceinline__ void pass(Ring<S::STAGES>& ring, uint32_t full, uint32_t release,
+                                     int steps) {
+    for (int step = 0; step < steps; ++step) {
+        mbarrier_wait(full + 8 * ring.stage, ring.phase);
+        if (release) mbarrier_arrive(release + 8 * ring.stage);
+        ring.next();
+    }
+}
+
+// C += alpha d, this warpgroup's 64 rows from `row` on.
+template <typename S>
+__device__ __forceinline__ void add_tile(const CUtensorMap* map_c, const Problem& problem,
+                                         const float (&d)[S::COLUMNS / 2], uint32_t smem, int row,
+                                         int column0, int group) {
+    const int thread = threadIdx.x % WARPGROUP;
+    // Even chunks below the diagonal by the copy engine, the rest from registers meanwhile.
+    const uint32_t out = smem + group * ((S::CHUNKS + 1) / 2) * OUT_BYTES;
+#pragma unroll
+    for (int chunk = 0; chunk < S::CHUNKS; chunk += 2)
+        if (column0 + (chunk + 1) * OUT_COLUMNS - 1 <= row)
+            stage_chunk(problem.alpha, d + chunk * CHUNK, out + chunk / 2 * OUT_BYTES);
+    fence_async_shared();
+    named_sync(2 + group, WARPGROUP);
+    if (thread == 0 && row < problem.n)
+        for (int chunk = 0; chunk < S::CHUNKS; chunk += 2)
+            if (column0 + (chunk + 1) * OUT_COLUMNS - 1 <= row)
+                tma_add(map_c, column0 + chunk * OUT_COLUMNS, row,
+                        out + chunk / 2 * OUT_BYTES);
+#pragma unroll
+    for (int chunk = 0; chunk < S::CHUNKS; ++chunk) {
+        const int column = column0 + chunk * OUT_COLUMNS;
+        const bool below = column + OUT_COLUMNS - 1 <= row;
+        if ((below && chunk % 2 == 0) || column > row + 63) continue;
+        add_registers(problem, d + chunk * CHUNK, row, column, below);
+    }
+    if (thread == 0) tma_wait_read<0>();
+}
+
 template <typename T, typename S>
 __global__ void __launch_bounds__(THREADS, 1)
     grid_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
@@ -47,11 +109,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int rank = cluster_rank();
     const int high = rank / S::WIDE, wide = rank % S::WIDE;
     if (threadIdx.x == 0) {
-        for (int stage = 0; stage < S::STAGES; ++stage) {
-            mbarrier_init(full + 8 * stage, 1);
-            mbarrier_init(empty + 8 * stage, CONSUMERS * (S::HIGH + S::WIDE - 1));
-        }
-        mbarrier_init_done();
+        init_stages<S::STAGES>(full, empty, CONSUMERS * (S::HIGH + S::WIDE - 1));
         prefetch_map(&map_a);
         prefetch_map(&map_b);
         prefetch_map(&map_c);
@@ -76,20 +134,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                 mbarrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
                 const uint32_t barrier = full + 8 * ring.stage;
                 const uint32_t stage = smem + ring.stage * S::STAGE_BYTES;
-                mbarrier_expect(barrier, S::STAGE_BYTES);
-#pragma unroll
-                for (int i = 0; i < 2; i += S::WIDE) {
-                    const int box = i + wide;
-                    const uint32_t target = stage + box * BOX_BYTES;
-                    if constexpr (S::WIDE > 1)
-                        tma_load_multicast(target, &map_a, row0 + box * BOX, step * TILE_K, barrier,
-                                           beside);
-                    else
-                        tma_load(target, &map_a, row0 + box * BOX, step * TILE_K, barrier);
-                }
-                for (int box = high; box < S::COLUMNS / S::B_BOX; box += S::HIGH)
-                    tma_load_multicast(stage + PANEL_BYTES + box * S::B_BOX_BYTES, &map_b,
-                                       column0 + box * S::B_BOX, step * TILE_K, barrier, above);
+                load_stage<S>(&map_a, &map_b, stage, barrier, row0, column0, high, wide, beside, above,
+                              step);
                 ring.next();
                 // C's tile into L2 meanwhile: all blocks come to add to C at the same time.
                 const int part = problem.steps - 1 - step, column = column0 + part / 2 * OUT_COLUMNS;
@@ -107,39 +153,14 @@ __global__ void __launch_bounds__(THREADS, 1)
         if (thread < S::BLOCKS && (thread / S::WIDE == high || thread % S::WIDE == wide))
             release = peer_address(empty, thread);
         if (idle) {
-            for (int step = 0; step < problem.steps; ++step) {
-                mbarrier_wait(full + 8 * ring.stage, ring.phase);
-                if (release) mbarrier_arrive(release + 8 * ring.stage);
-                ring.next();
-            }
+            pass<S>(ring, full, release, problem.steps);
         } else {
             float d[S::COLUMNS / 2];  // 64 rows of the tile
             Consumer<S::STAGE_BYTES, S::B_BOX, false, Ring<S::STAGES>&> consumer(smem, full, release, ring);
             consumer.template run<T>(d, group, problem.steps);
             named_sync(1, CONSUMERS * WARPGROUP);  // both warpgroups are done with the stages
 
-            // Even chunks below the diagonal by the copy engine, the rest from registers meanwhile.
-            const int row = row0 + group * 64;
-            const uint32_t out = smem + group * ((S::CHUNKS + 1) / 2) * OUT_BYTES;
-#pragma unroll
-            for (int chunk = 0; chunk < S::CHUNKS; chunk += 2)
-                if (column0 + (chunk + 1) * OUT_COLUMNS - 1 <= row)
-                    stage_chunk(problem.alpha, d + chunk * CHUNK, out + chunk / 2 * OUT_BYTES);
-            fence_async_shared();
-            named_sync(2 + group, WARPGROUP);
-            if (thread == 0 && row < problem.n)
-                for (int chunk = 0; chunk < S::CHUNKS; chunk += 2)
-                    if (column0 + (chunk + 1) * OUT_COLUMNS - 1 <= row)
-                        tma_add(&map_c, column0 + chunk * OUT_COLUMNS, row,
-                                out + chunk / 2 * OUT_BYTES);
-#pragma unroll
-            for (int chunk = 0; chunk < S::CHUNKS; ++chunk) {
-                const int column = column0 + chunk * OUT_COLUMNS;
-                const bool below = column + OUT_COLUMNS - 1 <= row;
-                if ((below && chunk % 2 == 0) || column > row + 63) continue;
-                add_registers(problem, d + chunk * CHUNK, row, column, below);
-            }
-            if (thread == 0) tma_wait_read<0>();
+            add_tile<S>(&map_c, problem, d, smem, row0 + group * 64, column0, group);
         }
         __syncwarp();
     }
