@@ -34,6 +34,60 @@ struct Share {
     }
 };
 
+// What C has where this thread will add.
+__device__ __forceinline__ void read_c(const Problem& problem, const long long (&at)[BATCH],
+                                       const int (&before)[BATCH], float4 (&old)[BATCH]) {
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+        const float* elements = problem.c + at[i];
+        if (before[i] >= 3) {
+            old[i] = *reinterpret_cast<const float4*>(elements);
+        } else {
+            if (before[i] >= 0) old[i].x = elements[0];
+            if (before[i] >= 1) old[i].y = elements[1];
+            if (before[i] >= 2) old[i].z = elements[2];
+        }
+    }
+}
+
+// C = what it had + alpha times the sums.
+__device__ __forceinline__ void write_c(const Problem& problem, const long long (&at)[BATCH],
+                                        const int (&before)[BATCH], const float4 (&old)[BATCH],
+                                        const float (&sum)[BATCH][4]) {
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+        const float* v = sum[i];
+        const float4 value = {old[i].x + problem.alpha * v[0], old[i].y + problem.alpha * v[1],
+                              old[i].z + problem.alpha * v[2], old[i].w + problem.alpha * v[3]};
+        float* elements = problem.c + at[i];
+        if (before[i] >= 3) {
+            *reinterpret_cast<float4*>(elements) = value;
+        } else {
+            if (before[i] >= 0) elements[0] = value.x;
+            if (before[i] >= 1) elements[1] = value.y;
+            if (before[i] >= 2) elements[2] = value.z;
+        }
+    }
+}
+
+// The others' sums, in the order of the blocks.
+__device__ __forceinline__ void add_received(const Share& share, uint32_t received, int size,
+                                             const int (&before)[BATCH], float (&sum)[BATCH][4]) {
+    const int thread = threadIdx.x % WARPGROUP;
+#pragma unroll 1
+    for (int sender = 0; sender < size - 1; ++sender) {
+        const uint32_t source = received + sender * share.units * 16;
+        float v[BATCH][4] = {};
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i)
+            if (before[i] >= 0) load_shared(source + (thread + i * WARPGROUP) * 16, v[i]);
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[i][e] += v[i][e];
+    }
+}
+
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 1)
     share_kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_c,
@@ -158,17 +212,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         }
         // C is read while the sums travel. Not sooner: the fences above would wait for it.
         float4 old[BATCH] = {};
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            const float* elements = problem.c + at[i];
-            if (before[i] >= 3) {
-                old[i] = *reinterpret_cast<const float4*>(elements);
-            } else {
-                if (before[i] >= 0) old[i].x = elements[0];
-                if (before[i] >= 1) old[i].y = elements[1];
-                if (before[i] >= 2) old[i].z = elements[2];
-            }
-        }
+        read_c(problem, at, before, old);
         named_sync(1 + group, WARPGROUP);
 
         // The block's own sums, the others' in the order of the blocks, and then to C.
@@ -179,32 +223,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         mbarrier_wait(all_received + 8 * group, 0);
         __syncwarp();
         cluster_arrive_relaxed();  // what the others sent has left them
-#pragma unroll 1
-        for (int sender = 0; sender < size - 1; ++sender) {
-            const uint32_t source = received + sender * share.units * 16;
-            float v[BATCH][4] = {};
-#pragma unroll
-            for (int i = 0; i < BATCH; ++i)
-                if (before[i] >= 0) load_shared(source + (thread + i * WARPGROUP) * 16, v[i]);
-#pragma unroll
-            for (int i = 0; i < BATCH; ++i)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) sum[i][e] += v[i][e];
-        }
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            const float* v = sum[i];
-            const float4 value = {old[i].x + problem.alpha * v[0], old[i].y + problem.alpha * v[1],
-                                  old[i].z + problem.alpha * v[2], old[i].w + problem.alpha * v[3]};
-            float* elements = problem.c + at[i];
-            if (before[i] >= 3) {
-                *reinterpret_cast<float4*>(elements) = value;
-            } else {
-                if (before[i] >= 0) elements[0] = value.x;
-                if (before[i] >= 1) elements[1] = value.y;
-                if (before[i] >= 2) elements[2] = value.z;
-            }
-        }
+        add_received(share, received, size, before, sum);
+        write_c(problem, at, before, old, sum);
     }
     __syncwarp();
     cluster_wait();  // no block ends while what it sent is on its way
