@@ -88,6 +88,76 @@ __device__ __forceinline__ void add_received(const Share& share, uint32_t receiv
     }
 }
 
+// The sums into shared memory, and of each warp's rows the units from ... to on, as soon as they are
+// written, to another block.
+__device__ __forceinline__ void send_sums(const float (&d)[64], int thread, int lane, uint32_t sums,
+                                          int from, int to, uint32_t target,
+                                          uint32_t target_received) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // of a warp's 16 rows
+        const int row = thread / 32 * 16 + half * 8;
+#pragma unroll
+        for (int i = 0; i < TILE / 8; ++i) {
+            const int unit = (i * 2 + lane % 4 / 2) ^ lane / 4 * 2;
+            store_shared(sums + (row + lane / 4) * (TILE * 4) + unit * 16 + lane % 2 * 8,
+                         d[4 * i + 2 * half], d[4 * i + 2 * half + 1]);
+        }
+        fence_async_shared();
+        __syncwarp();
+        const int piece = max(from, row * (TILE / 4));
+        const int piece_end = min(to, (row + 8) * (TILE / 4));
+        if (piece < piece_end)
+            bulk_push(target + (piece - from) * 16, sums + piece * 16, (piece_end - piece) * 16,
+                      target_received);
+        __syncwarp();
+    }
+}
+
+// What a thread will add to: where it lies in C, and from its first column to the diagonal. Units lie
+// in shared memory by rows of 32, swizzled so that the rows of d fall on other banks.
+__device__ __forceinline__ void find_places(const Problem& problem, int thread, int first, int last,
+                                            int row0, int column0, long long (&at)[BATCH],
+                                            int (&before)[BATCH]) {
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+        const int unit = first + thread + i * WARPGROUP, row = unit / 32;
+        const int r = row0 + row, c = column0 + (unit % 32 ^ row % 8 * 2) * 4;
+        at[i] = r * problem.stride_c + c;
+        before[i] = unit < last && r < problem.n ? r - c : -1;
+        asm volatile("" : "+l"(at[i]), "+r"(before[i]));  // not put off
+    }
+}
+
+// The main loop of a consumer warpgroup: as Consumer's, of a block of its own ring and with sums from
+// zero on, in a loop that is not unrolled.
+template <typename T>
+__device__ __forceinline__ void multiply(float (&d)[64], Ring<STAGES>& ring, uint32_t smem,
+                                         uint32_t full, uint32_t empty, int begin, int end,
+                                         bool diagonal, int group, int thread) {
+    int previous = -1;
+#pragma unroll 1
+    for (int step = begin; step < end; ++step) {
+        mbarrier_wait(full + 8 * ring.stage, ring.phase);
+        const uint32_t stage = smem + ring.stage * STAGE_BYTES;
+        const uint64_t a = wgmma_descriptor(
+            (diagonal ? stage : stage + PANEL_BYTES) + group * BOX_BYTES, BOX_BYTES);
+        const uint64_t b = wgmma_descriptor(stage, BOX_BYTES);
+        multiply_stage<T, BOX>(d, a, b, false);
+        if (previous >= 0 && thread == 0) mbarrier_arrive(empty + 8 * previous);
+        previous = ring.stage;
+        ring.next();
+    }
+}
+
+// The barriers of what is free again, and of what the others send: so many bytes.
+__device__ __forceinline__ void init_received(uint32_t empty, uint32_t all_received, int bytes) {
+    for (int stage = 0; stage < STAGES; ++stage) mbarrier_init(empty + 8 * stage, CONSUMERS);
+    for (int group = 0; group < CONSUMERS; ++group) mbarrier_init(all_received + 8 * group, 1);
+    mbarrier_init_done();
+    for (int group = 0; group < CONSUMERS; ++group)
+        mbarrier_expect(all_received + 8 * group, bytes);
+}
+
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 1)
     share_kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_c,
@@ -121,11 +191,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         for (int step = begin; step < min(begin + STAGES, end); ++step) fetch(step);
     } else if (threadIdx.x == 32) {
         prefetch_map(&map_x);
-        for (int stage = 0; stage < STAGES; ++stage) mbarrier_init(empty + 8 * stage, CONSUMERS);
-        for (int group = 0; group < CONSUMERS; ++group) mbarrier_init(all_received + 8 * group, 1);
-        mbarrier_init_done();
-        for (int group = 0; group < CONSUMERS; ++group)
-            mbarrier_expect(all_received + 8 * group, (size - 1) * (last - first) * 16);
+        init_received(empty, all_received, (size - 1) * (last - first) * 16);
         prefetch_map(&map_c);
     }
     __syncthreads();
@@ -155,14 +221,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         // rows of 32, swizzled so that the rows of d fall on other banks.
         long long at[BATCH];  // in C
         int before[BATCH];    // columns from the unit's first to the diagonal; < 0: nothing there
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            const int unit = first + thread + i * WARPGROUP, row = unit / 32;
-            const int r = row0 + group * 64 + row, c = column0 + (unit % 32 ^ row % 8 * 2) * 4;
-            at[i] = r * problem.stride_c + c;
-            before[i] = unit < last && r < problem.n ? r - c : -1;
-            asm volatile("" : "+l"(at[i]), "+r"(before[i]));  // not put off
-        }
+        find_places(problem, thread, first, last, row0 + group * 64, column0, at, before);
         // What this thread sends: units of block `lane`, to there.
         const bool sends = lane < size && lane != rank;
         const int peer = sends ? lane : rank;
@@ -172,19 +231,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         const uint32_t target_received = peer_address(all_received + 8 * group, peer);
         cluster_wait();    // the others have come long before the first data
         float d[64] = {};  // 64 rows of the tile
-        int previous = -1;
-#pragma unroll 1
-        for (int step = begin; step < end; ++step) {
-            mbarrier_wait(full + 8 * ring.stage, ring.phase);
-            const uint32_t stage = smem + ring.stage * STAGE_BYTES;
-            const uint64_t a = wgmma_descriptor(
-                (diagonal ? stage : stage + PANEL_BYTES) + group * BOX_BYTES, BOX_BYTES);
-            const uint64_t b = wgmma_descriptor(stage, BOX_BYTES);
-            multiply_stage<T, BOX>(d, a, b, false);
-            if (previous >= 0 && thread == 0) mbarrier_arrive(empty + 8 * previous);
-            previous = ring.stage;
-            ring.next();
-        }
+        multiply<T>(d, ring, smem, full, empty, begin, end, diagonal, group, thread);
         // The sums take the places of the stages that would be next, once both warpgroups have done
         // with those: they need not wait for each other's last products.
         if (group > 0) ring.next();
@@ -192,24 +239,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         const uint32_t sums = smem + ring.stage * STAGE_BYTES;
         wgmma_wait<0>();
         wgmma_pin(d);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {  // of a warp's 16 rows
-            const int row = thread / 32 * 16 + half * 8;
-#pragma unroll
-            for (int i = 0; i < TILE / 8; ++i) {
-                const int unit = (i * 2 + lane % 4 / 2) ^ lane / 4 * 2;
-                store_shared(sums + (row + lane / 4) * (TILE * 4) + unit * 16 + lane % 2 * 8,
-                             d[4 * i + 2 * half], d[4 * i + 2 * half + 1]);
-            }
-            fence_async_shared();
-            __syncwarp();
-            const int piece = max(from, row * (TILE / 4));
-            const int piece_end = min(to, (row + 8) * (TILE / 4));
-            if (piece < piece_end)
-                bulk_push(target + (piece - from) * 16, sums + piece * 16, (piece_end - piece) * 16,
-                          target_received);
-            __syncwarp();
-        }
+        send_sums(d, thread, lane, sums, from, to, target, target_received);
         // C is read while the sums travel. Not sooner: the fences above would wait for it.
         float4 old[BATCH] = {};
         read_c(problem, at, before, old);
