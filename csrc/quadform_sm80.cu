@@ -153,6 +153,21 @@ __device__ __forceinline__ void take_over(float (&sum)[M_TILES][N_TILES][4],
             for (int e = 0; e < 4; ++e) sum[i][j][e] += d[i][j][e], d[i][j][e] = 0;
 }
 
+// Copies a step's pieces of S and V into its stage.
+template <bool ACCURATE, int V_PIECES>
+__device__ __forceinline__ void fetch_stage(uint32_t smem, const uint8_t* s, const uint8_t* v,
+                                            int step) {
+    using S = Shape<ACCURATE, V_PIECES>;
+    const uint32_t stage = smem + step % S::STAGES * S::STAGE_BYTES + threadIdx.x * 16;
+    const uint8_t* from_s = s + static_cast<int64_t>(step) * S::V_OFFSET + threadIdx.x * 16;
+    const uint8_t* from_v = v + static_cast<int64_t>(step) * S::V_STORED + threadIdx.x * 16;
+#pragma unroll
+    for (int i = 0; i < S::V_OFFSET; i += THREADS * 16) copy_async(stage + i, from_s + i);
+#pragma unroll
+    for (int i = 0; i < V_PIECES * PIECE_BYTES; i += THREADS * 16)
+        copy_async(stage + S::V_OFFSET + i, from_v + i);
+}
+
 template <bool ACCURATE, int V_PIECES>
 __global__ void __launch_bounds__(THREADS, 1)
     quadform_kernel(const uint8_t* s_tiles, const uint8_t* v_tiles, float* partial,
@@ -168,14 +183,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     const uint8_t* v = v_tiles + static_cast<int64_t>(tile) * 2 * rows * S::V_STORED;
 
     const auto fetch = [&](int step) {
-        const uint32_t stage = smem + step % S::STAGES * S::STAGE_BYTES + threadIdx.x * 16;
-        const uint8_t* from_s = s + static_cast<int64_t>(step) * S::V_OFFSET + threadIdx.x * 16;
-        const uint8_t* from_v = v + static_cast<int64_t>(step) * S::V_STORED + threadIdx.x * 16;
-#pragma unroll
-        for (int i = 0; i < S::V_OFFSET; i += THREADS * 16) copy_async(stage + i, from_s + i);
-#pragma unroll
-        for (int i = 0; i < V_PIECES * PIECE_BYTES; i += THREADS * 16)
-            copy_async(stage + S::V_OFFSET + i, from_v + i);
+        fetch_stage<ACCURATE, V_PIECES>(smem, s, v, step);
     };
     const auto commit = [] { asm volatile("cp.async.commit_group;" ::: "memory"); };
 

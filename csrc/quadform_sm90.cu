@@ -211,6 +211,19 @@ __device__ __forceinline__ void load_stage(const CUtensorMap* map_v, const Probl
     }
 }
 
+// What sum_over_rows left to this lane, beside that of the other warps.
+template <int COLUMNS>
+__device__ __forceinline__ void store_sums(uint32_t sums, const float (&form)[COLUMNS / 4], int lane,
+                                           int warp) {
+    const int first = (lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2) * (COLUMNS / 32);
+#pragma unroll
+    for (int k = 0; k < COLUMNS / 32; k += 2)
+        store_shared(sums + (warp * COLUMNS + (first + k) / 2 * 8 + lane % 4 * 2) * 4, form[k],
+                     form[k + 1]);
+}
+
+// It is long: with the producer's loop in a function, or the products with V, the compiler makes other
+// code of it.
 template <bool ACCURATE, int V_PIECES>
 __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
     quadform_kernel(const __grid_constant__ CUtensorMap map_v, const Problem problem) {
@@ -254,7 +267,8 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
                     const uint32_t barrier = full + 8 * ring.stage;
                     const uint32_t stage = smem + ring.stage * S::STAGE_BYTES;
                     mbarrier_expect(barrier, S::STAGE_BYTES);
-                    load_stage<ACCURATE, V_PIECES>(&map_v, problem, s, stage, barrier, tile, rank, step);
+                    load_stage<ACCURATE, V_PIECES>(&map_v, problem, s, stage, barrier, tile, rank,
+                                                   step);
                     ring.next();
                 }
             }
@@ -353,11 +367,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
             }
             sum_over_rows(form, lane);
             const uint32_t sums = smem + S::SUM_OFFSET + (group * 2 + turn % 2) * S::SUM_BYTES;
-            const int first = (lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2) * (COLUMNS / 32);
-#pragma unroll
-            for (int k = 0; k < COLUMNS / 32; k += 2)
-                store_shared(sums + (warp * COLUMNS + (first + k) / 2 * 8 + lane % 4 * 2) * 4, form[k],
-                             form[k + 1]);
+            store_sums<COLUMNS>(sums, form, lane, warp);
             // In step when accurate: 640 instead of 522 effective TFLOP/s at n = p = 14336 (H200).
             if constexpr (ACCURATE)
                 named_sync(1, CONSUMERS * WARPGROUP);

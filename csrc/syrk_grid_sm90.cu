@@ -86,8 +86,7 @@ __device__ __forceinline__ void add_tile(const CUtensorMap* map_c, const Problem
     if (thread == 0 && row < problem.n)
         for (int chunk = 0; chunk < S::CHUNKS; chunk += 2)
             if (column0 + (chunk + 1) * OUT_COLUMNS - 1 <= row)
-                tma_add(map_c, column0 + chunk * OUT_COLUMNS, row,
-                        out + chunk / 2 * OUT_BYTES);
+                tma_add(map_c, column0 + chunk * OUT_COLUMNS, row, out + chunk / 2 * OUT_BYTES);
 #pragma unroll
     for (int chunk = 0; chunk < S::CHUNKS; ++chunk) {
         const int column = column0 + chunk * OUT_COLUMNS;
@@ -156,7 +155,8 @@ __global__ void __launch_bounds__(THREADS, 1)
             pass<S>(ring, full, release, problem.steps);
         } else {
             float d[S::COLUMNS / 2];  // 64 rows of the tile
-            Consumer<S::STAGE_BYTES, S::B_BOX, false, Ring<S::STAGES>&> consumer(smem, full, release, ring);
+            Consumer<S::STAGE_BYTES, S::B_BOX, false, Ring<S::STAGES>&> consumer(smem, full, release,
+                                                                                 ring);
             consumer.template run<T>(d, group, problem.steps);
             named_sync(1, CONSUMERS * WARPGROUP);  // both warpgroups are done with the stages
 

@@ -262,7 +262,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
         int* flags = problem.flags + (schedule.worker * 2 + rank) * CONSUMERS + group;
         // Both blocks write into both blocks' stages: both are told of every stage that is free again.
         Consumer<STAGE_BYTES, BOX, true, Ring<STAGES>> consumer(
-            smem, full, thread < 2 ? peer_address(empty, thread) : 0);
+            smem, full, thread < 2 ? peer_address(empty, thread) : 0, {});
         int sent = 0;
         for (int i = 0; i < schedule.count(); ++i) {
             int unit, begin, end;

@@ -158,10 +158,11 @@ __device__ __forceinline__ void init_received(uint32_t empty, uint32_t all_recei
         mbarrier_expect(all_received + 8 * group, bytes);
 }
 
+// It is long: with the producer's loop in a function the compiler makes other code of it.
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 1)
     share_kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_c,
-                const Problem problem, const Share share) {
+                 const Problem problem, const Share share) {
     extern __shared__ uint8_t shared[];
     __shared__ uint64_t barriers[2 * STAGES + CONSUMERS];
     const uint32_t smem = (smem_address(shared) + 1023) & ~1023u;
@@ -217,8 +218,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     } else {
         registers_up<232>();
         const int thread = threadIdx.x % WARPGROUP, lane = threadIdx.x % 32;
-        // What this thread will add to, found out while there is time. Units lie in shared memory by
-        // rows of 32, swizzled so that the rows of d fall on other banks.
+        // What this thread will add to, found out while there is time.
         long long at[BATCH];  // in C
         int before[BATCH];    // columns from the unit's first to the diagonal; < 0: nothing there
         find_places(problem, thread, first, last, row0 + group * 64, column0, at, before);

@@ -46,15 +46,14 @@ __device__ __forceinline__ void multiply_stage(D& d, uint64_t a, uint64_t b, boo
     wgmma_wait<1>();
 }
 
-// A consumer warpgroup's side of the ring: A's panel in a stage, and B's after it in boxes of B_BOX
-// columns.
+// A consumer warpgroup's side of the ring: a stage has A's panel, and B's after it in boxes of B_BOX
+// columns. RingType is a ring or a reference to one: which of the two decides in what order the compiler
+// puts a few instructions, and each kernel has the one that it was measured with.
 template <int STAGE_BYTES, int B_BOX, bool RELEASE_LAST, typename RingType>
 struct Consumer {
     uint32_t smem, full, release;  // release: the barrier of stage 0 that this thread arrives at, or 0
     RingType ring;
 
-    __device__ Consumer(uint32_t smem_, uint32_t full_, uint32_t release_)
-        : smem(smem_), full(full_), release(release_) {}
     __device__ Consumer(uint32_t smem_, uint32_t full_, uint32_t release_, RingType ring_)
         : smem(smem_), full(full_), release(release_), ring(ring_) {}
 
