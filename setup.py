@@ -14,11 +14,11 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 # By path: importing the package would import torch, which is not needed to build.
-spec = importlib.util.spec_from_file_location("_build", "filet_kernels/_build.py")
-_build = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(_build)
+spec = importlib.util.spec_from_file_location("build", "filet_kernels/build.py")
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
 
-wish, missing = os.environ.get("FILET_BUILD_CUDA", ""), _build.missing(_build.SOURCES)
+wish, missing = os.environ.get("FILET_BUILD_CUDA", ""), build.missing(build.SOURCES)
 if wish not in ("", "0", "1"):
     raise SystemExit(f"FILET_BUILD_CUDA must be 0 or 1, got {wish!r}")
 if wish == "1" and missing:
@@ -28,7 +28,7 @@ if wish == "1" and missing:
 class BuildWithNvcc(build_ext):
     def build_extension(self, ext):
         try:
-            _build.compile_to(Path(self.get_ext_fullpath(ext.name)), _build.SOURCES)
+            build.compile_to(Path(self.get_ext_fullpath(ext.name)), build.SOURCES)
         except RuntimeError as error:
             raise CompileError(str(error)) from None
 

@@ -23,9 +23,9 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from filet_kernels import Moments, cross_entropy_, fisher_energies, quadform_diag, syrk_
-from filet_kernels.rms_norm import rms_norm
-from filet_kernels.rotary import rotary
-from filet_kernels.swiglu import swiglu
+from filet_kernels.elementwise.rms_norm import rms_norm
+from filet_kernels.elementwise.rotary import rotary
+from filet_kernels.elementwise.swiglu import swiglu
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -22,7 +22,7 @@ void check(int status, const char* op) {
 }
 
 void syrk_sm90(uintptr_t c, int64_t stride_c, uintptr_t x, int64_t stride_x, int64_t n,
-               int64_t tokens, float alpha, bool half, int plan, uintptr_t flags,
+               int64_t tokens, float alpha, bool half, const FiletSyrkPlan& plan, uintptr_t flags,
                uintptr_t stream) {
     const FiletSyrk args = {reinterpret_cast<float*>(c),
                             stride_c,
@@ -135,6 +135,15 @@ void mirror(uintptr_t c, int64_t n, int64_t stride, uintptr_t stream) {
 PYBIND11_MODULE(_cuda, module) {
     using py::arg;
     module.doc() = "CUDA kernels of filet_kernels; all work on the current device.";
+    py::enum_<FiletSyrkKernel>(module, "SyrkKernel")
+        .value("pairs", FILET_SYRK_PAIRS)
+        .value("grid", FILET_SYRK_GRID)
+        .value("share", FILET_SYRK_SHARE);
+    py::class_<FiletSyrkPlan>(module, "SyrkPlan")
+        .def(py::init([](FiletSyrkKernel kernel, int size) { return FiletSyrkPlan{kernel, size}; }),
+             arg("kernel"), arg("size") = 0)
+        .def_readonly("kernel", &FiletSyrkPlan::kernel)
+        .def_readonly("size", &FiletSyrkPlan::size);
     module.def("syrk_sm90", &syrk_sm90, arg("c"), arg("stride_c"), arg("x"), arg("stride_x"),
                arg("n"), arg("tokens"), arg("alpha"), arg("half"), arg("plan"), arg("flags"),
                arg("stream"));

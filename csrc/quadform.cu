@@ -347,6 +347,38 @@ cudaError_t pack_v(const Matrix& v, const Plan& plan, int64_t width, const Scale
                        plan.columns, tiles);
 }
 
+// S in tiles, but for the block rows late_begin ... late_end - 1, where the products' kernel is to pack
+// any.
+cudaError_t pack_s(const FiletQuadform& args, const Plan& plan, const Matrix& s, const Scales& scales,
+                   int* exponents, unsigned* counters, uint8_t* tiles, int& late_begin,
+                   int& late_end) {
+    const auto stream = static_cast<cudaStream_t>(args.stream);
+    const auto tiles_above = [](int row) { return row * (row + 1); };
+    cudaError_t status;
+    if (args.accurate) {
+        const int64_t numbers = std::max(plan.width, args.n);
+        start_kernel<<<static_cast<unsigned>(up(numbers, THREADS) / THREADS), THREADS, 0, stream>>>(
+            s, scales, exponents, plan.width);
+        status = cudaGetLastError();
+        const int grid = tiles_above(plan.rows);
+        if (!status) status = launch_next(pack_s_kernel, grid, stream, s, scales, false, tiles);
+        if (!status) status = launch_next(largest_kernel, grid, stream, s, scales);
+        if (!status) status = launch_next(pack_s_kernel, grid, stream, s, scales, true, tiles);
+    } else {
+        // Rows read 16 bytes at a time, and all 128 of them: the products cannot wait for more.
+        if (!args.portable && s.vector) {
+            late_begin =
+                quadform_late_sm90(plan.rows, static_cast<int>(plan.chunk / plan.columns));
+            late_end = std::max(late_begin, static_cast<int>(args.n / TILE));
+        }
+        const int begin = tiles_above(late_begin), end = tiles_above(late_end);
+        start_fast_kernel<<<tiles_above(plan.rows) - (end - begin), THREADS, 0, stream>>>(
+            s, begin, end, counters, static_cast<int>(quadform_counters(plan.rows)), tiles);
+        status = cudaGetLastError();
+    }
+    return status;
+}
+
 }  // namespace
 
 extern "C" FiletQuadformWorkspaces filet_quadform_workspaces(const FiletQuadform* args) {
@@ -366,30 +398,8 @@ extern "C" int filet_quadform(const FiletQuadform* args) {
     int* exponents = args->accurate ? reinterpret_cast<int*>(workspace + plan.exponents) : nullptr;
     const Matrix s = matrix(args->s, 4, args->stride_s_row, args->stride_s_column, args->n, args->n);
     auto* counters = reinterpret_cast<unsigned*>(workspace + plan.counters);
-    const auto tiles_above = [](int row) { return row * (row + 1); };
     int late_begin = plan.rows, late_end = plan.rows;  // block rows that the products' kernel packs
-    int status;
-    if (args->accurate) {
-        const int64_t numbers = std::max(plan.width, args->n);
-        start_kernel<<<static_cast<unsigned>(up(numbers, THREADS) / THREADS), THREADS, 0, stream>>>(
-            s, scales, exponents, plan.width);
-        status = cudaGetLastError();
-        const int grid = tiles_above(plan.rows);
-        if (!status) status = launch_next(pack_s_kernel, grid, stream, s, scales, false, tiles_s);
-        if (!status) status = launch_next(largest_kernel, grid, stream, s, scales);
-        if (!status) status = launch_next(pack_s_kernel, grid, stream, s, scales, true, tiles_s);
-    } else {
-        // Rows read 16 bytes at a time, and all 128 of them: the products cannot wait for more.
-        if (!args->portable && s.vector) {
-            late_begin =
-                quadform_late_sm90(plan.rows, static_cast<int>(plan.chunk / plan.columns));
-            late_end = std::max(late_begin, static_cast<int>(args->n / TILE));
-        }
-        const int begin = tiles_above(late_begin), end = tiles_above(late_end);
-        start_fast_kernel<<<tiles_above(plan.rows) - (end - begin), THREADS, 0, stream>>>(
-            s, begin, end, counters, static_cast<int>(quadform_counters(plan.rows)), tiles_s);
-        status = cudaGetLastError();
-    }
+    int status = pack_s(*args, plan, s, scales, exponents, counters, tiles_s, late_begin, late_end);
     for (int64_t column = 0; column < plan.width && !status; column += plan.chunk) {
         const int bytes = args->dtype == FILET_FP32 ? 4 : 2;
         const auto* data =

@@ -108,6 +108,66 @@ __device__ __forceinline__ void add_product(float (&d)[M_TILES][N_TILES][4], uin
     }
 }
 
+// P ⊙ V over a thread's rows, of 8 columns: unit `unit` of V, j of this warp.
+template <bool ACCURATE, int V_PIECES>
+__device__ __forceinline__ void multiply_by_v(
+    float (&form)[2], const float (&d)[M_TILES][N_TILES][4],
+    const float (&sum)[ACCURATE ? M_TILES : 1][N_TILES][4], const uint8_t* rows_of_v,
+    const uint8_t* third, int unit, int j, int lane) {
+    using T = typename Shape<ACCURATE, V_PIECES>::T;
+#pragma unroll
+    for (int i = 0; i < M_TILES; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+            const int r = 16 * i + lane / 4 + 4 * e;
+            const uint32_t offset =
+                unit / 8 * BOX_BYTES + r * 128 + ((unit ^ r) % 8 << 4) + lane % 4 * 4;
+            const auto word = [&](const uint8_t* piece) {
+                return to_float2(*reinterpret_cast<const uint32_t*>(piece + offset), T());
+            };
+            float2 value = word(rows_of_v);
+            if constexpr (V_PIECES == 2) {
+                const float2 low = word(rows_of_v + PIECE_BYTES), rest = word(third);
+                value.x += low.x + rest.x;
+                value.y += low.y + rest.y;
+            }
+            if constexpr (ACCURATE) {
+                form[0] += sum[i][j][e] * value.x;
+                form[1] += sum[i][j][e + 1] * value.y;
+            } else {
+                form[0] += d[i][j][e] * value.x;
+                form[1] += d[i][j][e + 1] * value.y;
+            }
+        }
+    }
+}
+
+// sum += d, which starts anew.
+__device__ __forceinline__ void take_over(float (&sum)[M_TILES][N_TILES][4],
+                                          float (&d)[M_TILES][N_TILES][4]) {
+#pragma unroll
+    for (int i = 0; i < M_TILES; ++i)
+#pragma unroll
+        for (int j = 0; j < N_TILES; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[i][j][e] += d[i][j][e], d[i][j][e] = 0;
+}
+
+// Copies a step's pieces of S and V into its stage.
+template <bool ACCURATE, int V_PIECES>
+__device__ __forceinline__ void fetch_stage(uint32_t smem, const uint8_t* s, const uint8_t* v,
+                                            int step) {
+    using S = Shape<ACCURATE, V_PIECES>;
+    const uint32_t stage = smem + step % S::STAGES * S::STAGE_BYTES + threadIdx.x * 16;
+    const uint8_t* from_s = s + static_cast<int64_t>(step) * S::V_OFFSET + threadIdx.x * 16;
+    const uint8_t* from_v = v + static_cast<int64_t>(step) * S::V_STORED + threadIdx.x * 16;
+#pragma unroll
+    for (int i = 0; i < S::V_OFFSET; i += THREADS * 16) copy_async(stage + i, from_s + i);
+#pragma unroll
+    for (int i = 0; i < V_PIECES * PIECE_BYTES; i += THREADS * 16)
+        copy_async(stage + S::V_OFFSET + i, from_v + i);
+}
+
 template <bool ACCURATE, int V_PIECES>
 __global__ void __launch_bounds__(THREADS, 1)
     quadform_kernel(const uint8_t* s_tiles, const uint8_t* v_tiles, float* partial,
@@ -123,14 +183,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     const uint8_t* v = v_tiles + static_cast<int64_t>(tile) * 2 * rows * S::V_STORED;
 
     const auto fetch = [&](int step) {
-        const uint32_t stage = smem + step % S::STAGES * S::STAGE_BYTES + threadIdx.x * 16;
-        const uint8_t* from_s = s + static_cast<int64_t>(step) * S::V_OFFSET + threadIdx.x * 16;
-        const uint8_t* from_v = v + static_cast<int64_t>(step) * S::V_STORED + threadIdx.x * 16;
-#pragma unroll
-        for (int i = 0; i < S::V_OFFSET; i += THREADS * 16) copy_async(stage + i, from_s + i);
-#pragma unroll
-        for (int i = 0; i < V_PIECES * PIECE_BYTES; i += THREADS * 16)
-            copy_async(stage + S::V_OFFSET + i, from_v + i);
+        fetch_stage<ACCURATE, V_PIECES>(smem, s, v, step);
     };
     const auto commit = [] { asm volatile("cp.async.commit_group;" ::: "memory"); };
 
@@ -154,12 +207,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         }
         add_product<T>(d, stage, piece, row, column, lane);
         if constexpr (ACCURATE) {
-#pragma unroll
-            for (int i = 0; i < M_TILES; ++i)
-#pragma unroll
-                for (int j = 0; j < N_TILES; ++j)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) sum[i][j][e] += d[i][j][e], d[i][j][e] = 0;
+            take_over(sum, d);
         }
     }
 
@@ -172,31 +220,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     for (int j = 0; j < N_TILES; ++j) {
         const int unit = column / 8 + j;
         float form[2] = {};
-#pragma unroll
-        for (int i = 0; i < M_TILES; ++i) {
-#pragma unroll
-            for (int e = 0; e < 4; e += 2) {
-                const int r = 16 * i + lane / 4 + 4 * e;
-                const uint32_t offset =
-                    unit / 8 * BOX_BYTES + r * 128 + ((unit ^ r) % 8 << 4) + lane % 4 * 4;
-                const auto word = [&](const uint8_t* piece) {
-                    return to_float2(*reinterpret_cast<const uint32_t*>(piece + offset), T());
-                };
-                float2 value = word(rows_of_v);
-                if constexpr (V_PIECES == 2) {
-                    const float2 low = word(rows_of_v + PIECE_BYTES), rest = word(third);
-                    value.x += low.x + rest.x;
-                    value.y += low.y + rest.y;
-                }
-                if constexpr (ACCURATE) {
-                    form[0] += sum[i][j][e] * value.x;
-                    form[1] += sum[i][j][e + 1] * value.y;
-                } else {
-                    form[0] += d[i][j][e] * value.x;
-                    form[1] += d[i][j][e + 1] * value.y;
-                }
-            }
-        }
+        multiply_by_v<ACCURATE, V_PIECES>(form, d, sum, rows_of_v, third, unit, j, lane);
 #pragma unroll
         for (int lanes = 4; lanes < 32; lanes *= 2) {
             form[0] += __shfl_xor_sync(~0u, form[0], lanes);

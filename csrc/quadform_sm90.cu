@@ -153,6 +153,77 @@ __device__ __forceinline__ void sum_over_rows(float (&v)[N], int lane) {
     if constexpr (BIT > 4) sum_over_rows<BIT / 2>(v, lane);
 }
 
+// The sums over a warpgroup's rows, from those of its warps.
+template <int COLUMNS>
+__device__ __forceinline__ void write_partial(float* partial, uint32_t sums, int thread) {
+#pragma unroll
+    for (int column = thread; column < COLUMNS; column += WARPGROUP) {
+        float total = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            total += __uint_as_float(load_shared(sums + (i * COLUMNS + column) * 4));
+        partial[column] = total;
+    }
+}
+
+// d = the products of a step's pieces, the small ones first.
+template <int V_PIECES>
+__device__ __forceinline__ void multiply_pieces(float (&d)[64], uint64_t a, uint64_t b) {
+    using S = Shape<true, V_PIECES>;
+    using T = typename S::T;
+    constexpr int A_LOW = S::S_BYTES >> 4, B_LOW = S::V_BYTES >> 4;
+    if constexpr (V_PIECES == 2) {
+#pragma unroll
+        for (int k = 0; k < STEP / 16; ++k)
+            wgmma_m64k16<T, true>(d, a + k * A_STEP, b + B_LOW + k * B_STEP, k > 0);
+    }
+#pragma unroll
+    for (int k = 0; k < STEP / 16; ++k)
+        wgmma_m64k16<T, true>(d, a + A_LOW + k * A_STEP, b + k * B_STEP,
+                              V_PIECES == 2 || k > 0);
+#pragma unroll
+    for (int k = 0; k < STEP / 16; ++k)
+        wgmma_m64k16<T, true>(d, a + k * A_STEP, b + k * B_STEP, 1);
+}
+
+// This block's half of S's pieces, into both blocks, and its tile of V.
+template <bool ACCURATE, int V_PIECES>
+__device__ __forceinline__ void load_stage(const CUtensorMap* map_v, const Problem& problem,
+                                           const uint8_t* s, uint32_t stage, uint32_t barrier,
+                                           int tile, int rank, int step) {
+    using S = Shape<ACCURATE, V_PIECES>;
+#pragma unroll
+    for (int piece = 0; piece < S::S_PIECES; ++piece) {
+        const int part = (2 * piece + rank) * BOX_BYTES;
+        bulk_load_multicast(stage + part,
+                            s + step * S::S_PIECES * S::S_BYTES + part, BOX_BYTES,
+                            barrier, 3);
+    }
+    if (problem.v) {
+        const int64_t index = static_cast<int64_t>(tile) * 2 * problem.rows + step;
+        bulk_load(stage + S::V_OFFSET, problem.v + index * S::V_STORED,
+                  V_PIECES * S::V_BYTES, barrier);
+    } else {
+#pragma unroll
+        for (int box = 0; box < S::COLUMNS / BOX; ++box)
+            tma_load(stage + S::V_OFFSET + box * BOX_BYTES, map_v,
+                     tile * S::COLUMNS + box * BOX, step * STEP, barrier);
+    }
+}
+
+// What sum_over_rows left to this lane, beside that of the other warps.
+template <int COLUMNS>
+__device__ __forceinline__ void store_sums(uint32_t sums, const float (&form)[COLUMNS / 4], int lane,
+                                           int warp) {
+    const int first = (lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2) * (COLUMNS / 32);
+#pragma unroll
+    for (int k = 0; k < COLUMNS / 32; k += 2)
+        store_shared(sums + (warp * COLUMNS + (first + k) / 2 * 8 + lane % 4 * 2) * 4, form[k],
+                     form[k + 1]);
+}
+
+// It is long: with the producer's loop in a function, or the products with V, the compiler makes other
+// code of it.
 template <bool ACCURATE, int V_PIECES>
 __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
     quadform_kernel(const __grid_constant__ CUtensorMap map_v, const Problem problem) {
@@ -196,23 +267,8 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
                     const uint32_t barrier = full + 8 * ring.stage;
                     const uint32_t stage = smem + ring.stage * S::STAGE_BYTES;
                     mbarrier_expect(barrier, S::STAGE_BYTES);
-#pragma unroll
-                    for (int piece = 0; piece < S::S_PIECES; ++piece) {
-                        const int part = (2 * piece + rank) * BOX_BYTES;
-                        bulk_load_multicast(stage + part,
-                                            s + step * S::S_PIECES * S::S_BYTES + part, BOX_BYTES,
-                                            barrier, 3);
-                    }
-                    if (problem.v) {
-                        const int64_t index = static_cast<int64_t>(tile) * 2 * problem.rows + step;
-                        bulk_load(stage + S::V_OFFSET, problem.v + index * S::V_STORED,
-                                  V_PIECES * S::V_BYTES, barrier);
-                    } else {
-#pragma unroll
-                        for (int box = 0; box < COLUMNS / BOX; ++box)
-                            tma_load(stage + S::V_OFFSET + box * BOX_BYTES, &map_v,
-                                     tile * COLUMNS + box * BOX, step * STEP, barrier);
-                    }
+                    load_stage<ACCURATE, V_PIECES>(&map_v, problem, s, stage, barrier, tile, rank,
+                                                   step);
                     ring.next();
                 }
             }
@@ -242,19 +298,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
                 const uint64_t b = wgmma_descriptor(stage + S::V_OFFSET, BOX_BYTES);
                 wgmma_begin();
                 if constexpr (ACCURATE) {
-                    constexpr int A_LOW = S::S_BYTES >> 4, B_LOW = S::V_BYTES >> 4;
-                    if constexpr (V_PIECES == 2) {
-#pragma unroll
-                        for (int k = 0; k < STEP / 16; ++k)
-                            wgmma_m64k16<T, true>(d, a + k * A_STEP, b + B_LOW + k * B_STEP, k > 0);
-                    }
-#pragma unroll
-                    for (int k = 0; k < STEP / 16; ++k)
-                        wgmma_m64k16<T, true>(d, a + A_LOW + k * A_STEP, b + k * B_STEP,
-                                              V_PIECES == 2 || k > 0);
-#pragma unroll
-                    for (int k = 0; k < STEP / 16; ++k)
-                        wgmma_m64k16<T, true>(d, a + k * A_STEP, b + k * B_STEP, 1);
+                    multiply_pieces<V_PIECES>(d, a, b);
                     wgmma_commit();
                     wgmma_wait<0>();
                     wgmma_pin(d);
@@ -323,11 +367,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
             }
             sum_over_rows(form, lane);
             const uint32_t sums = smem + S::SUM_OFFSET + (group * 2 + turn % 2) * S::SUM_BYTES;
-            const int first = (lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2) * (COLUMNS / 32);
-#pragma unroll
-            for (int k = 0; k < COLUMNS / 32; k += 2)
-                store_shared(sums + (warp * COLUMNS + (first + k) / 2 * 8 + lane % 4 * 2) * 4, form[k],
-                             form[k + 1]);
+            store_sums<COLUMNS>(sums, form, lane, warp);
             // In step when accurate: 640 instead of 522 effective TFLOP/s at n = p = 14336 (H200).
             if constexpr (ACCURATE)
                 named_sync(1, CONSUMERS * WARPGROUP);
@@ -339,14 +379,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(THREADS, 1)
             }
             float* partial = problem.partial + (2 * row + group) * problem.stride_partial +
                              (2 * pair + rank) * COLUMNS;
-#pragma unroll
-            for (int column = thread; column < COLUMNS; column += WARPGROUP) {
-                float total = 0;
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    total += __uint_as_float(load_shared(sums + (i * COLUMNS + column) * 4));
-                partial[column] = total;
-            }
+            write_partial<COLUMNS>(partial, sums, thread);
         }
     }
     cluster_sync_relaxed();  // no block ends while the other still writes its shared memory

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from filet_kernels.dispatch import Backend, Operation, on, why_no_triton
 from filet_kernels.product import exact_float32, slices
-from filet_kernels.syrk import _no_triton, _on
 
 __all__ = ["congruence"]
 
@@ -31,27 +31,39 @@ def congruence(W: Tensor, S: Tensor, rows: int, backend: str | None = None) -> T
     Nothing is mutated; deterministic.
     """
     m, n = W.shape
-    wide = torch.float64 in (W.dtype, S.dtype)
-    if backend is None:
-        kernel = W.is_cuda and not wide and _no_triton("W", W.device) is None
-    else:
-        kernel = backend == "triton"
-    dtype = torch.float64 if wide else torch.float32
+    dtype = torch.float64 if torch.float64 in (W.dtype, S.dtype) else torch.float32
+    add_block = _ADD_BLOCK.choose(backend, W, S).run
     H = torch.zeros(m, m, dtype=dtype, device=W.device)
     for block in slices(n, rows):
         LW = torch.empty(block.stop - block.start, m, dtype=dtype, device=W.device)
-        L = S[block, : block.stop]
-        if kernel:
-            from filet_kernels.congruence_triton import add_product
-
-            with _on(W.device):
-                add_product(LW, L, W[:, : block.stop].T, diagonal=block.start, anew=True)
-                add_product(H, LW.T, W[:, block].T)
-        else:
-            with exact_float32():
-                _lower_product(LW, L, W)
-                H.addmm_(LW.T, W[:, block].T.to(dtype))  # Hᵀ
+        add_block(H, LW, S[block, : block.stop], W, block)
     return H + H.T
+
+
+def _triton_unsupported(W: Tensor, S: Tensor) -> str | None:
+    if torch.float64 in (W.dtype, S.dtype):
+        return f"W is {W.dtype}, S is {S.dtype}; expected at most torch.float32"
+    return why_no_triton("W", W.device)
+
+
+def _triton(H: Tensor, LW: Tensor, L: Tensor, W: Tensor, block: slice) -> None:
+    from filet_kernels.congruence_triton import add_product
+
+    with on(W.device):
+        add_product(LW, L, W[:, : block.stop].T, diagonal=block.start, anew=True)
+        add_product(H, LW.T, W[:, block].T)
+
+
+def _reference(H: Tensor, LW: Tensor, L: Tensor, W: Tensor, block: slice) -> None:
+    with exact_float32():
+        _lower_product(LW, L, W)
+        H.addmm_(LW.T, W[:, block].T.to(H.dtype))  # Hᵀ
+
+
+# Adds W_r (L_r Wᵀ) of a block r to H; LW is its temporary.
+_ADD_BLOCK = Operation(
+    Backend("triton", _triton, _triton_unsupported), Backend("reference", _reference)
+)
 
 
 def _lower_product(out: Tensor, L: Tensor, W: Tensor) -> None:

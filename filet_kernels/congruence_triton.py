@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from filet_kernels.quadform_triton import PIECES, multiply_pieces
+from filet_kernels.triton_common import PIECES, multiply_pieces
 
 __all__ = ["add_product"]
 

@@ -15,11 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from filet_kernels.syrk import _mutated, _no_triton, _on
+from filet_kernels.dispatch import Backend, Operation, by_triton, define, mutated, why_no_triton
 
 __all__ = ["BACKENDS", "backend_of", "cross_entropy_", "cross_entropy_reference"]
-
-BACKENDS = ("triton", "reference")
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -71,17 +69,19 @@ def _triton_unsupported(logits: Tensor) -> str | None:
     wrong = None
     if logits.dtype == torch.float64:
         wrong = "logits is torch.float64; expected torch.bfloat16, torch.float16 or torch.float32"
-    return _no_triton("logits", logits.device) or wrong
+    return why_no_triton("logits", logits.device) or wrong
+
+
+_OPERATION = Operation(
+    by_triton("filet_kernels.cross_entropy_triton", "cross_entropy_triton", _triton_unsupported),
+    Backend("reference", cross_entropy_reference),
+)
+BACKENDS = _OPERATION.names
 
 
 def backend_of(logits: Tensor, backend: str | None = None) -> str:
     """The implementation that :func:`cross_entropy_` uses for them: one of :data:`BACKENDS`."""
-    _check_backend(backend)
-    reason = _triton_unsupported(logits)
-    if backend == "triton" and reason is not None:
-        raise ValueError(f"backend='triton' does not support these operands: {reason}")
-    # The interpreter is for tests: only an explicit choice takes it.
-    return backend or ("triton" if logits.is_cuda and reason is None else "reference")
+    return _OPERATION.choose(backend, logits).name
 
 
 def cross_entropy_(
@@ -122,16 +122,11 @@ def cross_entropy_(
             backend that does not support the operands.
     """
     _check(logits, labels)
-    _check_backend(backend)
+    _OPERATION.check(backend)
     losses: Tensor = torch.ops.filet_kernels.cross_entropy_(
         logits, labels, scale, ignore_index, backend
     )
     return losses
-
-
-def _check_backend(backend: str | None) -> None:
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend={backend!r}; expected None or one of {', '.join(BACKENDS)}")
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
@@ -159,14 +154,9 @@ def _check(logits: Tensor, labels: Tensor) -> None:
 def _cross_entropy_op(
     logits: Tensor, labels: Tensor, scale: float, ignore_index: int, backend: str | None = None
 ) -> Tensor:
-    if backend_of(logits, backend) == "triton":
-        from filet_kernels.cross_entropy_triton import cross_entropy_triton
-
-        with _on(logits.device):
-            losses = cross_entropy_triton(logits, labels, scale, ignore_index)
-    else:
-        losses = cross_entropy_reference(logits, labels, scale, ignore_index)
-    _mutated(logits)
+    chosen = _OPERATION.choose(backend, logits)
+    losses: Tensor = chosen.run(logits, labels, scale, ignore_index)
+    mutated(logits)
     return losses
 
 
@@ -174,10 +164,9 @@ def _fake(logits: Tensor, *args: object) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-_library = torch.library.Library("filet_kernels", "FRAGMENT")
-_library.define(
+define(
     "cross_entropy_(Tensor(a!) logits, Tensor labels, float scale, int ignore_index, "
-    "str? backend=None) -> Tensor"
+    "str? backend=None) -> Tensor",
+    _cross_entropy_op,
+    _fake,
 )
-_library.impl("cross_entropy_", _cross_entropy_op, "CompositeExplicitAutograd")
-torch.library.register_fake("filet_kernels::cross_entropy_", _fake)

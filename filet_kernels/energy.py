@@ -129,7 +129,8 @@ def _factors_float32(
     floats = _floats(m, n)
 
     def form(S: Tensor, V: Tensor, precision: Precision = precision) -> Tensor:
-        return torch.ops.filet_kernels.quadform_diag(S, V, precision, backend, 4 * floats)
+        q: Tensor = torch.ops.filet_kernels.quadform_diag(S, V, precision, backend, 4 * floats)
+        return q
 
     if n <= m:
         left, right = W, _gram(W)

@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-from filet_kernels import _build
+from filet_kernels import build
 
 __all__ = ["cuda_extension", "extension_on", "stream_of", "why_no_extension"]
 
@@ -36,11 +36,11 @@ def _load() -> tuple[ModuleType | None, str | None]:
         reason = f"the CUDA extension is not built ({error})"
     if os.environ.get("FILET_BUILD_CUDA") == "0":
         return None, f"{reason}, and FILET_BUILD_CUDA=0 forbids compiling it"
-    lacking = _no_gpu() or _build.missing(_build.SOURCES)
+    lacking = _no_gpu() or build.missing(build.SOURCES)
     if lacking is not None:
         return None, f"{reason}, nor can it be compiled: {lacking}"
     try:
-        return _compiled(_build.SOURCES), None
+        return _compiled(build.SOURCES), None
     except (ImportError, OSError, RuntimeError) as error:
         output = "\n".join(str(error).rstrip().splitlines()[-_LINES:])
         reason = f"{reason}, and compiling it failed:\n{output}"
@@ -55,14 +55,14 @@ def _no_gpu() -> str | None:
         return "there is no GPU of compute capability 8.0 or later"
     version = ctypes.c_int()
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    driver, nvcc = version.value // 1000, _build.find_nvcc()
+    driver, nvcc = version.value // 1000, build.find_nvcc()
     if nvcc is not None and nvcc.major > driver:
         return f"{nvcc.path} is of CUDA {nvcc.major}; expected {driver}, the driver's, or earlier"
     return None
 
 
 def _compiled(sources: Path) -> ModuleType:
-    path = _build.cached(sources)
+    path = build.cached(sources)
     spec = importlib.util.spec_from_file_location(_NAME, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

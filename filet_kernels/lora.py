@@ -170,7 +170,8 @@ def residual_weight_(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     W = W.detach()
     exact = _residual(W, A, B, scale)
     W.copy_(exact)
-    return torch.linalg.vector_norm(exact.sub_(W), torch.inf)
+    largest: Tensor = torch.linalg.vector_norm(exact.sub_(W), torch.inf)
+    return largest
 
 
 def _residual(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -22,6 +22,7 @@ from filet_kernels.extension import extension_on, stream_of
 
 __all__ = [
     "Split",
+    "add_product",
     "column_sums",
     "exact_float32",
     "mirror_",
@@ -213,11 +214,11 @@ def product(a: Split, b: Split) -> tuple[Tensor, Tensor]:
         C.zero_()
     with torch.autocast(C.device.type, enabled=False):
         for number, term in enumerate(terms):
-            _add_product(C, *term, anew=number == 0)
+            add_product(C, *term, anew=number == 0)
     return C, (a.scale * b.scale * _RESULT).expand(C.shape[1])
 
 
-def _add_product(C: Tensor, A: Tensor, B: Tensor, alpha: float, anew: bool) -> None:
+def add_product(C: Tensor, A: Tensor, B: Tensor, alpha: float, anew: bool) -> None:
     """C += alpha A B, or where ``anew`` C = alpha A B, whatever is in C."""
     beta = 0 if anew else 1
     if not C.is_cuda:

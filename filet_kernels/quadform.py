@@ -11,18 +11,23 @@ Three implementations: the CUDA kernel of csrc/, the Triton kernel of
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from filet_kernels.dispatch import Backend, Operation, capability, define, on, why_no_triton
 from filet_kernels.extension import cuda_extension, stream_of, why_no_extension
 from filet_kernels.product import product, slices, split
-from filet_kernels.syrk import _capability, _no_triton, _on
 
-__all__ = ["BACKENDS", "Precision", "backend_of", "quadform_diag", "quadform_diag_reference"]
+__all__ = [
+    "BACKENDS",
+    "Precision",
+    "backend_of",
+    "quadform_cuda",
+    "quadform_diag",
+    "quadform_diag_reference",
+]
 
 Precision = Literal["accurate", "fast"]
 
@@ -73,33 +78,33 @@ def _unsupported_operands(S: Tensor, v_dtype: torch.dtype) -> str | None:
 
 
 def _triton_unsupported(S: Tensor, v_dtype: torch.dtype) -> str | None:
-    return _no_triton("V", S.device) or _unsupported_operands(S, v_dtype)
+    return why_no_triton("V", S.device) or _unsupported_operands(S, v_dtype)
 
 
 def _triton(S: Tensor, V: Tensor, precision: str, workspace: int) -> Tensor:
     from filet_kernels.quadform_triton import quadform_triton
 
-    major, minor = _capability(V.device) if V.is_cuda else (9, 0)
-    with _on(V.device):
+    major, minor = capability(V.device) if V.is_cuda else (9, 0)
+    with on(V.device):
         return quadform_triton(S, V, precision == "accurate", major * 10 + minor)
 
 
 def _cuda_unsupported(S: Tensor, v_dtype: torch.dtype) -> str | None:
     if not S.is_cuda:
         return f"V is on {S.device}; expected a CUDA device"
-    if _capability(S.device) not in ((8, 0), (9, 0)):
+    if capability(S.device) not in ((8, 0), (9, 0)):
         return "it needs compute capability 8.0 or 9.0"
     return _unsupported_operands(S, v_dtype) or why_no_extension()
 
 
-def _cuda(
+def quadform_cuda(
     S: Tensor, V: Tensor, precision: str, workspace: int, portable: bool | None = None
 ) -> Tensor:
     """``portable``: the kernel for compute capability 8.0; None takes it where it has to be."""
     if portable is None:
-        portable = _capability(V.device) != (9, 0)
+        portable = capability(V.device) != (9, 0)
     n, p = V.shape
-    with _on(V.device):
+    with on(V.device):
         call = cuda_extension().Quadform(
             s=S.data_ptr(),
             stride_s_row=S.stride(0),
@@ -126,40 +131,18 @@ def _cuda(
     return out
 
 
-@dataclass(frozen=True)
-class _Backend:
-    name: str
-    unsupported: Callable[[Tensor, torch.dtype], str | None]  # S and V's dtype: why not, or None
-    run: Callable[[Tensor, Tensor, str, int], Tensor]  # S, V, precision, _WORKSPACE
-
-
-# In order of preference.
-_BACKENDS = (
-    _Backend("cuda", _cuda_unsupported, _cuda),
-    _Backend("triton", _triton_unsupported, _triton),
-    _Backend("reference", lambda S, v_dtype: None, _reference),
+# Operands: S, and V's dtype. Called with S, V, the precision and _WORKSPACE.
+_OPERATION = Operation(
+    Backend("cuda", quadform_cuda, _cuda_unsupported),
+    Backend("triton", _triton, _triton_unsupported),
+    Backend("reference", _reference),
 )
-BACKENDS = tuple(backend.name for backend in _BACKENDS)
-
-
-def _choose(S: Tensor, v_dtype: torch.dtype, name: str | None) -> _Backend:
-    for backend in _BACKENDS:
-        if name not in (None, backend.name):
-            continue
-        reason = backend.unsupported(S, v_dtype)
-        if name is not None and reason is not None:
-            raise ValueError(f"backend={name!r} does not support these operands: {reason}")
-        # The interpreter is for tests: only an explicit choice takes it.
-        if name is None and not S.is_cuda and backend.name != "reference":
-            continue
-        if reason is None:
-            return backend
-    raise ValueError(f"backend={name!r}; expected None or one of {', '.join(BACKENDS)}")
+BACKENDS = _OPERATION.names
 
 
 def backend_of(S: Tensor, V: Tensor | tuple[Tensor, Tensor]) -> str:
     """The implementation that :func:`quadform_diag` uses for them: one of :data:`BACKENDS`."""
-    return _choose(S, _dtype(V) if isinstance(V, tuple) else V.dtype, None).name
+    return _OPERATION.choose(None, S, _dtype(V) if isinstance(V, tuple) else V.dtype).name
 
 
 def _dtype(factors: tuple[Tensor, Tensor]) -> torch.dtype:
@@ -226,11 +209,12 @@ def quadform_diag(
         rows, size = factor.shape[1], "A's k"
     if precision not in ("accurate", "fast"):
         raise ValueError(f"precision={precision!r}; expected 'accurate' or 'fast'")
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend={backend!r}; expected None or one of {', '.join(BACKENDS)}")
+    _OPERATION.check(backend)
     if isinstance(V, tuple):
-        return torch.ops.filet_kernels.quadform_product(S, *V, precision, backend)
-    return torch.ops.filet_kernels.quadform_diag(S, V, precision, backend)
+        q: Tensor = torch.ops.filet_kernels.quadform_product(S, *V, precision, backend)
+    else:
+        q = torch.ops.filet_kernels.quadform_diag(S, V, precision, backend)
+    return q
 
 
 def _quadform_op(
@@ -240,17 +224,18 @@ def _quadform_op(
     backend: str | None = None,
     workspace: int = _WORKSPACE,
 ) -> Tensor:
-    chosen = _choose(S, V.dtype, backend)
+    chosen = _OPERATION.choose(backend, S, V.dtype)
     if not V.numel():
         return _empty(S, V)
     with torch.autocast(S.device.type, enabled=False):  # it would round the products' operands
-        return chosen.run(S, V, precision, workspace)
+        q: Tensor = chosen.run(S, V, precision, workspace)
+    return q
 
 
 def _product_op(
     S: Tensor, A: Tensor, B: Tensor, precision: str, backend: str | None = None
 ) -> Tensor:
-    chosen = _choose(S, _dtype((A, B)), backend)
+    chosen = _OPERATION.choose(backend, S, _dtype((A, B)))
     total = S.new_zeros(B.shape[1], dtype=torch.float64)
     if S.numel():
         a = split(A) if chosen.name != "reference" else None
@@ -269,18 +254,14 @@ def _empty(S: Tensor, V: Tensor, *args: object) -> Tensor:
     return S.new_zeros(V.shape[1], dtype=torch.float64)
 
 
-# As in filet_kernels.syrk: torch.library.custom_op costs 24 µs a call instead of 3.
-_library = torch.library.Library("filet_kernels", "FRAGMENT")
-_library.define(
+define(
     "quadform_diag(Tensor S, Tensor V, str precision, str? backend=None, "
-    f"int workspace={_WORKSPACE}) -> Tensor"
+    f"int workspace={_WORKSPACE}) -> Tensor",
+    _quadform_op,
+    _empty,
 )
-_library.define(
-    "quadform_product(Tensor S, Tensor A, Tensor B, str precision, str? backend=None) -> Tensor"
-)
-_library.impl("quadform_diag", _quadform_op, "CompositeExplicitAutograd")
-_library.impl("quadform_product", _product_op, "CompositeExplicitAutograd")
-torch.library.register_fake("filet_kernels::quadform_diag", _empty)
-torch.library.register_fake(
-    "filet_kernels::quadform_product", lambda S, A, B, precision, backend=None: _empty(S, B)
+define(
+    "quadform_product(Tensor S, Tensor A, Tensor B, str precision, str? backend=None) -> Tensor",
+    _product_op,
+    lambda S, A, B, precision, backend=None: _empty(S, B),
 )

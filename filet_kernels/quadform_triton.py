@@ -15,21 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from filet_kernels.syrk_triton import INTERPRETED
+from filet_kernels.triton_common import PIECES, multiply, multiply_pieces
 
-__all__ = [
-    "CONFIGS",
-    "PIECES",
-    "TritonConfig",
-    "default_config",
-    "multiply_pieces",
-    "quadform_triton",
-]
-
-_INTERPRET = tl.constexpr(INTERPRETED)
-
-# How many bfloat16 numbers hold a value of this dtype to float32's precision (8 bits each).
-PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+__all__ = ["CONFIGS", "TritonConfig", "default_config", "quadform_triton"]
 
 
 @dataclass(frozen=True)
@@ -74,56 +62,12 @@ def default_config(p: int, capability: int, accurate: bool, element_size: int) -
 
 
 @triton.jit
-def _multiply(a, b, acc):
-    """acc + a b; the interpreter multiplies bfloat16 bit patterns (triton-lang/triton#11584)."""
-    if _INTERPRET:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def _piece(x):
-    """The leading bfloat16 of x, and what is left; x - piece is exact in float32."""
-    piece = x.to(tl.bfloat16)
-    return piece, x - piece.to(tl.float32)
-
-
-@triton.jit
-def multiply_pieces(s, v, acc, V_PIECES: tl.constexpr):
-    """acc + s v for float32 s in three bfloat16 pieces and v in V_PIECES, to float32's precision.
-
-    Products of pieces are exact; those below 2⁻²⁴ of the whole are left out. The tensor cores cut
-    off what they add below the last bit of a sum, so the block's sum starts at zero, with the small
-    products first, and is rounded into acc (as in :mod:`filet_kernels.syrk_triton`).
-    """
-    s0, rest = _piece(s)
-    s1, rest = _piece(rest)
-    s2 = rest.to(tl.bfloat16)
-    part = tl.zeros_like(acc)
-    if V_PIECES == 1:
-        v0 = v.to(tl.bfloat16)
-        part = _multiply(s2, v0, part)
-        part = _multiply(s1, v0, part)
-    else:
-        v0, rest = _piece(v.to(tl.float32))
-        v1, rest = _piece(rest)
-        part = _multiply(s2, v0, part)
-        part = _multiply(s1, v1, part)
-        if V_PIECES > 2:
-            part = _multiply(s0, rest.to(tl.bfloat16), part)
-        part = _multiply(s1, v0, part)
-        part = _multiply(s0, v1, part)
-    return acc + _multiply(s0, v0, part)
-
-
-@triton.jit
 def _step(acc, s, v, V_PIECES: tl.constexpr):
     """acc + s v, in pieces or, with V_PIECES = 0, with both rounded to bfloat16."""
     if V_PIECES > 0:
         acc = multiply_pieces(s, v, acc, V_PIECES)
     else:
-        acc = _multiply(s.to(tl.bfloat16), v.to(tl.bfloat16), acc)
+        acc = multiply(s.to(tl.bfloat16), v.to(tl.bfloat16), acc)
     return acc
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from filet_kernels.syrk import _on, _runs_triton
+from filet_kernels.dispatch import Backend, Operation, by_triton
 
 __all__ = ["LARGEST", "rounded_and_scaled", "rounded_and_scaled_reference"]
 
@@ -56,12 +56,22 @@ def rounded_and_scaled(
         kernel, where Triton is installed, and otherwise plain torch; the results are bitwise the
         same.
     """
-    if _runs_triton(V.device):
-        from filet_kernels.rounded_triton import rounded_and_scaled_triton
+    made: tuple[Tensor, Tensor, Tensor] = _OPERATION.choose(None, V).run(
+        V, scale, bias, dtype, flag
+    )
+    return made
 
-        with _on(V.device):
-            return rounded_and_scaled_triton(V, scale, bias, dtype, flag)
+
+def _reference(
+    V: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, flag: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     rounded, scaled, left_out = rounded_and_scaled_reference(V, scale, bias, dtype)
     if flag is not None:
         flag |= left_out.any()
     return rounded, scaled, left_out
+
+
+_OPERATION = Operation(
+    by_triton("filet_kernels.rounded_triton", "rounded_and_scaled_triton"),
+    Backend("reference", _reference),
+)

@@ -3,7 +3,7 @@
 This is the accumulation step of S_X = E[x xᵀ] and S_Y = E[g gᵀ] (FILet, arXiv 2605.01046,
 Algorithm 1); the division by the token count happens once, in :mod:`filet_kernels.energy`.
 
-Three implementations: the CUDA kernel of csrc/syrk_sm90.cu, the Triton kernel of
+Three implementations: the CUDA kernels of csrc/syrk_*_sm90.cu, the Triton kernel of
 :mod:`filet_kernels.syrk_triton`, and plain torch. The first that supports the operands is used.
 docs/kernels.md has the measurements.
 """
@@ -11,20 +11,26 @@ docs/kernels.md has the measurements.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
-import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from filet_kernels.dispatch import (
+    Backend,
+    Operation,
+    capability,
+    define,
+    has_tma_rows,
+    mutated,
+    on,
+    why_no_triton,
+)
 from filet_kernels.extension import cuda_extension, stream_of, why_no_extension
 
-__all__ = ["BACKENDS", "backend_of", "syrk_", "syrk_ragged_", "syrk_reference"]
+__all__ = ["BACKENDS", "backend_of", "syrk_", "syrk_ragged_", "syrk_reference", "turns_on"]
 
 _INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -35,7 +41,7 @@ _BLOCK = 512
 # Tokens of one launch. The tensor cores cut off what they add below the last bit of the sum, which
 # then falls short by up to T / 16 · 2⁻²⁴ of itself: 6e-5 for this many (measured on an H200, as for
 # the library's product), after which the sum goes on in C, rounded.
-TOKENS_A_SUM = 16384
+_TOKENS_A_SUM = 16384
 
 
 def syrk_reference(C: Tensor, X: Tensor, alpha: float, weights: Tensor | None) -> None:
@@ -56,32 +62,6 @@ def syrk_reference(C: Tensor, X: Tensor, alpha: float, weights: Tensor | None) -
         C[start:stop, start:stop].add_(torch.tril(left @ rows[:, start:stop]), alpha=alpha)
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _no_triton(operand: str, device: torch.device) -> str | None:
-    """Why Triton cannot run on the device of that operand, or None where it can."""
-    if not _has_triton():
-        return "Triton is not installed"
-    if device.type == "cuda":
-        return None if _capability(device) >= (8, 0) else "it needs compute capability 8.0"
-    if not _interpreted():
-        return f"{operand} is on {device}; expected a CUDA device, or TRITON_INTERPRET=1"
-    return None
-
-
-def _runs_triton(device: torch.device) -> bool:
-    """Whether elementwise operations run by Triton there; elsewhere they are plain torch."""
-    return device.type == "cuda" and _no_triton("it", device) is None
-
-
 def _reference(
     C: Tensor, X: Tensor, alpha: float, weights: Tensor | None, deterministic: bool
 ) -> None:
@@ -91,15 +71,7 @@ def _reference(
 
 def _triton_unsupported(C: Tensor, X: Tensor, weights: Tensor | None) -> str | None:
     wrong = None if C.dtype == torch.float32 else f"C is {C.dtype}; expected torch.float32"
-    return _no_triton("X", X.device) or wrong
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return why_no_triton("X", X.device) or wrong
 
 
 def _triton(
@@ -107,24 +79,14 @@ def _triton(
 ) -> None:
     from filet_kernels.syrk_triton import syrk_triton
 
-    with _on(X.device):
-        syrk_triton(C, X, alpha, weights, _turns(X.device) if deterministic else None)
-
-
-def has_tma_rows(matrix: Tensor) -> bool:
-    """Whether a tensor descriptor can describe it: contiguous, 16-byte aligned, separate rows."""
-    return (
-        matrix.stride(1) == 1
-        and matrix.stride(0) >= matrix.shape[1]
-        and matrix.stride(0) * matrix.element_size() % 16 == 0
-        and matrix.data_ptr() % 16 == 0
-    )
+    with on(X.device):
+        syrk_triton(C, X, alpha, weights, turns_on(X.device) if deterministic else None)
 
 
 def _cuda_unsupported(C: Tensor, X: Tensor, weights: Tensor | None) -> str | None:
     if not X.is_cuda:
         return f"X is on {X.device}; expected a CUDA device"
-    if _capability(X.device) != (9, 0):
+    if capability(X.device) != (9, 0):
         return "it needs compute capability 9.0"
     if X.dtype not in (torch.bfloat16, torch.float16) or C.dtype != torch.float32:
         return f"X is {X.dtype}, C is {C.dtype}; expected bfloat16 or float16, and float32"
@@ -142,13 +104,14 @@ def _cuda_unsupported(C: Tensor, X: Tensor, weights: Tensor | None) -> str | Non
 
 
 @functools.cache
-def _plan(device: torch.device, n: int) -> int:
+def _plan(device: torch.device, n: int) -> Any:
+    """Which CUDA kernel suits an n-wide C there, and its size: a ``SyrkPlan`` of the extension."""
     return cuda_extension().syrk_sm90_plan(n)
 
 
 def _cuda(C: Tensor, X: Tensor, alpha: float, weights: Tensor | None, deterministic: bool) -> None:
     tokens, n = X.shape
-    with _on(X.device):
+    with on(X.device):
         cuda_extension().syrk_sm90(
             c=C.data_ptr(),
             stride_c=C.stride(0),
@@ -159,15 +122,15 @@ def _cuda(C: Tensor, X: Tensor, alpha: float, weights: Tensor | None, determinis
             alpha=alpha,
             half=X.dtype == torch.float16,
             plan=_plan(X.device, n),
-            flags=_turns(X.device).data_ptr() if deterministic else 0,
+            flags=turns_on(X.device).data_ptr() if deterministic else 0,
             stream=stream_of(X.device),
         )
 
 
-_turns_of_stream: dict[tuple[torch.device, int], Tensor] = {}
+_kept_turns: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def _turns(device: torch.device) -> Tensor:
+def turns_on(device: torch.device) -> Tensor:
     """Zeros by which the parts of a tile take turns; every kernel leaves them zero.
 
     One set a stream, on which kernels follow each other. A graph gets its own, in its memory: it
@@ -177,49 +140,26 @@ def _turns(device: torch.device) -> Tensor:
         return torch.zeros(64, dtype=torch.int32)
     key = (device, stream_of(device))
     capturing = torch.cuda.is_current_stream_capturing()
-    if not capturing and key in _turns_of_stream:
-        return _turns_of_stream[key]
+    if not capturing and key in _kept_turns:
+        return _kept_turns[key]
     size = 4 * (torch.cuda.get_device_properties(device).multi_processor_count + 2)
     turns = torch.zeros(size, dtype=torch.int32, device=device)
     if not capturing:
-        _turns_of_stream[key] = turns
+        _kept_turns[key] = turns
     return turns
 
 
-@dataclass(frozen=True)
-class _Backend:
-    name: str
-    unsupported: Callable[[Tensor, Tensor, Tensor | None], str | None]  # why not, or None
-    run: Callable[[Tensor, Tensor, float, Tensor | None, bool], None]
-
-
-# In order of preference.
-_BACKENDS = (
-    _Backend("cuda", _cuda_unsupported, _cuda),
-    _Backend("triton", _triton_unsupported, _triton),
-    _Backend("reference", lambda C, X, weights: None, _reference),
+_SYRK = Operation(
+    Backend("cuda", _cuda, _cuda_unsupported),
+    Backend("triton", _triton, _triton_unsupported),
+    Backend("reference", _reference),
 )
-BACKENDS = tuple(backend.name for backend in _BACKENDS)
-
-
-def _choose(C: Tensor, X: Tensor, weights: Tensor | None, name: str | None) -> _Backend:
-    for backend in _BACKENDS:
-        if name not in (None, backend.name):
-            continue
-        reason = backend.unsupported(C, X, weights)
-        if name is not None and reason is not None:
-            raise ValueError(f"backend={name!r} does not support these operands: {reason}")
-        # The interpreter is for tests: only an explicit choice takes it.
-        if name is None and not X.is_cuda and backend.name != "reference":
-            continue
-        if reason is None:
-            return backend
-    raise ValueError(f"backend={name!r}; expected None or one of {', '.join(BACKENDS)}")
+BACKENDS = _SYRK.names
 
 
 def backend_of(C: Tensor, X: Tensor, weights: Tensor | None = None) -> str:
     """The implementation that :func:`syrk_` uses for such operands: one of :data:`BACKENDS`."""
-    return _choose(C, X, weights, None).name
+    return _SYRK.choose(None, C, X, weights).name
 
 
 def syrk_(
@@ -262,8 +202,7 @@ def syrk_(
         RuntimeError: the driver refused the launch; C is unchanged.
     """
     _check(C, X, weights)
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend={backend!r}; expected None or one of {', '.join(BACKENDS)}")
+    _SYRK.check(backend)
     if X.dim() == 3 and X.stride(0) == X.stride(1) * X.shape[1]:
         X = X.flatten(0, 1)
         weights = None if weights is None else weights.flatten()
@@ -304,12 +243,6 @@ def _check(C: Tensor, X: Tensor, weights: Tensor | None) -> None:
             raise TypeError(f"weights is {weights.dtype}; expected bool, integer or floating")
 
 
-def _mutated(C: Tensor) -> None:
-    """Let autograd know, as custom_op would."""
-    if not C.is_inference():
-        torch.autograd.graph.increment_version(C)
-
-
 def _syrk_op(
     C: Tensor,
     X: Tensor,
@@ -318,13 +251,13 @@ def _syrk_op(
     deterministic: bool = True,
     backend: str | None = None,
 ) -> None:
-    chosen = _choose(C, X, weights, backend)
+    chosen = _SYRK.choose(backend, C, X, weights)
     if X.numel():
-        for start in range(0, X.shape[0], TOKENS_A_SUM):
-            part = slice(start, start + TOKENS_A_SUM)
+        for start in range(0, X.shape[0], _TOKENS_A_SUM):
+            part = slice(start, start + _TOKENS_A_SUM)
             counted = None if weights is None else weights[part]
             chosen.run(C, X[part], alpha, counted, deterministic)
-        _mutated(C)
+        mutated(C)
 
 
 def syrk_ragged_(
@@ -372,34 +305,41 @@ def syrk_ragged_(
     return C
 
 
+def _ragged_triton(C: Tensor, X: Tensor, offsets: Tensor, alpha: float) -> None:
+    from filet_kernels.syrk_triton import syrk_ragged_triton
+
+    with on(X.device):
+        syrk_ragged_triton(C, X, offsets, alpha, turns_on(X.device), _TOKENS_A_SUM)
+
+
+def _ragged_reference(C: Tensor, X: Tensor, offsets: Tensor, alpha: float) -> None:
+    for group, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        _reference(C[group], X[begin:end], alpha, None, True)
+
+
+_RAGGED = Operation(
+    Backend("triton", _ragged_triton, _triton_unsupported),
+    Backend("reference", _ragged_reference),
+)
+
+
 def _ragged_op(
     C: Tensor, X: Tensor, offsets: Tensor, alpha: float, backend: str | None = None
 ) -> None:
     if not C.numel() or not X.numel():
         return
-    reason = _triton_unsupported(C[0], X, None)
-    if backend == "triton" and reason is not None:
-        raise ValueError(f"backend='triton' does not support these operands: {reason}")
-    if backend == "triton" or (backend is None and X.is_cuda and reason is None):
-        from filet_kernels.syrk_triton import syrk_ragged_triton
-
-        with _on(X.device):
-            syrk_ragged_triton(C, X, offsets, alpha, _turns(X.device))
-    else:
-        for group, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
-            _reference(C[group], X[begin:end], alpha, None, True)
-    _mutated(C)
+    _RAGGED.choose(backend, C, X, None).run(C, X, offsets, alpha)
+    mutated(C)
 
 
-# torch.library.custom_op does the same, at 24 µs a call instead of 3 (torch 2.13, one CPU core).
-_library = torch.library.Library("filet_kernels", "FRAGMENT")
-_library.define(
+define(
     "syrk_(Tensor(a!) C, Tensor X, float alpha, Tensor? weights, bool deterministic=True, "
-    "str? backend=None) -> ()"
+    "str? backend=None) -> ()",
+    _syrk_op,
+    lambda *args, **kwargs: None,
 )
-_library.define(
-    "syrk_ragged_(Tensor(a!) C, Tensor X, Tensor offsets, float alpha, str? backend=None) -> ()"
+define(
+    "syrk_ragged_(Tensor(a!) C, Tensor X, Tensor offsets, float alpha, str? backend=None) -> ()",
+    _ragged_op,
+    lambda *args, **kwargs: None,
 )
-for _name, _implementation in (("syrk_", _syrk_op), ("syrk_ragged_", _ragged_op)):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"filet_kernels::{_name}", lambda *args, **kwargs: None)

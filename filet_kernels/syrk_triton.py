@@ -17,15 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from filet_kernels.syrk import TOKENS_A_SUM, has_tma_rows
+from filet_kernels.dispatch import has_tma_rows
+from filet_kernels.triton_common import PIECES, multiply, multiply_pieces
 
 __all__ = ["CONFIGS", "TritonConfig", "default_config", "syrk_ragged_triton", "syrk_triton"]
-
-INTERPRETED: bool = triton.knobs.runtime.interpret
-_INTERPRET = tl.constexpr(INTERPRETED)
-
-# How many bfloat16 numbers hold a value of this dtype to float32's precision (8 bits each).
-_PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 @dataclass(frozen=True)
@@ -106,49 +101,6 @@ def _block_of(index, count, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _multiply(a, b, acc):
-    """acc + aᵀ b; the interpreter multiplies bfloat16 bit patterns (triton-lang/triton#11584)."""
-    if _INTERPRET:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a.T, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def _piece(x):
-    """The leading bfloat16 of x, and what is left; x - piece is exact in float32."""
-    piece = x.to(tl.bfloat16)
-    return piece, x - piece.to(tl.float32)
-
-
-@triton.jit
-def _multiply_pieces(a, b, acc, B_PIECES: tl.constexpr):
-    """acc + aᵀ b for float32 a in three bfloat16 pieces and b in B_PIECES, to float32's precision.
-
-    Products of pieces are exact; those below 2⁻²⁴ of the whole are left out. The tensor cores cut
-    off what they add below the last bit of a sum, so the block's sum starts at zero, with the small
-    products first, and is rounded into acc: cut off at every step, in any order, float32 energies
-    of SmolLM2-135M were wrong by up to 3.8e-4 (H200).
-    """
-    a0, rest = _piece(a)
-    a1, rest = _piece(rest)
-    a2 = rest.to(tl.bfloat16)
-    b0, rest = _piece(b)
-    part = tl.zeros_like(acc)
-    part = _multiply(a2, b0, part)
-    if B_PIECES > 1:
-        b1, rest = _piece(rest)
-        part = _multiply(a1, b1, part)
-        if B_PIECES > 2:
-            part = _multiply(a0, rest.to(tl.bfloat16), part)
-        part = _multiply(a1, b0, part)
-        part = _multiply(a0, b1, part)
-    else:
-        part = _multiply(a1, b0, part)
-    return acc + _multiply(a0, b0, part)
-
-
-@triton.jit
 def _accumulate_tile(
     acc, x_m, x_n, weights_ptr, row0, col0, first_token, last_token, k_begin, k_end, n,
     stride_xt, stride_xn, stride_w,
@@ -160,7 +112,7 @@ def _accumulate_tile(
         if TMA:
             a = x_m.load([first_token + k * TILE_K, row0])
             b = x_n.load([first_token + k * TILE_K, col0])
-            acc = _multiply(a, b, acc)
+            acc = multiply(a, b, acc, TRANSPOSED=True)
         else:
             tokens = first_token.to(tl.int64) + k * TILE_K + tl.arange(0, TILE_K)
             counted = tokens < last_token
@@ -180,11 +132,11 @@ def _accumulate_tile(
             )  # fmt: skip
             if WEIGHTS == 2:
                 scaled = a.to(tl.float32) * w.to(tl.float32)[:, None]
-                acc = _multiply_pieces(scaled, b.to(tl.float32), acc, PIECES)
+                acc = multiply_pieces(scaled, b.to(tl.float32), acc, PIECES, TRANSPOSED=True)
             elif PIECES == 3:
-                acc = _multiply_pieces(a, b, acc, PIECES)
+                acc = multiply_pieces(a, b, acc, PIECES, TRANSPOSED=True)
             else:
-                acc = _multiply(a, b, acc)
+                acc = multiply(a, b, acc, TRANSPOSED=True)
     return acc
 
 
@@ -343,7 +295,7 @@ def syrk_triton(
     tokens, n = X.shape
     programs, capability = _device_limits(X.device)
     kind = 0 if weights is None else 1 if weights.dtype == torch.bool else 2
-    pieces = _PIECES[X.dtype] if kind == 2 or X.dtype == torch.float32 else 1
+    pieces = PIECES[X.dtype] if kind == 2 or X.dtype == torch.float32 else 1
     tma = kind == 0 and X.element_size() == 2 and has_tma_rows(X)
     if config is None:
         config = default_config(n, capability, tma, 3 if kind == 2 else pieces)
@@ -365,8 +317,13 @@ def syrk_triton(
     )  # fmt: skip
 
 
-def syrk_ragged_triton(C: Tensor, X: Tensor, offsets: Tensor, alpha: float, flags: Tensor) -> None:
-    """C[e] += alpha Σ x_t x_tᵀ over the rows offsets[e] ... offsets[e + 1] of X, in one launch."""
+def syrk_ragged_triton(
+    C: Tensor, X: Tensor, offsets: Tensor, alpha: float, flags: Tensor, tokens_a_sum: int
+) -> None:
+    """C[e] += alpha Σ x_t x_tᵀ over the rows offsets[e] ... offsets[e + 1] of X, in one launch.
+
+    ``flags`` as in :func:`syrk_triton`. Sums over ``tokens_a_sum`` rows are rounded.
+    """
     groups, n, _ = C.shape
     programs, capability = _device_limits(X.device)
     pieces = 3 if X.dtype == torch.float32 else 1
@@ -374,6 +331,6 @@ def syrk_ragged_triton(C: Tensor, X: Tensor, offsets: Tensor, alpha: float, flag
     _syrk_ragged_kernel[(programs,)](
         C, X, offsets, flags, n, groups, alpha, *C.stride(), *X.stride(), *offsets.stride(),
         GROUPS=triton.next_power_of_2(groups), TILE=config.tile_m, TILE_K=config.tile_k, GROUP=8,
-        MIN_STEPS=8, LONGEST=TOKENS_A_SUM // config.tile_k, PIECES=pieces,
+        MIN_STEPS=8, LONGEST=tokens_a_sum // config.tile_k, PIECES=pieces,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

@@ -9,23 +9,28 @@ import torch
 
 from filet_kernels import Moments, fisher_energies
 from filet_kernels.extension import cuda_extension
-from filet_kernels.quadform import _cuda
-from filet_kernels.syrk import _turns
+from filet_kernels.quadform import quadform_cuda
+from filet_kernels.syrk import turns_on
 
-SYRK_PLANS = (12, 13, 4128, 2160, 2192, 0)  # csrc/include/filet/syrk.h
+# Kernels and their sizes: csrc/include/filet/syrk.h.
+SYRK_PLANS = (
+    ("share", 2), ("share", 3), ("grid", 128), ("grid", 160), ("grid", 192), ("pairs", 0),
+)  # fmt: skip
 
 
-def syrk(n: int, tokens: int, plan: int) -> None:
+def syrk(n: int, tokens: int, kernel: str, size: int) -> None:
+    extension = cuda_extension()
+    plan = extension.SyrkPlan(getattr(extension.SyrkKernel, kernel), size)
     X = torch.randn(tokens, n, device="cuda").bfloat16()
     C = torch.zeros(n, n, device="cuda")
     for _ in range(2):
-        cuda_extension().syrk_sm90(
+        extension.syrk_sm90(
             c=C.data_ptr(), stride_c=n, x=X.data_ptr(), stride_x=n, n=n, tokens=tokens, alpha=1.0,
-            half=False, plan=plan, flags=_turns(X.device).data_ptr(),
+            half=False, plan=plan, flags=turns_on(X.device).data_ptr(),
             stream=torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
     error = (C.double() - 2 * X.double().T @ X.double()).tril().abs().max()
-    assert error < 1e-3, f"syrk n={n}, T={tokens}, plan={plan}: error {error}"
+    assert error < 1e-3, f"syrk n={n}, T={tokens}, {kernel} {size}: error {error}"
 
 
 def quadform(n: int, p: int, dtype: torch.dtype, precision: str, portable: bool) -> None:
@@ -33,7 +38,7 @@ def quadform(n: int, p: int, dtype: torch.dtype, precision: str, portable: bool)
     low = S.tril().double()
     full, v = low + low.tril(-1).T, V.double()
     # So little workspace that the columns of V come in parts.
-    error = (_cuda(S, V, precision, 2**20, portable) - (v * (full @ v)).sum(0)).abs()
+    error = (quadform_cuda(S, V, precision, 2**20, portable) - (v * (full @ v)).sum(0)).abs()
     bound = (v.abs() * (full.abs() @ v.abs())).sum(0) * (5e-7 if precision == "accurate" else 2e-2)
     assert (error <= bound).all(), f"quadform {n} × {p}, {dtype}, {precision}: error {error.max()}"
 
@@ -53,7 +58,7 @@ def energies(m: int, n: int, shared: bool = False) -> None:
 def main() -> None:
     for n, tokens in ((520, 150), (136, 70)):
         for plan in SYRK_PLANS:
-            syrk(n, tokens, plan)
+            syrk(n, tokens, *plan)
     for dtype in (torch.bfloat16, torch.float32):
         for precision in ("fast", "accurate"):
             for portable in (False, True):

@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 import oracle
 from filet_kernels import Moments, SecondMoment, energy, fisher_energies
-from filet_kernels.product import _add_product, column_sums, mirror_, product, split, transposed
+from filet_kernels.product import add_product, column_sums, mirror_, product, split, transposed
 from with_triton import needs_triton, skip_interpreter
 
 CUDA = torch.cuda.is_available()
@@ -196,9 +196,9 @@ def test_products_have_float32s_precision(a_dtype, b_dtype, device):
 def test_the_first_product_overwrites(device):
     C = torch.full((4, 3), float("nan"), device=device)
     A, B = torch.ones(4, 8, device=device).half(), torch.ones(8, 3, device=device).half()
-    _add_product(C, A, B, 0.5, anew=True)
+    add_product(C, A, B, 0.5, anew=True)
     assert (C == 4).all()
-    _add_product(C, A, B, 0.25, anew=False)
+    add_product(C, A, B, 0.25, anew=False)
     assert (C == 6).all()
     empty = torch.zeros(4, 0, device=device), torch.zeros(0, 3, device=device)
     C, scale = product(split(empty[0]), split(empty[1], columns=True))

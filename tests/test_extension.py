@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from filet_kernels import _build, extension
+from filet_kernels import build, extension
 from filet_kernels.extension import cuda_extension, why_no_extension
 
 # Compiles in two seconds, where csrc/ takes many.
@@ -32,7 +32,7 @@ static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", "", -1, methods};
 PyMODINIT_FUNC PyInit__cuda() { return PyModule_Create(&module); }
 """,
 }
-LACKING = _build.missing(_build.SOURCES)
+LACKING = build.missing(build.SOURCES)
 needs_nvcc = pytest.mark.skipif(LACKING is not None, reason=f"nothing can be compiled: {LACKING}")
 
 # Another process: as setup.py does, without importing torch.
@@ -46,7 +46,7 @@ def load(name, path):
     spec.loader.exec_module(module)
     return module
 
-print(load("_cuda", load("_build", sys.argv[1]).cached(pathlib.Path(sys.argv[2]))).answer())
+print(load("_cuda", load("build", sys.argv[1]).cached(pathlib.Path(sys.argv[2]))).answer())
 """
 
 
@@ -64,7 +64,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, text in STAND_IN.items():
         (sources / name).parent.mkdir(parents=True, exist_ok=True)
         (sources / name).write_text(text)
-    monkeypatch.setattr(_build, "SOURCES", sources)
+    monkeypatch.setattr(build, "SOURCES", sources)
     monkeypatch.setattr(extension, "_no_gpu", lambda: None)
     monkeypatch.setenv("FILET_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FILET_BUILD_CUDA", raising=False)
@@ -88,12 +88,13 @@ def test_it_is_there_where_it_can_be() -> None:
 def test_a_failed_launch_says_why() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     C, X = torch.zeros(128, 128, device=device), torch.zeros(8, 128, device=device).bfloat16()
+    cuda = cuda_extension()
     # Rows of 3 elements are no tensor map; without a driver nothing is.
     words = "invalid tensor map" if device == "cuda" else "driver"
     with pytest.raises(RuntimeError, match=rf"syrk_: launch failed with status -?\d+: .*{words}"):
-        cuda_extension().syrk_sm90(
+        cuda.syrk_sm90(
             c=C.data_ptr(), stride_c=128, x=X.data_ptr(), stride_x=3, n=128, tokens=8, alpha=1.0,
-            half=False, plan=0, flags=0, stream=0,
+            half=False, plan=cuda.SyrkPlan(cuda.SyrkKernel.pairs), flags=0, stream=0,
         )  # fmt: skip
     assert not C.any()
 
@@ -108,7 +109,7 @@ def test_the_first_use_compiles_and_the_next_process_does_not(
     def refuse(*args: object) -> None:
         raise RuntimeError("compiled again")
 
-    monkeypatch.setattr(_build, "compile_to", refuse)
+    monkeypatch.setattr(build, "compile_to", refuse)
     forget(monkeypatch)
     assert cuda_extension().answer() == 42
     with open(sources / "include/filet/answer.h", "a") as header:
@@ -120,7 +121,7 @@ def test_the_first_use_compiles_and_the_next_process_does_not(
 
 @needs_nvcc
 def test_two_processes_at_once(sources: Path) -> None:
-    command = [sys.executable, "-c", ONE_OF_TWO, _build.__file__, str(sources)]
+    command = [sys.executable, "-c", ONE_OF_TWO, build.__file__, str(sources)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
     printed = [process.communicate() for process in processes]
@@ -172,6 +173,6 @@ def test_nothing_is_compiled_that_no_gpu_here_runs(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(capability is not None))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=version))
-    monkeypatch.setattr(_build, "find_nvcc", lambda: _build.Nvcc("nvcc", "13.0", 13))
+    monkeypatch.setattr(build, "find_nvcc", lambda: build.Nvcc("nvcc", "13.0", 13))
     reason = extension._no_gpu()
     assert words in str(reason) if words else reason is None

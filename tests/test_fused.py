@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 
 import filet.model.fused
 from filet.model.fused import fused
-from filet_kernels.rotary import rotary_reference
+from filet_kernels.elementwise.rotary import rotary_reference
 from models import assert_energies, case, energies_of, llama, loader, peft_of
 
 Change = Callable[[Any, Tensor, Callable[[Tensor], Tensor]], Any]

@@ -31,7 +31,7 @@ def backend(request, device):
 
 def run(S, V, backend, precision="accurate"):
     if backend == "cuda-8.0":
-        return quadform._cuda(S, V, precision, quadform._WORKSPACE, portable=True)
+        return quadform.quadform_cuda(S, V, precision, quadform._WORKSPACE, portable=True)
     return quadform_diag(S, V, precision=precision, backend=backend)
 
 
@@ -191,7 +191,7 @@ def test_columns_of_v_in_parts(precision, v_dtype, device, backend):
     if "cuda" not in backend:
         pytest.skip("it does not copy V")
     S, V, _, _ = make(300, 1100, device, v_dtype)
-    in_parts = quadform._cuda(S, V, precision, 1, portable=backend != "cuda" or None)
+    in_parts = quadform.quadform_cuda(S, V, precision, 1, portable=backend != "cuda" or None)
     assert torch.equal(in_parts, run(S, V, backend, precision))
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from filet_kernels.rms_norm import WIDEST, rms_norm
+from filet_kernels.elementwise.rms_norm import WIDEST, rms_norm
 from with_triton import NO_TRITON
 
 CUDA = torch.cuda.is_available()
@@ -32,7 +32,7 @@ def with_gradient(function, x, weight, gradient):
 
 
 def triton_runs(x, weight, gradient):
-    from filet_kernels.rms_norm_triton import backward, forward
+    from filet_kernels.elementwise.rms_norm_triton import backward, forward
 
     y, r = forward(x, weight, EPS)
     return y, backward(gradient, x, weight, r)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from filet_kernels.rotary import rotary, rotary_reference
+from filet_kernels.elementwise.rotary import rotary, rotary_reference
 from with_triton import NO_TRITON
 
 CUDA = torch.cuda.is_available()
@@ -41,7 +41,7 @@ def with_gradients(function, q, k, cos, sin, dq, dk):
 
 
 def triton_runs(q, k, cos, sin, dq, dk):
-    from filet_kernels.rotary_triton import rotary_triton
+    from filet_kernels.elementwise.rotary_triton import rotary_triton
 
     return [*rotary_triton(q, k, cos, sin), *rotary_triton(dq, dk, cos, sin, back=True)]
 

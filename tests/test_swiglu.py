@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from filet_kernels.swiglu import swiglu
+from filet_kernels.elementwise.swiglu import swiglu
 from with_triton import NO_TRITON
 
 CUDA = torch.cuda.is_available()
@@ -29,7 +29,7 @@ def with_gradients(function, gate, up, gradient):
 
 
 def triton_runs(gate, up, gradient):
-    from filet_kernels.swiglu_triton import backward, forward
+    from filet_kernels.elementwise.swiglu_triton import backward, forward
 
     return forward(gate, up), *backward(gradient, gate, up)
 

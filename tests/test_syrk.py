@@ -7,12 +7,15 @@ from hypothesis import strategies as st
 
 from filet_kernels import syrk_, syrk_ragged_
 from filet_kernels.extension import cuda_extension, why_no_extension
-from filet_kernels.syrk import BACKENDS, _turns, backend_of
+from filet_kernels.syrk import BACKENDS, backend_of, turns_on
 from with_triton import NO_TRITON, needs_triton, skip_interpreter
 
 CUDA = torch.cuda.is_available()
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 EPS = torch.finfo(torch.float32).eps
+# The CUDA kernels and their sizes: csrc/include/filet/syrk.h.
+PLANS = [("pairs", 0), *(("share", size) for size in (2, 3, 5, 8))]
+PLANS += [("grid", columns) for columns in (128, 160, 192)]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -335,7 +338,7 @@ def test_every_triton_configuration(index, device):
         if config.unsupported(10 * major + minor, tma=True, pieces=1):
             pytest.skip(f"{config.name} does not run here")
     X = make(1000, 328, torch.bfloat16, device)
-    C, turns = poisoned(328, device, value=1.0), _turns(device)
+    C, turns = poisoned(328, device, value=1.0), turns_on(device)
     syrk_triton(C, X, 0.5, None, turns, config)
     check(C, X, start=torch.ones_like(C), alpha=0.5)
     assert not turns.any()
@@ -409,10 +412,11 @@ def test_every_plan(T, n):
     if why_no_extension():
         pytest.skip(why_no_extension())
     X = make(T, n, torch.bfloat16, "cuda")
-    turns = _turns(X.device)
-    for plan in (0, 12, 13, 15, 18, 2160, 2192, 4128):
+    turns, extension = turns_on(X.device), cuda_extension()
+    for kernel, size in PLANS:
+        plan = extension.SyrkPlan(getattr(extension.SyrkKernel, kernel), size)
         C = poisoned(n, "cuda", value=1.0)
-        cuda_extension().syrk_sm90(
+        extension.syrk_sm90(
             c=C.data_ptr(), stride_c=n, x=X.data_ptr(), stride_x=n, n=n, tokens=T, alpha=0.5,
             half=False, plan=plan, flags=turns.data_ptr(),
             stream=torch.cuda.current_stream().cuda_stream,

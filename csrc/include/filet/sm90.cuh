@@ -265,6 +265,12 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[N]) {
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+template <int M, int N>
+__device__ __forceinline__ void wgmma_pin(float (&d)[M][N]) {
+#pragma unroll
+    for (int i = 0; i < M; ++i) wgmma_pin(d[i]);
+}
+
 // Descriptor of an M- or N-major 16-bit operand of boxes [k][BOX], swizzled over their rows (64: 128
 // bytes, 32: 64 bytes): 8 rows of k are 16 BOX bytes apart, the next BOX of M or N lie `box_bytes`
 // further on. CUTLASS documents the format (cute/arch/mma_sm90_desc.hpp).

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from filet.model.overrides import Forwards
-from filet_kernels.rms_norm import WIDEST, rms_norm, rms_norm_reference
-from filet_kernels.rotary import rotary, rotary_reference, unfit
-from filet_kernels.swiglu import swiglu, swiglu_reference
-from filet_kernels.syrk import _runs_triton
+from filet_kernels.dispatch import runs_triton
+from filet_kernels.elementwise.rms_norm import WIDEST, rms_norm, rms_norm_reference
+from filet_kernels.elementwise.rotary import rotary, rotary_reference, unfit
+from filet_kernels.elementwise.swiglu import swiglu, swiglu_reference
 
 __all__ = ["FUSES_ON", "fused", "has_hooks"]
 
@@ -178,7 +178,7 @@ def _fuses(x: Any) -> bool:
         and type(x) is Tensor
         and x.device.type in FUSES_ON
         and x.dtype in _DTYPES
-        and (_runs_triton(x.device) or not x.is_cuda)
+        and (runs_triton(x.device) or not x.is_cuda)
         and not torch.is_autocast_enabled(x.device.type)
     )
 

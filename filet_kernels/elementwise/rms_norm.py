@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from filet_kernels.syrk import _on, _runs_triton
+from filet_kernels.dispatch import Backend, Operation, by_triton
 
 __all__ = ["WIDEST", "rms_norm", "rms_norm_reference"]
 
@@ -58,7 +58,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         raise ValueError(f"weight is on {weight.device}; expected {x.device}, as x")
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight asks for a gradient; expected weight.requires_grad_(False)")
-    y: Tensor = _RMSNorm.apply(x, weight, eps)
+    y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -75,17 +75,17 @@ def _backward_reference(gradient: Tensor, x: Tensor, weight: Tensor, r: Tensor) 
     return (r * (d - v * (d * v).mean(-1, keepdim=True))).to(x.dtype)
 
 
+_TRITON = "filet_kernels.elementwise.rms_norm_triton"
+_FORWARD = Operation(by_triton(_TRITON, "forward"), Backend("reference", rms_norm_reference))
+_BACKWARD = Operation(by_triton(_TRITON, "backward"), Backend("reference", _backward_reference))
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
-        if _runs_triton(x.device):
-            from filet_kernels.rms_norm_triton import forward
-
-            with _on(x.device):
-                y, r = forward(x, weight, eps)
-        else:
-            y, r = rms_norm_reference(x, weight, eps)
+        y: Tensor
+        y, r = _FORWARD.choose(None, x).run(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
         return y
 
@@ -94,9 +94,4 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, r = ctx.saved_tensors
         gradient = gradient.contiguous()
-        if _runs_triton(x.device):
-            from filet_kernels.rms_norm_triton import backward
-
-            with _on(x.device):
-                return backward(gradient, x, weight, r), None, None
-        return _backward_reference(gradient, x, weight, r), None, None
+        return _BACKWARD.choose(None, x).run(gradient, x, weight, r), None, None

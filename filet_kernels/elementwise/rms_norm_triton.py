@@ -1,4 +1,4 @@
-"""Triton kernels of :mod:`filet_kernels.rms_norm`; by itself, since Triton is optional."""
+"""Triton kernels of :mod:`~filet_kernels.elementwise.rms_norm`; apart, since Triton is optional."""
 
 from __future__ import annotations
 

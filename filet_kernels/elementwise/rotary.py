@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from filet_kernels.syrk import _on, _runs_triton
+from filet_kernels.dispatch import Backend, Operation, by_triton
 
 __all__ = ["rotary", "rotary_reference", "unfit"]
 
@@ -43,7 +43,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     wrong = unfit(q, k, cos, sin)
     if wrong is not None:
         raise wrong
-    turned: tuple[Tensor, Tensor] = _Rotary.apply(q, k, cos, sin)
+    turned: tuple[Tensor, Tensor] = _Rotary.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
     return turned
 
 
@@ -89,25 +89,27 @@ def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False)
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
-def _turned(
+def _both(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False
 ) -> tuple[Tensor, Tensor]:
-    if _runs_triton(q.device):
-        from filet_kernels.rotary_triton import rotary_triton
-
-        with _on(q.device):
-            return rotary_triton(q, k, cos, sin, back=back)
     return rotary_reference(q, cos, sin, back=back), rotary_reference(k, cos, sin, back=back)
+
+
+_TURN = Operation(
+    by_triton("filet_kernels.elementwise.rotary_triton", "rotary_triton"),
+    Backend("reference", _both),
+)
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _turned(q, k, cos, sin)
+        turned: tuple[Tensor, Tensor] = _TURN.choose(None, q).run(q, k, cos, sin)
+        return turned
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> Any:
         cos, sin = ctx.saved_tensors
-        return *_turned(dq, dk, cos, sin, back=True), None, None
+        return *_TURN.choose(None, dq).run(dq, dk, cos, sin, back=True), None, None

@@ -1,4 +1,4 @@
-"""Triton kernel of :mod:`filet_kernels.rotary`; by itself, since Triton is optional."""
+"""Triton kernel of :mod:`~filet_kernels.elementwise.rotary`; apart, since Triton is optional."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _kernel(
 def rotary_triton(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`filet_kernels.rotary.rotary_reference`, of q and of k; in one launch."""
+    """What ``rotary_reference`` gives, of q and of k; in one launch."""
     q, k, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, cos, sin))
     yq, yk = map(_empty, (q, k))
     half = q.shape[3] // 2

@@ -1,4 +1,4 @@
-"""Triton kernels of :mod:`filet_kernels.swiglu`; by itself, since Triton is optional."""
+"""Triton kernels of :mod:`~filet_kernels.elementwise.swiglu`; apart, since Triton is optional."""
 
 from __future__ import annotations
 

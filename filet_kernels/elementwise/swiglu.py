@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from filet_kernels.syrk import _on, _runs_triton
+from filet_kernels.dispatch import Backend, Operation, by_triton
 
 __all__ = ["swiglu", "swiglu_reference"]
 
@@ -49,7 +49,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
             f"gate is {tuple(gate.shape)} on {gate.device}, up {tuple(up.shape)} on {up.device}; "
             "expected the same"
         )
-    z: Tensor = _SwiGLU.apply(gate, up)
+    z: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
     return z
 
 
@@ -64,26 +64,22 @@ def _backward_reference(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Ten
     return (d * (s * (1 + a * (1 - s)))).to(gate.dtype), gradient * F.silu(gate)
 
 
+_TRITON = "filet_kernels.elementwise.swiglu_triton"
+_FORWARD = Operation(by_triton(_TRITON, "forward"), Backend("reference", swiglu_reference))
+_BACKWARD = Operation(by_triton(_TRITON, "backward"), Backend("reference", _backward_reference))
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        if _runs_triton(gate.device):
-            from filet_kernels.swiglu_triton import forward
-
-            with _on(gate.device):
-                return forward(gate, up)
-        return swiglu_reference(gate, up)
+        z: Tensor = _FORWARD.choose(None, gate).run(gate, up)
+        return z
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         gate, up = ctx.saved_tensors
         gradient = gradient.contiguous()
-        if _runs_triton(gate.device):
-            from filet_kernels.swiglu_triton import backward
-
-            with _on(gate.device):
-                return backward(gradient, gate, up)
-        return _backward_reference(gradient, gate, up)
+        return _BACKWARD.choose(None, gate).run(gradient, gate, up)
