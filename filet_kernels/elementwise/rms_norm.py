@@ -58,7 +58,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         raise ValueError(f"weight is on {weight.device}; expected {x.device}, as x")
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight asks for a gradient; expected weight.requires_grad_(False)")
-    y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    y: Tensor = _RMSNorm.apply(x, weight, eps)
     return y
 
 

@@ -43,7 +43,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     wrong = unfit(q, k, cos, sin)
     if wrong is not None:
         raise wrong
-    turned: tuple[Tensor, Tensor] = _Rotary.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
+    turned: tuple[Tensor, Tensor] = _Rotary.apply(q, k, cos, sin)
     return turned
 
 

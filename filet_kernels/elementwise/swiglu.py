@@ -49,7 +49,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
             f"gate is {tuple(gate.shape)} on {gate.device}, up {tuple(up.shape)} on {up.device}; "
             "expected the same"
         )
-    z: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    z: Tensor = _SwiGLU.apply(gate, up)
     return z
 
 
