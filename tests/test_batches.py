@@ -29,7 +29,7 @@ from transformers import (
 
 import filet
 from filet import FiletConfig
-from filet.loss.summed import SummedLoss
+from filet.loss.sampling import uniform
 from filet.model.batch import first_samples, is_divisible
 from filet.model.inputs import Inputs
 from models import (
@@ -375,7 +375,7 @@ def test_one_row_of_positions_is_that_of_all_samples() -> None:
 
 def test_the_draw_of_a_sample_stays_what_it_is() -> None:
     """Of text and of pictures, from one version to the next."""
-    loss = SummedLoss(FiletConfig(fisher="sampled", seed=3), nn.Linear(1, 1))
+    config = FiletConfig(fisher="sampled", seed=3)
     ids = torch.tensor([[3, 4, 5, 0], [6, 7, 8, 9]])
     text = {
         "input_ids": ids,
@@ -386,7 +386,7 @@ def test_the_draw_of_a_sample_stays_what_it_is() -> None:
     }
     pictures = {"pixel_values": torch.arange(24.0).view(2, 3, 2, 2), "labels": torch.arange(2)}
     expected = [0.11264118215436747, 0.5553817246628461, 0.7108794740072868, 0.703958782999395]
-    found = [float(loss.uniform(batch, i, 1)) for batch in (text, pictures) for i in range(2)]
+    found = [float(uniform(config, batch, i, 1)) for batch in (text, pictures) for i in range(2)]
     assert found == expected
 
 

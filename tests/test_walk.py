@@ -1106,9 +1106,9 @@ def test_y_and_h_are_handed_on(
 ) -> None:
     """What a GPU does, on every device, against the products formed once more; padding included."""
     c = case(kind)
-    monkeypatch.setattr("filet.collect.hooks.HANDS_ON", set())
+    monkeypatch.setattr("filet.collect.unrounded.HANDS_ON", set())
     expected = energies_of(peft_of(c, device, dtype), loader(c.samples), share_inputs=False)
-    monkeypatch.setattr("filet.collect.hooks.HANDS_ON", {"cpu", "cuda"})
+    monkeypatch.setattr("filet.collect.unrounded.HANDS_ON", {"cpu", "cuda"})
     taken: dict[str, int] = {}
     for name in ("take_y", "take_h"):
         plain = getattr(MomentHooks, name)
@@ -1160,7 +1160,7 @@ def test_float16_gradients_do_not_underflow(
 
     # 11 bits in x, y, g and h and in all of the model's own arithmetic.
     assert error() <= 5e-2
-    monkeypatch.setattr("filet.collect.scale.loss_scale", lambda *_: 1.0)
+    monkeypatch.setattr("filet.collect.run.loss_scale", lambda *_: 1.0)
     assert not error() <= 0.9
 
 
