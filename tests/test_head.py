@@ -48,7 +48,7 @@ from models import (
     true_energies,
     truth,
 )
-from test_walk import FLOAT32, models_own, snapshot, statistics_of
+from passes import FLOAT32, models_own, snapshot, statistics_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
