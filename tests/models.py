@@ -259,103 +259,128 @@ def _case(model: nn.Module, samples: list[Sample], *without: str, **more: Any) -
     return Case(model, samples, linears(model, *without) if without else linears(model), **more)
 
 
-def _build(kind: str) -> Case:
-    if kind == "llama":
-        return _case(llama(), _text(1), "lm_head", shift=True)
-    if kind == "gpt2":
-        config = GPT2Config(
-            vocab_size=VOCAB,
-            n_embd=24,
-            n_layer=2,
-            n_head=3,
-            n_positions=16,
-            resid_pdrop=0.5,
-            embd_pdrop=0.5,
-            attn_pdrop=0.5,
-        )
-        model = randomised(GPT2LMHeadModel(config))
-        return _case(model, _text(2, positions=True), "lm_head", shift=True)
-    if kind == "opt":
-        config = OPTConfig(
-            vocab_size=VOCAB,
-            hidden_size=24,
-            ffn_dim=40,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            word_embed_proj_dim=24,
-            max_position_embeddings=16,
-            dropout=0.5,
-            pad_token_id=1,
-        )
-        return _case(randomised(OPTForCausalLM(config)), _text(3), "lm_head", shift=True)
-    if kind == "bert tokens":
-        return _case(_bert(BertForTokenClassification), _tagged(4, CLASSES))
-    if kind == "bert masked":
-        return _case(_bert(BertForMaskedLM), _tagged(5, VOCAB))
-    if kind == "bert class":
-        return _case(_bert(BertForSequenceClassification), _classified(6))
-    if kind in ("vit", "dinov2"):
-        images = {
-            "image_size": 8,
-            "patch_size": 4,
-            "hidden_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 3,
-            "num_labels": CLASSES,
-        }
-        if kind == "vit":
-            config = ViTConfig(intermediate_size=40, hidden_dropout_prob=0.5, **images)
-            return _case(randomised(ViTForImageClassification(config)), _images(7))
-        config = Dinov2Config(mlp_ratio=2, hidden_dropout_prob=0.5, **images)
-        return _case(randomised(Dinov2ForImageClassification(config)), _images(8))
-    if kind == "t5":
-        config = T5Config(
-            vocab_size=VOCAB,
-            d_model=24,
-            d_kv=8,
-            d_ff=40,
-            num_layers=1,
-            num_heads=3,
-            dropout_rate=0.5,
-            decoder_start_token_id=0,
-        )
-        return _case(randomised(T5ForConditionalGeneration(config)), _translated(9), "lm_head")
-    if kind == "bart":
-        config = BartConfig(
-            vocab_size=VOCAB,
-            d_model=24,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=3,
-            decoder_attention_heads=3,
-            encoder_ffn_dim=40,
-            decoder_ffn_dim=40,
-            max_position_embeddings=16,
-            dropout=0.5,
-            attention_dropout=0.5,
-            encoder_layerdrop=0.5,
-            decoder_layerdrop=0.5,
-            decoder_start_token_id=2,
-            forced_eos_token_id=None,
-        )
-        return _case(randomised(BartForConditionalGeneration(config)), _translated(10), "lm_head")
-    if kind == "albert":
-        config = AlbertConfig(
-            vocab_size=VOCAB,
-            embedding_size=12,
-            hidden_size=24,
-            intermediate_size=40,
-            num_hidden_layers=3,
-            num_attention_heads=3,
-            max_position_embeddings=16,
-            hidden_dropout_prob=0.5,
-        )
-        return _case(randomised(AlbertForMaskedLM(config)), _tagged(11, VOCAB), "decoder")
-    if kind == "perceptron":
-        return _case(randomised(Perceptron()), _tagged(12, VOCAB), forward_fn=mean_and_terms)
-    if kind == "experts":
-        return _case(randomised(Experts()), _tagged(13, VOCAB), "head")
-    raise ValueError(kind)
+def _llama() -> Case:
+    return _case(llama(), _text(1), "lm_head", shift=True)
+
+
+def _gpt2() -> Case:
+    config = GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=24,
+        n_layer=2,
+        n_head=3,
+        n_positions=16,
+        resid_pdrop=0.5,
+        embd_pdrop=0.5,
+        attn_pdrop=0.5,
+    )
+    model = randomised(GPT2LMHeadModel(config))
+    return _case(model, _text(2, positions=True), "lm_head", shift=True)
+
+
+def _opt() -> Case:
+    config = OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=24,
+        ffn_dim=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        word_embed_proj_dim=24,
+        max_position_embeddings=16,
+        dropout=0.5,
+        pad_token_id=1,
+    )
+    return _case(randomised(OPTForCausalLM(config)), _text(3), "lm_head", shift=True)
+
+
+_PICTURES = {
+    "image_size": 8,
+    "patch_size": 4,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_labels": CLASSES,
+}
+
+
+def _vit() -> Case:
+    config = ViTConfig(intermediate_size=40, hidden_dropout_prob=0.5, **_PICTURES)
+    return _case(randomised(ViTForImageClassification(config)), _images(7))
+
+
+def _dinov2() -> Case:
+    config = Dinov2Config(mlp_ratio=2, hidden_dropout_prob=0.5, **_PICTURES)
+    return _case(randomised(Dinov2ForImageClassification(config)), _images(8))
+
+
+def _t5() -> Case:
+    config = T5Config(
+        vocab_size=VOCAB,
+        d_model=24,
+        d_kv=8,
+        d_ff=40,
+        num_layers=1,
+        num_heads=3,
+        dropout_rate=0.5,
+        decoder_start_token_id=0,
+    )
+    return _case(randomised(T5ForConditionalGeneration(config)), _translated(9), "lm_head")
+
+
+def _bart() -> Case:
+    config = BartConfig(
+        vocab_size=VOCAB,
+        d_model=24,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=3,
+        decoder_attention_heads=3,
+        encoder_ffn_dim=40,
+        decoder_ffn_dim=40,
+        max_position_embeddings=16,
+        dropout=0.5,
+        attention_dropout=0.5,
+        encoder_layerdrop=0.5,
+        decoder_layerdrop=0.5,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
+    return _case(randomised(BartForConditionalGeneration(config)), _translated(10), "lm_head")
+
+
+def _albert() -> Case:
+    config = AlbertConfig(
+        vocab_size=VOCAB,
+        embedding_size=12,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.5,
+    )
+    return _case(randomised(AlbertForMaskedLM(config)), _tagged(11, VOCAB), "decoder")
+
+
+def _perceptron() -> Case:
+    return _case(randomised(Perceptron()), _tagged(12, VOCAB), forward_fn=mean_and_terms)
+
+
+_BUILDERS: dict[str, Callable[[], Case]] = {
+    "llama": _llama,
+    "gpt2": _gpt2,
+    "opt": _opt,
+    "bert tokens": lambda: _case(_bert(BertForTokenClassification), _tagged(4, CLASSES)),
+    "bert masked": lambda: _case(_bert(BertForMaskedLM), _tagged(5, VOCAB)),
+    "bert class": lambda: _case(_bert(BertForSequenceClassification), _classified(6)),
+    "vit": _vit,
+    "dinov2": _dinov2,
+    "t5": _t5,
+    "bart": _bart,
+    "albert": _albert,
+    "perceptron": _perceptron,
+    "experts": lambda: _case(randomised(Experts()), _tagged(13, VOCAB), "head"),
+}
 
 
 def _of_llama(kind: type[nn.Module], tied: bool = False) -> nn.Module:
@@ -414,7 +439,7 @@ KINDS = (
 @functools.cache
 def case(kind: str) -> Case:
     """Shared between tests: its model is copied before anything is done to it."""
-    return _build(kind)
+    return _BUILDERS[kind]()
 
 
 def peft_of(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import filet
 from filet import FiletConfig, Statistics
+from filet.collect import unrounded
 from filet.collect.hooks import MomentHooks
 from models import Case, assert_energies, case, energies_of, llama, loader, peft_of
 
@@ -31,7 +32,7 @@ CLOSE = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
 @pytest.fixture
 def handed_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
     on_both = {"cpu", "cuda"}
-    yield lambda on: monkeypatch.setattr(filet.collect.hooks, "HANDS_ON", on_both if on else set())
+    yield lambda on: monkeypatch.setattr(unrounded, "HANDS_ON", on_both if on else set())
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def second_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     plain = MomentHooks.add_left_out
 
     def watch(self: Any, runs: int | None = None) -> None:
-        for run in self._runs[:runs]:
+        for run in self.unrounded.runs[:runs]:
             lacking = sum(bool(rows[0].any()) for rows in run.left_out.values())
             found.extend([lacking] if lacking else [])
         plain(self, runs)

@@ -66,7 +66,7 @@ from filet.blockwise.keeping import Keeping
 from filet.blockwise.stream import WeightStream
 from filet.blockwise.weights import ShardedWeights
 from filet.cli.main import main
-from filet.collect import hooks
+from filet.collect import hooks, unrounded
 from filet.initialize import initialize_folder
 from filet.model.chain import Parts
 from filet.model.checkpoint import Entry, entries
@@ -481,9 +481,9 @@ def test_experts_are_chosen_alike_in_both_sweeps(
 
     They do it in an order of their own, which is played here by two bits that are off.
     """
-    monkeypatch.setattr(hooks, "HANDS_ON", {"cpu"} if handed_on else set())
-    unrounded = hooks._unrounded
-    monkeypatch.setattr(hooks, "_unrounded", lambda *args: unrounded(*args) * (1 + 2**-6))
+    monkeypatch.setattr(unrounded, "HANDS_ON", {"cpu"} if handed_on else set())
+    plain = unrounded.unrounded
+    monkeypatch.setattr(hooks, "unrounded", lambda *args: plain(*args) * (1 + 2**-6))
     folder = folders("qwen3_moe")
     seen: dict[tuple[str, bool], list[Tensor]] = {}
     model = empty_model(folder, dtype=torch.bfloat16)

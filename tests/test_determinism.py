@@ -87,7 +87,7 @@ def test_another_threads_attention_is_left_alone(monkeypatch: pytest.MonkeyPatch
         q = torch.randn(1, 2, 8, 16, requires_grad=True)
         F.scaled_dot_product_attention(q, q, q).sum().backward()
 
-    with isolation._deterministic_attention():
+    with isolation.deterministic_attention():
         assert F.scaled_dot_product_attention is not before
         thread = threading.Thread(target=attend)
         thread.start()

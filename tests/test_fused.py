@@ -405,7 +405,7 @@ def test_behind_the_hooks_of_a_device_map(
     dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They stay and are called; fused operations and y and h as without them, to the bit."""
-    monkeypatch.setattr(filet.collect.hooks, "HANDS_ON", {"cpu", "cuda"})
+    monkeypatch.setattr(filet.collect.unrounded, "HANDS_ON", {"cpu", "cuda"})
     c = case("llama")
     calls: list[str] = []
     for name in ("rms_norm", "swiglu"):

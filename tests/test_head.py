@@ -32,7 +32,7 @@ from transformers import (
 )
 
 import smollm2
-from filet.loss.chunked import ChunkedLoss, _StandIn
+from filet.loss.chunked import ChunkedLoss, StandIn
 from models import (
     VOCAB,
     Case,
@@ -48,7 +48,7 @@ from models import (
     true_energies,
     truth,
 )
-from test_walk import FLOAT32, models_own, snapshot, statistics_of
+from passes import FLOAT32, models_own, snapshot, statistics_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,8 +56,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Chunks of eight rows; the scale of every backward that went through them."""
-    monkeypatch.setattr("filet.loss.chunked._CHUNK_BYTES", 9 * VOCAB * 4)
-    monkeypatch.setattr("filet.loss.chunked._CHUNK_ROWS", 8)
+    monkeypatch.setattr("filet.loss.chunked.CHUNK_BYTES", 9 * VOCAB * 4)
+    monkeypatch.setattr("filet.loss.chunked.CHUNK_ROWS", 8)
     scales: list[float] = []
     plain = ChunkedLoss.backward
 
@@ -257,7 +257,7 @@ def test_smollm2(chunks: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
 
     They differ by up to 1.3e-5, since the products of 30 layers round other last bits.
     """
-    monkeypatch.setattr("filet.loss.chunked._CHUNK_BYTES", 2**22)
+    monkeypatch.setattr("filet.loss.chunked.CHUNK_BYTES", 2**22)
     torch.set_num_threads(2)
     base = AutoModelForCausalLM.from_pretrained(smollm2.prepare(), dtype=torch.float32)
     lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 29])
@@ -385,7 +385,7 @@ def test_the_head_is_back_after_an_exception() -> None:
     with pytest.raises(ZeroDivisionError):
         statistics_of(peft_model, loader(c.samples))
     handle.remove()
-    assert [kind.__name__ for kind in calls] == ["_StandIn"] * 2
+    assert [kind.__name__ for kind in calls] == ["StandIn"] * 2
     assert peft_model.base_model.model.lm_head is head
     after = snapshot(peft_model)
     assert after["weights"].keys() == before["weights"].keys()
@@ -415,7 +415,7 @@ def test_gradient() -> None:
     labels = torch.randint(0, 11, (int(predicts.sum()),), generator=generator)
     loss = F.cross_entropy(head(hidden)[predicts], labels, reduction="sum")
     (expected,) = torch.autograd.grad(loss, hidden)
-    chunked = ChunkedLoss(_StandIn(head), hidden * 1, predicts, labels, None)
+    chunked = ChunkedLoss(StandIn(head), hidden * 1, predicts, labels, None)
     assert chunked.terms == labels.numel() < 20 and chunked.requires_grad
     for _ in range(2):
         chunked.backward(3.0, retain_graph=True)

@@ -1,4 +1,4 @@
-"""From a PeftModel and data to an initialised one: what is written and reported."""
+"""From a PeftModel and data to an initialised one: what is written, refused, and reported."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from filet import (
     collect_statistics,
     initialize_lora_filet_weights,
 )
-from initialize_cases import (
+from initialised import (
     LOUD,
     assert_bitwise,
+    base_weights,
+    halves_of,
     initialized,
     layer_of,
     logits_of,
@@ -48,16 +50,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
-def base_weights(peft_model: PeftModel) -> dict[str, Tensor]:
-    return {name: w for name, w in weights(peft_model).items() if ".lora_" not in name}
-
-
-def halves_of(layer: Any, adapter: str = "default") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A, B and A0, B0 in float64, from what PEFT sees: [A; A0] and [B, −B0]."""
-    whole_A, whole_B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    A, A0 = whole_A.detach().cpu().double().chunk(2)
-    B, minus_B0 = whole_B.detach().cpu().double().chunk(2, 1)
-    return A, B, A0, -minus_B0
+# What is written.
 
 
 @pytest.mark.parametrize("normalization", ["mean", "sum"])
@@ -234,6 +227,9 @@ def test_again_over_an_initialised_adapter() -> None:
     assert torch.equal(logits_of(once), logits_of(twice))
 
 
+# The report.
+
+
 def test_report(device: torch.device) -> None:
     c = case("llama")
     peft_model = peft_of(c, device)
@@ -277,6 +273,9 @@ def test_progress_bar(capfd: pytest.CaptureFixture[str]) -> None:
     assert "12/12" not in capfd.readouterr().err
 
 
+# Several adapters.
+
+
 def test_other_adapter_keeps_its_function() -> None:
     peft_model = peft_of(case("llama"))
     peft_model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
@@ -303,6 +302,9 @@ def test_adapters_on_other_modules_do_not_stand_in_the_way() -> None:
     report = initialized(peft_model, **LOUD)
     assert len(report.modules) == 2
     assert torch.allclose(logits_of(peft_model), before, atol=1e-4)
+
+
+# Weights on the meta device, and failures.
 
 
 def test_low_cpu_mem_usage() -> None:
@@ -347,3 +349,19 @@ def test_nothing_is_written_before_all_has_succeeded(monkeypatch: pytest.MonkeyP
     assert list(peft_model.peft_config) == ["default"]
     monkeypatch.undo()
     initialized(peft_model)
+
+
+def test_invalid_config() -> None:
+    for wrong in (
+        {"select": "least"},
+        {"scaling": None},
+        {"samples": 0},
+        {"samples": 2.5},
+        {"seed": -1},
+        {"share_inputs": 1},
+        {"loss_reduction": "none"},
+        {"samples": True},
+        {"seed": True},
+    ):
+        with pytest.raises(ValueError, match=rf"{next(iter(wrong))}=.*expected"):
+            FiletConfig(**wrong)

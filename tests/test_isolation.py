@@ -1,14 +1,11 @@
-"""The model in the pass is the one that training begins with, and comes back as it was."""
+"""The pass sees the model as its training begins, and leaves it as it was."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -28,21 +25,21 @@ from models import (
     weight_of,
     worst,
 )
-from pass_cases import FLOAT32, assert_unchanged, hooked, snapshot, statistics_of
+from passes import (
+    FLOAT32,
+    assert_unchanged,
+    draws,
+    hooked,
+    nothing,
+    randomise,
+    snapshot,
+    statistics_of,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def draws(model: Any) -> None:
-    """What a forward_fn may do to the random states."""
-    random.random()
-    np.random.rand()
-    torch.rand(1, device=next(model.parameters()).device)
-
-
-@contextlib.contextmanager
-def nothing() -> Iterator[None]:
-    yield
+# The model comes back as it was.
 
 
 @pytest.mark.parametrize("how", ["success", "exception", "interrupt", "probe", "loss"])
@@ -110,6 +107,9 @@ def test_what_is_initialised_is_off_in_the_pass() -> None:
     assert peft_model.get_model_status().enabled is False
 
 
+# The pass sees the model as the adapter's training will begin.
+
+
 def energies_in(seen_in: nn.Module, c: Case) -> dict[str, Tensor]:
     """Energies of the case's own weights, where x and g are those of another model."""
     seen, terms = observe(seen_in, c.targets, c.samples, c.shift)
@@ -122,16 +122,6 @@ def energies_in(seen_in: nn.Module, c: Case) -> dict[str, Tensor]:
 def without(kind: str, *names: str) -> Case:
     c = case(kind)
     return Case(c.model, c.samples, [t for t in c.targets if t not in names], c.shift)
-
-
-def randomise(peft_model: PeftModel, *parts: str) -> None:
-    """Adapter weights as after a training: with them the energies are others."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in peft_model.named_parameters():
-            if any(part in name for part in parts):
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(noise / max(parameter.shape) ** 0.5)
 
 
 def _head(name: str, adapter: str = "default") -> Callable[[PeftModel, nn.Module], None]:

@@ -1,26 +1,25 @@
-"""Masks of every kind, batches without a label, and tensors whose rows are no samples.
-
-What is right is the same everywhere: the energies of the same samples without padding, whole.
-"""
+"""Masks: padding never counts, and rows that no mask fits are named."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertForMultipleChoice, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    BartForSequenceClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
-import filet
-from batch_cases import IMAGE, TEXT, padded, qwen2_vl, with_images
 from filet import FiletConfig
-from filet.loss.summed import SummedLoss
-from filet.model.batch import first_samples, is_divisible
 from models import (
+    LENGTHS,
     VOCAB,
     Case,
     assert_energies,
@@ -35,12 +34,168 @@ from models import (
     true_energies,
     truth,
 )
+from passes import FLOAT32, hooked, of_llama, padded, padding_warnings, statistics_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def of_llama(batches: list[dict[str, Any]], forward_fn: Any = None, **config: Any) -> Any:
-    return energies_of(peft_of(case("llama")), batches, forward_fn, **config)
+# Padding.
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("batch_size", [1, 3, 12])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "bert tokens"])
+def test_batching_and_padding_do_not_matter(kind: str, batch_size: int, side: str) -> None:
+    """The truth has every sample alone: so may no padded position, and no term of one, count."""
+    c = case(kind)
+    if kind.startswith("bert") and side == "left":
+        pytest.skip("absolute positions: padding on the left makes it another model")
+    samples = c.samples[::-1] if batch_size == 3 else c.samples
+    found = energies_of(peft_of(c), loader(samples, batch_size, side))
+    assert_energies(found, truth(kind), FLOAT32)
+
+
+def test_one_row_a_sample_always_counts() -> None:
+    c = case("bert class")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*rows of their inputs")
+        moments = statistics_of(peft_of(c), loader(c.samples)).moments
+    assert int(moments["bert.pooler.dense"].input.count) == len(LENGTHS)
+    assert int(moments["bert.encoder.layer.0.attention.self.query"].input.count) == sum(LENGTHS)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_encoder_full_and_decoder_padded(kind: str) -> None:
+    """One side's mask is never put to the other's rows, even where their lengths agree."""
+    c = case(kind)
+    generator = torch.Generator().manual_seed(0)
+    full = [
+        s | {"input_ids": torch.randint(3, VOCAB, (9,), generator=generator)} for s in c.samples
+    ]
+    full = [s | {"attention_mask": torch.ones(9, dtype=torch.int64)} for s in full]
+    expected = true_energies(c.model, c.targets, full)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*rows of their inputs")
+        found = energies_of(peft_of(c), loader(full))
+    assert_energies(found, expected, FLOAT32)
+    reverse = [
+        s | {"labels": torch.randint(3, VOCAB, (9,), generator=generator)} for s in c.samples
+    ]
+    assert_energies(
+        energies_of(peft_of(c), loader(reverse)),
+        true_energies(c.model, c.targets, reverse),
+        FLOAT32,
+    )
+
+
+def test_decoder_prompt_without_labels_counts() -> None:
+    c = case("bart")
+    samples = [s | {"decoder_input_ids": s["labels"].roll(1)} for s in c.samples]
+    for sample in samples:
+        sample["labels"] = torch.cat([torch.tensor([-100]), sample["labels"][1:]])
+    expected = true_energies(c.model, c.targets, samples)
+    assert_energies(energies_of(peft_of(c), loader(samples)), expected, FLOAT32)
+
+
+def test_decoder_of_a_classifier_takes_the_encoders_mask() -> None:
+    config = copy.deepcopy(case("bart").model.config)
+    config.num_labels, config.eos_token_id, config.classifier_dropout = 3, 2, 0.5
+    model = randomised(BartForSequenceClassification(config))
+    samples = []
+    for index, sample in enumerate(case("bart").samples):
+        ids = torch.cat([sample["input_ids"], torch.tensor([2])])  # it classifies at the EOS
+        mask = torch.ones_like(ids)
+        samples.append(
+            {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(index % 3)}
+        )
+    c = Case(model, samples, linears(model))
+    expected = true_energies(c.model, c.targets, c.samples)
+    assert_energies(energies_of(peft_of(c), loader(samples)), expected, FLOAT32)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert masked"])
+def test_labels_on_padding_do_not_count(kind: str) -> None:
+    """The labels=input_ids of many a data set, padding and all."""
+    c = case(kind)
+    batch = collate(c.samples)
+    labelled = {**batch, "labels": batch["labels"].where(batch["attention_mask"] == 1, 0)}
+    if c.shift:  # the first padding token is predicted by the last real one
+        ends = batch["attention_mask"].sum(1)
+        for row, end in enumerate(ends.tolist()):
+            labelled["labels"][row, end : end + 1] = -100
+    assert (labelled["labels"] != batch["labels"]).any()
+    assert_energies(energies_of(peft_of(c), [labelled]), truth(kind), FLOAT32)
+
+
+def test_nan_in_padded_rows_does_no_harm(device: torch.device) -> None:
+    c = case("perceptron")
+    peft_model = peft_of(c, device)
+    batches = [collate(c.samples[:4]), collate(c.samples[4:])]
+    current: dict[str, Tensor] = {}
+
+    def poison(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        padded = current["attention_mask"].to(output.device) == 0
+        assert padded.any()
+        return output.masked_fill(padded.unsqueeze(-1), torch.nan)
+
+    def forward_fn(model: Any, batch: Any) -> Any:
+        current.update(batch)
+        return mean_and_terms(model, batch)
+
+    hooked(peft_model, "embedding").register_forward_hook(poison)
+    assert_energies(energies_of(peft_model, batches, forward_fn), truth("perceptron"), FLOAT32)
+
+
+def test_rows_that_follow_no_mask_are_named() -> None:
+    c = case("experts")
+    with pytest.warns(UserWarning, match=r"experts\.0\.0.*attention_mask") as caught:
+        statistics_of(peft_of(c), loader(c.samples))
+    assert sum("attention_mask" in str(w.message) for w in caught) == 1
+
+
+def test_frames_of_fixed_length_have_no_padding() -> None:
+    """Of Whisper, whose encoder takes no mask: as many frames with every sample."""
+    config = WhisperConfig(
+        vocab_size=VOCAB, d_model=24, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=40,
+        decoder_ffn_dim=40, encoder_attention_heads=3, decoder_attention_heads=3, num_mel_bins=6,
+        max_source_positions=10, max_target_positions=16, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        {
+            "input_features": torch.randn(6, 20, generator=generator),
+            "attention_mask": (torch.arange(20) < 8 + index).long(),
+            "labels": sample["labels"],
+        }
+        for index, sample in enumerate(case("t5").samples)
+    ]
+    model = randomised(WhisperForConditionalGeneration(config))
+    c = Case(model, samples, linears(model, "proj_out"))
+    assert padding_warnings(c, list(loader(samples, 4))) == []
+    found = energies_of(peft_of(c), loader(samples, 4))
+    assert_energies(found, true_energies(model, c.targets, samples), FLOAT32)
+
+
+def test_frames_that_a_convolution_made_are_named() -> None:
+    """Fewer than the mask has, and among them those of what pads the shorter sample."""
+    config = Wav2Vec2Config(
+        vocab_size=VOCAB, hidden_size=24, num_hidden_layers=1, num_attention_heads=3,
+        intermediate_size=40, conv_dim=(8, 8), conv_kernel=(4, 4), conv_stride=(2, 2),
+        num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    model = randomised(Wav2Vec2ForCTC(config))
+    batch = {
+        "input_values": torch.randn(2, 64, generator=torch.Generator().manual_seed(0)),
+        "attention_mask": (torch.arange(64) < torch.tensor([[64], [40]])).long(),
+        "labels": torch.tensor([[3, 4, 5], [3, 4, -100]]),
+    }
+    c = Case(model, [], linears(model, "lm_head"))
+    assert len(padding_warnings(c, [batch], loss_reduction="sum")) == 1
+
+
+# Masks.
 
 
 def causal_and_padding(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,244 +305,3 @@ def test_the_decoder_has_a_mask_of_its_own() -> None:
 def test_token_mask_is_a_name() -> None:
     with pytest.raises(ValueError, match="token_mask=3; expected a name, or None"):
         FiletConfig(token_mask=3)  # type: ignore[arg-type]
-
-
-def test_no_label_is_an_error() -> None:
-    batches = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in padded()]
-    peft_model = peft_of(case("llama"))
-    before = {name: p.clone() for name, p in peft_model.named_parameters()}
-    for config in (FiletConfig(), FiletConfig(fisher="sampled")):
-        with pytest.raises(ValueError, match="no position of the 12 samples has a label"):
-            filet.initialize_lora_filet_weights(
-                peft_model, batches, config, show_progress_bar=False
-            )
-    assert all(torch.equal(p, before[name]) for name, p in peft_model.named_parameters())
-    some = [batches[0], padded()[1]]
-    assert filet.collect_statistics(peft_model, some, show_progress_bar=False).loss_terms > 0
-
-
-def test_no_label_that_anything_predicts_is_an_error() -> None:
-    """A causal model predicts no first token."""
-    batch = padded()[0]
-    labels = torch.full_like(batch["labels"], -100)
-    labels[:, 0] = 3
-    with pytest.raises(ValueError, match="no position of the 4 samples has a label"):
-        of_llama([{**batch, "labels": labels}])
-
-
-def test_a_forward_fn_that_counts_no_term_is_an_error() -> None:
-    c = case("perceptron")
-    batches = [{**b, "labels": torch.full_like(b["labels"], -100)} for b in loader(c.samples)]
-
-    def no_terms(model: Any, batch: Any) -> Any:
-        return mean_and_terms(model, batch)[0].nan_to_num(0.0), 0
-
-    with pytest.raises(ValueError, match="no position of the 12 samples has a label"):
-        energies_of(peft_of(c), batches, no_terms)
-
-
-@functools.cache
-def llava() -> Case:
-    """As many images as samples, but two are of the first and none of the second."""
-    config = LlavaConfig(
-        text_config={"model_type": "llama", **TEXT},
-        vision_config={
-            "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24,
-            "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
-        },
-        image_token_index=IMAGE, image_seq_length=4, vision_feature_layer=-1,
-    )  # fmt: skip
-    model = randomised(LlavaForConditionalGeneration(config))
-    generator = torch.Generator().manual_seed(0)
-    samples = []
-    for images in (2, 0):
-        ids = [3, *[IMAGE] * 4 * images, 4, 5, 6]
-        sample = {
-            "input_ids": torch.tensor(ids),
-            "labels": torch.tensor([i if i < VOCAB else -100 for i in ids]),
-        }
-        if images:
-            sample["pixel_values"] = torch.randn(images, 3, 8, 8, generator=generator)
-        samples.append(sample)
-    targets = [name for name in linears(model, "lm_head") if "language_model" in name]
-    return Case(model, samples, targets, shift=True)
-
-
-@pytest.mark.parametrize("kind", [qwen2_vl, llava])
-def test_a_batch_with_images_goes_through_whole(kind: Any) -> None:
-    c = kind()
-    peft_model, batch = peft_of(c), with_images(c.samples)
-    whole = energies_of(peft_model, [batch])
-    assert_energies(whole, energies_of(peft_model, [with_images([s]) for s in c.samples]), 1e-4)
-    statistics = filet.collect_statistics(
-        peft_model, [batch], FiletConfig(samples=1), show_progress_bar=False
-    )
-    assert statistics.samples == len(c.samples)  # not one of three, nor three called one
-    assert_energies(energies_of(peft_model, [batch], samples=1), whole, 0)
-
-
-@pytest.mark.parametrize("kind", [qwen2_vl, llava])
-def test_a_batch_with_images_is_planned_whole(kind: Any) -> None:
-    c = kind()
-    plan = filet.estimate(peft_of(c), with_images(c.samples))
-    assert plan.length == max(len(sample["input_ids"]) for sample in c.samples)
-    first = {key: batch for key, batch in reversed(with_images(c.samples).items())}
-    assert next(iter(first)) != "input_ids"  # images first: the ids still say how many samples
-    assert str(filet.estimate(peft_of(c), first)).splitlines()[1:3] == str(plan).splitlines()[1:3]
-
-
-@pytest.mark.parametrize("kind", [qwen2_vl, llava])
-def test_sampled_labels_of_a_batch_with_images(kind: str) -> None:
-    """The draw of a sample is its own, wherever its patches lie in the batch."""
-    c = kind()
-    whole = energies_of(peft_of(c), [with_images(c.samples)], fisher="sampled")
-    turned = energies_of(peft_of(c), [with_images(c.samples[::-1])], fisher="sampled")
-    alone = energies_of(peft_of(c), [with_images([s]) for s in c.samples], fisher="sampled")
-    assert_energies(whole, alone, 1e-4)
-    if kind is qwen2_vl:  # each of llava's batches has an image first
-        assert_energies(turned, alone, 1e-4)
-
-
-def with_axes(size: int, axes: int) -> dict[str, Tensor]:
-    """Texts for a model of images, with positions of three axes and maybe the text's own first."""
-    ids = torch.randint(3, VOCAB, (size, 7), generator=torch.Generator().manual_seed(size))
-    batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
-    batch["attention_mask"][0, -2:] = 0
-    batch["position_ids"] = torch.arange(7).expand(axes, size, 7).clone()
-    return batch
-
-
-@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
-@pytest.mark.parametrize("axes", [3, 4])
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_positions_of_several_axes(size: int, axes: int, fisher: str) -> None:
-    c, batch = qwen2_vl(), with_axes(size, axes)
-    plain = {key: value for key, value in batch.items() if key != "position_ids"}
-    found = energies_of(peft_of(c), [batch], fisher=fisher, samples=2)
-    assert_energies(found, energies_of(peft_of(c), [plain], fisher=fisher), 1e-4)
-    assert not is_divisible(batch) and is_divisible(plain)
-    assert first_samples(batch, 1) is batch
-    assert filet.estimate(peft_of(c), batch).length == 7
-
-
-def test_positions_of_samples_are_rows() -> None:
-    plain = {key: value for key, value in with_axes(3, 3).items() if key != "position_ids"}
-    batch = {**plain, "position_ids": torch.arange(7).expand(3, 7)}
-    assert first_samples(batch, 2)["position_ids"].shape == (2, 7)
-    choices = {key: value.unsqueeze(1).expand(3, 3, 7) for key, value in batch.items()}
-    assert first_samples(choices, 2)["position_ids"].shape == (2, 3, 7)
-
-
-def test_one_row_of_positions_is_that_of_all_samples() -> None:
-    """The draw of a sample is the same alone, where that row is its own."""
-    c = case("llama")
-    samples = [{k: v[:3] for k, v in s.items()} for s in c.samples]
-    batches = [{**b, "position_ids": torch.arange(3).unsqueeze(0)} for b in loader(samples, 4)]
-    ones = [{**b, "position_ids": torch.arange(3).unsqueeze(0)} for b in loader(samples, 1)]
-    found = of_llama(batches, fisher="sampled")
-    assert_energies(found, of_llama(ones, fisher="sampled"), 1e-4)
-
-
-def test_the_draw_of_a_sample_stays_what_it_is() -> None:
-    """Of text and of pictures, from one version to the next."""
-    loss = SummedLoss(FiletConfig(fisher="sampled", seed=3), nn.Linear(1, 1))
-    ids = torch.tensor([[3, 4, 5, 0], [6, 7, 8, 9]])
-    text = {
-        "input_ids": ids,
-        "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
-        "labels": ids,
-        "token_type_ids": ids * 0,
-        "position_ids": torch.arange(4).expand(2, 4),
-    }
-    pictures = {"pixel_values": torch.arange(24.0).view(2, 3, 2, 2), "labels": torch.arange(2)}
-    expected = [0.11264118215436747, 0.5553817246628461, 0.7108794740072868, 0.703958782999395]
-    found = [float(loss.uniform(batch, i, 1)) for batch in (text, pictures) for i in range(2)]
-    assert found == expected
-
-
-def test_choices_have_a_mask_of_their_own_shape() -> None:
-    """(samples, choices, tokens); those of a sample are of one length, and so without padding."""
-    model = case("bert class").model
-    model = randomised(BertForMultipleChoice(model.config))
-    generator = torch.Generator().manual_seed(0)
-    samples = []
-    for index, length in enumerate((5, 9, 3)):
-        ids = torch.randint(3, VOCAB, (2, length), generator=generator)
-        labels = torch.tensor(index % 2)
-        samples.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
-    batch = {
-        key: torch.stack([nn.functional.pad(s[key], (0, 9 - s[key].shape[1])) for s in samples])
-        for key in ("input_ids", "attention_mask")
-    }
-    batch["labels"] = torch.stack([sample["labels"] for sample in samples])
-    c = Case(model, samples, [name for name in linears(model) if "encoder" in name])
-    expected = true_energies(model, c.targets, samples)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        assert_energies(energies_of(peft_of(c), [batch]), expected, 1e-4)
-    ones = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(3)]
-    drawn = energies_of(peft_of(c), ones, fisher="sampled")
-    assert_energies(energies_of(peft_of(c), [batch], fisher="sampled"), drawn, 1e-4)
-    with pytest.raises(ValueError, match=r"attention_mask is of shape \(3, 2, 1, 9\), from which"):
-        energies_of(peft_of(c), [{**batch, "attention_mask": batch["attention_mask"][:, :, None]}])
-
-
-class Gathered(nn.Module):
-    """Takes the tokens of one sort out of their samples, as a mixture's expert does."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = (x[..., 0] > 0).nonzero(as_tuple=True)
-        return torch.zeros_like(x).index_put(rows, self.inner(x[rows]))
-
-
-@pytest.mark.parametrize("kind", [qwen2_vl, llava])
-def test_a_tower_has_no_padding(kind: Any) -> None:
-    """Nor what brings its output to the text; an expert of the text has."""
-    c = kind()
-    model = copy.deepcopy(c.model)
-    batch, single = with_images(c.samples), [with_images([s]) for s in c.samples]
-    everything = Case(model, c.samples, linears(model, "lm_head"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        found = energies_of(peft_of(everything), [batch])
-    assert_energies(found, energies_of(peft_of(everything), single), 1e-4)
-    layer = model.model.language_model.layers[0]
-    layer.mlp = Gathered(layer.mlp)
-    experts = Case(model, c.samples, linears(model, "lm_head"))
-    with pytest.warns(UserWarning, match="so padding counts there") as caught:
-        energies_of(peft_of(experts), [batch])
-    message = next(str(w.message) for w in caught if "padding" in str(w.message))
-    assert "language_model.layers.0.mlp.inner.up_proj" in message and "vis" not in message
-
-
-def test_a_batch_of_rows_is_cut_to_the_samples() -> None:
-    statistics = filet.collect_statistics(
-        peft_of(case("llama")), padded(), FiletConfig(samples=6), show_progress_bar=False
-    )
-    assert statistics.samples == 6
-    found = of_llama(padded(), samples=6)
-    assert_energies(found, of_llama(list(loader(case("llama").samples[:6], 1))), 1e-4)
-
-
-def test_batches_that_are_no_dicts_are_cut_where_rows_are_samples() -> None:
-    c = case("perceptron")
-
-    def forward_fn(model: Any, batch: Any) -> Any:
-        ids, labels = batch[:2]
-        return mean_and_terms(model, {"input_ids": ids, "labels": labels})
-
-    def taken(*more: Any) -> int:
-        batch = collate(c.samples)
-        batches = [(batch["input_ids"], batch["labels"], *more)]
-        return filet.collect_statistics(
-            peft_of(c), batches, FiletConfig(samples=5), "default", forward_fn, False
-        ).samples
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert taken() == taken(torch.tensor(2.0), "name", None) == 5
-        assert taken(torch.zeros(3, 12)) == taken([torch.zeros(12)]) == 12

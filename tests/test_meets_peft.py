@@ -28,9 +28,9 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import filet
 import models
-import test_batches
 from filet import FiletConfig
 from filet.model.factors import StartedFactor
+from pictures import qwen2_vl, with_images
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -80,8 +80,8 @@ def _qwen3_moe() -> Kind:
 
 
 def _qwen2_vl() -> Kind:
-    c = test_batches.qwen2_vl()
-    batches = [test_batches.with_images(c.samples[:2]), test_batches.with_images(c.samples[1:])]
+    c = qwen2_vl()
+    batches = [with_images(c.samples[:2]), with_images(c.samples[1:])]
     made = functools.partial(copy.deepcopy, c.model)
     language = r".*language_model\..*\.(q_proj|down_proj|v_proj)"
     return Kind(made, batches, [language], None, "lm_head", None, tokens=False)

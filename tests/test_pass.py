@@ -1,27 +1,14 @@
-"""The pass over the data: what is counted, and what comes out of it."""
+"""The pass over the data: energies against the paper's algorithm, and what is counted."""
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
-from transformers import (
-    BartForSequenceClassification,
-    Wav2Vec2Config,
-    Wav2Vec2ForCTC,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
-)
+from torch import Tensor
 
-import oracle
 from models import (
     KINDS,
     LENGTHS,
@@ -38,15 +25,16 @@ from models import (
     mean_and_terms,
     observe,
     peft_of,
-    randomised,
     true_energies,
     truth,
     weight_of,
-    worst,
 )
-from pass_cases import FLOAT32, hooked, padding_warnings, sampled, statistics_of
+from passes import FLOAT32, hooked, statistics_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# Against the paper's algorithm.
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,19 +47,6 @@ def test_energies(kind: str, device: torch.device) -> None:
         assert torch.equal(ours, theirs), name
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("batch_size", [1, 3, 12])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "bert tokens"])
-def test_batching_and_padding_do_not_matter(kind: str, batch_size: int, side: str) -> None:
-    """The truth has every sample alone: so may no padded position, and no term of one, count."""
-    c = case(kind)
-    if kind.startswith("bert") and side == "left":
-        pytest.skip("absolute positions: padding on the left makes it another model")
-    samples = c.samples[::-1] if batch_size == 3 else c.samples
-    found = energies_of(peft_of(c), loader(samples, batch_size, side))
-    assert_energies(found, truth(kind), FLOAT32)
-
-
 def test_counts() -> None:
     """Prompt positions without a label count, padded ones never do."""
     c = case("llama")
@@ -82,146 +57,6 @@ def test_counts() -> None:
     for moments in statistics.moments.values():
         assert int(moments.input.count) == int(moments.output.count) == sum(LENGTHS)
         assert int(moments.loss_terms) == labels
-
-
-def test_one_row_a_sample_always_counts() -> None:
-    c = case("bert class")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*rows of their inputs")
-        moments = statistics_of(peft_of(c), loader(c.samples)).moments
-    assert int(moments["bert.pooler.dense"].input.count) == len(LENGTHS)
-    assert int(moments["bert.encoder.layer.0.attention.self.query"].input.count) == sum(LENGTHS)
-
-
-@pytest.mark.parametrize("kind", ["t5", "bart"])
-def test_encoder_full_and_decoder_padded(kind: str) -> None:
-    """One side's mask is never put to the other's rows, even where their lengths agree."""
-    c = case(kind)
-    generator = torch.Generator().manual_seed(0)
-    full = [
-        s | {"input_ids": torch.randint(3, VOCAB, (9,), generator=generator)} for s in c.samples
-    ]
-    full = [s | {"attention_mask": torch.ones(9, dtype=torch.int64)} for s in full]
-    expected = true_energies(c.model, c.targets, full)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*rows of their inputs")
-        found = energies_of(peft_of(c), loader(full))
-    assert_energies(found, expected, FLOAT32)
-    reverse = [
-        s | {"labels": torch.randint(3, VOCAB, (9,), generator=generator)} for s in c.samples
-    ]
-    assert_energies(
-        energies_of(peft_of(c), loader(reverse)),
-        true_energies(c.model, c.targets, reverse),
-        FLOAT32,
-    )
-
-
-def test_decoder_prompt_without_labels_counts() -> None:
-    c = case("bart")
-    samples = [s | {"decoder_input_ids": s["labels"].roll(1)} for s in c.samples]
-    for sample in samples:
-        sample["labels"] = torch.cat([torch.tensor([-100]), sample["labels"][1:]])
-    expected = true_energies(c.model, c.targets, samples)
-    assert_energies(energies_of(peft_of(c), loader(samples)), expected, FLOAT32)
-
-
-def test_decoder_of_a_classifier_takes_the_encoders_mask() -> None:
-    config = copy.deepcopy(case("bart").model.config)
-    config.num_labels, config.eos_token_id, config.classifier_dropout = 3, 2, 0.5
-    model = randomised(BartForSequenceClassification(config))
-    samples = []
-    for index, sample in enumerate(case("bart").samples):
-        ids = torch.cat([sample["input_ids"], torch.tensor([2])])  # it classifies at the EOS
-        mask = torch.ones_like(ids)
-        samples.append(
-            {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(index % 3)}
-        )
-    c = Case(model, samples, linears(model))
-    expected = true_energies(c.model, c.targets, c.samples)
-    assert_energies(energies_of(peft_of(c), loader(samples)), expected, FLOAT32)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert masked"])
-def test_labels_on_padding_do_not_count(kind: str) -> None:
-    """The labels=input_ids of many a data set, padding and all."""
-    c = case(kind)
-    batch = collate(c.samples)
-    labelled = {**batch, "labels": batch["labels"].where(batch["attention_mask"] == 1, 0)}
-    if c.shift:  # the first padding token is predicted by the last real one
-        ends = batch["attention_mask"].sum(1)
-        for row, end in enumerate(ends.tolist()):
-            labelled["labels"][row, end : end + 1] = -100
-    assert (labelled["labels"] != batch["labels"]).any()
-    assert_energies(energies_of(peft_of(c), [labelled]), truth(kind), FLOAT32)
-
-
-def test_nan_in_padded_rows_does_no_harm(device: torch.device) -> None:
-    c = case("perceptron")
-    peft_model = peft_of(c, device)
-    batches = [collate(c.samples[:4]), collate(c.samples[4:])]
-    current: dict[str, Tensor] = {}
-
-    def poison(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        padded = current["attention_mask"].to(output.device) == 0
-        assert padded.any()
-        return output.masked_fill(padded.unsqueeze(-1), torch.nan)
-
-    def forward_fn(model: Any, batch: Any) -> Any:
-        current.update(batch)
-        return mean_and_terms(model, batch)
-
-    hooked(peft_model, "embedding").register_forward_hook(poison)
-    assert_energies(energies_of(peft_model, batches, forward_fn), truth("perceptron"), FLOAT32)
-
-
-def test_rows_that_follow_no_mask_are_named() -> None:
-    c = case("experts")
-    with pytest.warns(UserWarning, match=r"experts\.0\.0.*attention_mask") as caught:
-        statistics_of(peft_of(c), loader(c.samples))
-    assert sum("attention_mask" in str(w.message) for w in caught) == 1
-
-
-def test_frames_of_fixed_length_have_no_padding() -> None:
-    """Of Whisper, whose encoder takes no mask: as many frames with every sample."""
-    config = WhisperConfig(
-        vocab_size=VOCAB, d_model=24, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=40,
-        decoder_ffn_dim=40, encoder_attention_heads=3, decoder_attention_heads=3, num_mel_bins=6,
-        max_source_positions=10, max_target_positions=16, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, decoder_start_token_id=1,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    samples = [
-        {
-            "input_features": torch.randn(6, 20, generator=generator),
-            "attention_mask": (torch.arange(20) < 8 + index).long(),
-            "labels": sample["labels"],
-        }
-        for index, sample in enumerate(case("t5").samples)
-    ]
-    model = randomised(WhisperForConditionalGeneration(config))
-    c = Case(model, samples, linears(model, "proj_out"))
-    assert padding_warnings(c, list(loader(samples, 4))) == []
-    found = energies_of(peft_of(c), loader(samples, 4))
-    assert_energies(found, true_energies(model, c.targets, samples), FLOAT32)
-
-
-def test_frames_that_a_convolution_made_are_named() -> None:
-    """Fewer than the mask has, and among them those of what pads the shorter sample."""
-    config = Wav2Vec2Config(
-        vocab_size=VOCAB, hidden_size=24, num_hidden_layers=1, num_attention_heads=3,
-        intermediate_size=40, conv_dim=(8, 8), conv_kernel=(4, 4), conv_stride=(2, 2),
-        num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
-        pad_token_id=0,
-    )  # fmt: skip
-    model = randomised(Wav2Vec2ForCTC(config))
-    batch = {
-        "input_values": torch.randn(2, 64, generator=torch.Generator().manual_seed(0)),
-        "attention_mask": (torch.arange(64) < torch.tensor([[64], [40]])).long(),
-        "labels": torch.tensor([[3, 4, 5], [3, 4, -100]]),
-    }
-    c = Case(model, [], linears(model, "lm_head"))
-    assert len(padding_warnings(c, [batch], loss_reduction="sum")) == 1
 
 
 def test_experts() -> None:
@@ -298,56 +133,7 @@ def test_bitwise_the_same_with_long_attention(dtype: torch.dtype, reentrant: boo
             assert torch.equal(sums[0][name], other[name]), name
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert class", "vit", "t5", "bart"])
-def test_sampled_labels_do_not_depend_on_the_batch(kind: str) -> None:
-    c = case(kind)
-    alone = sampled(c, c.samples, 1, "right")
-    assert_energies(sampled(c, c.samples, 5, "right"), alone, FLOAT32)
-    assert_energies(sampled(c, c.samples[::-1], 4, "right"), alone, FLOAT32)
-    if c.shift:
-        assert_energies(sampled(c, c.samples, 4, "left"), alone, FLOAT32)
-        drawn = statistics_of(peft_of(c), loader(c.samples), fisher="sampled").loss_terms
-        assert drawn == sum(int((s["labels"][1:] != -100).sum()) for s in c.samples)
-    assert worst(sampled(c, c.samples, 1, "right", seed=1), alone)[0] > 0.05
-    assert worst(truth(kind), alone)[0] > 0.05
-
-
-def test_sampled_labels_give_the_true_fisher() -> None:
-    """For logits z = head(x) of a linear layer, E[g gᵀ | x] = diag(p) − p pᵀ, p = softmax(z)."""
-    generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5))
-    model[0].weight.data.copy_(torch.randn(5, 6, generator=generator))
-    x = torch.randn(4, 6, generator=generator)
-    # The draw of a sample is its content's: 1000 of each that differ a little.
-    rows = x.repeat(1000, 1) * (1 + 1e-4 * torch.rand(4000, 6, generator=generator))
-    # Labels that the model does not believe in: the empirical Fisher is another one.
-    labels = model(rows).argmin(-1)
-    peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["0"]))
-    batch = [{"rows": rows, "labels": labels}]
-
-    def forward_fn(model: Any, batch: Any) -> Any:
-        logits = model(batch["rows"])
-        return SimpleNamespace(logits=logits, loss=F.cross_entropy(logits, batch["labels"]))
-
-    # The mean of (uᵀg)² over the draws, and its standard error, for every direction u.
-    W = model[0].weight.detach().double()
-    V = oracle.normalize_columns(W.T @ W)
-    U = oracle.normalize_columns(W @ V)
-    p = model(x).softmax(-1).double().detach()
-    squares = ((p.unsqueeze(1) - torch.eye(5)) @ U).square()  # (4 inputs, 5 labels, 6 directions)
-    mean = (p.unsqueeze(2) * squares).sum(1).mean(0)
-    variance = (p.unsqueeze(2) * squares.square()).sum(1).mean(0) - mean**2
-    input_energy = (V * (x.double().T @ x.double() @ V)).sum(0) / 4 / 4000**2
-    found = energies_of(peft_model, batch, forward_fn, fisher="sampled")["0"]
-    assert ((found / input_energy - mean).abs() < 4 * (variance / 4000).sqrt()).all()
-    empirical = energies_of(peft_model, batch, forward_fn)["0"]
-    assert ((empirical / input_energy - mean).abs() > 20 * (variance / 4000).sqrt()).any()
-
-
-def test_sampled_needs_logits_and_labels() -> None:
-    c = case("perceptron")
-    with pytest.raises(ValueError, match=r"fisher='sampled'.*\.logits"):
-        statistics_of(peft_of(c), loader(c.samples), mean_and_terms, fisher="sampled")
+# Odds and ends.
 
 
 def test_layers_on_two_devices() -> None:

@@ -19,7 +19,9 @@ import filet
 from filet import DevicePlan, FiletConfig, OutOfMemoryError, Statistics, collect_statistics
 from filet.collect import estimate as plan_module
 from filet.collect import groups as passes_module
-from filet.collect.groups import Batches, groups
+from filet.collect import probe
+from filet.collect.batches import Batches
+from filet.collect.groups import groups
 from filet.model.blocks import blocks
 from filet.model.targets import find_targets
 from filet.system.text import readable
@@ -163,7 +165,7 @@ class FakeGpu:
         self.fixed, self.each, self.free, self.total = 5000, 3000, free, 0
         self.used = self.peak = 700  # before anything runs
         self.sizes: list[int] = []
-        monkeypatch.setattr(plan_module, "_gpus", lambda model: [torch.device("cpu")])
+        monkeypatch.setattr(plan_module, "gpus_of", lambda model: [torch.device("cpu")])
         monkeypatch.setattr(plan_module, "available", lambda device: self.free)
         for name, function in {
             "memory_allocated": lambda device: self.used,
@@ -185,7 +187,7 @@ def test_the_largest_batch_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -
     c = case("llama")
     peft_model = peft_of(c)
     gpu = FakeGpu(monkeypatch, peft_model, free=10**9)
-    monkeypatch.setattr(plan_module, "_selection", lambda *_: 0)
+    monkeypatch.setattr(plan_module, "selection_bytes", lambda *_: 0)
     batch = next(iter(loader(c.samples)))
     whole = FiletConfig(samples=None)
     plan = filet.estimate(peft_model, batch, whole)
@@ -200,7 +202,7 @@ def test_the_largest_batch_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -
     assert (plan.batch_size, plan.passes, plan.fits) == (250, 1, True)
     assert not filet.estimate(peft_model, batch, whole, batch_size=1000).fits
     # Where a batch would have too few tokens, two passes are better.
-    few = plan_module._FEW_TOKENS // 9
+    few = plan_module.FEW_TOKENS // 9
     gpu.free = on.moments + gpu.fixed + few * each
     plan = filet.estimate(peft_model, batch, whole)
     many = few + on.moments // 2 // each
@@ -255,11 +257,11 @@ def test_a_compiled_model_is_measured_in_the_shape_it_has(monkeypatch: pytest.Mo
     c = case("llama")
     peft_model = peft_of(c)
     gpu = FakeGpu(monkeypatch, peft_model, free=10**9)
-    assert not plan_module._is_compiled(peft_model)
+    assert not probe.is_compiled(peft_model)
     peft_model.base_model.model.model.layers[0].compile()  # when it is called, which is not now
-    assert plan_module._is_compiled(peft_model)
+    assert probe.is_compiled(peft_model)
     peft_model.base_model.model.model.layers[0]._compiled_call_impl = None
-    monkeypatch.setattr(plan_module, "_is_compiled", lambda model: True)
+    monkeypatch.setattr(probe, "is_compiled", lambda model: True)
     [on] = filet.estimate(peft_model, next(iter(loader(c.samples)))).devices
     assert gpu.sizes == [4, 4]
     assert on.fixed == 0 and on.per_sample == (gpu.fixed + 4 * gpu.each) // 4 + 9 * 8 * 32
@@ -372,7 +374,9 @@ def test_a_pass_holds_its_own_moments_only(monkeypatch: pytest.MonkeyPatch) -> N
 
 def fake_targets(shapes: dict[str, tuple[int, int]], device: Callable[[str], str]) -> Any:
     return {
-        name: SimpleNamespace(weight=torch.empty(shape, device=device(name)))
+        name: SimpleNamespace(
+            shape=shape, base=SimpleNamespace(weight=torch.empty(shape, device=device(name)))
+        )
         for name, shape in shapes.items()
     }
 
@@ -407,7 +411,7 @@ def test_passes_are_found_for_a_gpu_that_is_full(monkeypatch: pytest.MonkeyPatch
     targets = find_targets(peft_model, "default")[0]
     batch = next(iter(loader(c.samples)))
     gpu = FakeGpu(monkeypatch, peft_model, free=10**9)
-    monkeypatch.setattr(plan_module, "_selection", lambda *_: 0)
+    monkeypatch.setattr(plan_module, "selection_bytes", lambda *_: 0)
 
     def passes() -> int:
         with filet.model.isolation.preserved(peft_model, "default", targets):
@@ -519,7 +523,7 @@ def test_a_shortage_after_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     ("fails", "place"),
     [
         ("filet.initialize.values", "the checks of the weights"),
-        ("filet.collect.statistics.fingerprints", "the hashing of the weights"),
+        ("filet.collect.statistics.fingerprints_of", "the hashing of the weights"),
     ],
 )
 def test_a_shortage_before_the_pass(

@@ -19,19 +19,12 @@ from filet.adapter.write import commit, materialise_rest
 from filet.blockwise.engine import Blockwise
 from filet.blockwise.folder import Engine, choose_engine, empty_model
 from filet.blockwise.weights import ShardedWeights
-from filet.collect.run import ForwardFn
-from filet.collect.statistics import Statistics, check_statistics, collect_statistics
+from filet.collect.statistics import Statistics, check_statistics, statistics_of
 from filet.config import FiletConfig, checked_config
+from filet.loss.batch import ForwardFn
 from filet.model.folder import load_model
 from filet.model.inputs import check_dataloader
-from filet.model.targets import (
-    Target,
-    adapted,
-    check_init,
-    check_peft_model,
-    check_targets,
-    find_targets,
-)
+from filet.model.targets import Target, adapted, check_init, checked_targets
 from filet.report.report import FiletReport
 from filet.select import check_rank, choose, warn_of
 from filet.system.memory import named_shortage, peak_memory
@@ -80,12 +73,12 @@ def initialize_lora_filet_weights(
     config = checked_config(config)
     # What is refused is refused before the pass.
     with named_shortage("checks", _checks):
-        check_applicable(peft_model, adapter_name)
-    statistics = collect_statistics(
-        peft_model, dataloader, config, adapter_name, forward_fn, show_progress_bar
+        targets, unsupported = check_applicable(peft_model, adapter_name)
+    statistics = statistics_of(
+        peft_model, targets, dataloader, config, adapter_name, forward_fn, show_progress_bar
     )
     with named_shortage("selection", _selection):
-        return _apply(peft_model, statistics, config, adapter_name)
+        return _apply(peft_model, targets, unsupported, statistics, config, adapter_name)
 
 
 def apply_statistics(
@@ -111,9 +104,10 @@ def apply_statistics(
             "Statistics.load(path) reads"
         )
     with named_shortage("checks", _checks):
-        check_statistics(statistics, check_applicable(peft_model, adapter_name))
+        targets, unsupported = check_applicable(peft_model, adapter_name)
+        check_statistics(statistics, targets)
     with named_shortage("selection", _selection):
-        return _apply(peft_model, statistics, config, adapter_name)
+        return _apply(peft_model, targets, unsupported, statistics, config, adapter_name)
 
 
 def _checks() -> str:
@@ -124,11 +118,11 @@ def _selection() -> str:
     return "the selection of directions and the writing of weights"
 
 
-def check_applicable(peft_model: PeftModel, adapter_name: str) -> dict[str, Target]:
-    """The adapter's targets, after every check that needs no data."""
-    peft_model = check_peft_model(peft_model, adapter_name)
-    targets, unsupported = find_targets(peft_model, adapter_name)
-    check_targets(peft_model, targets, unsupported, adapter_name)
+def check_applicable(
+    peft_model: PeftModel, adapter_name: str
+) -> tuple[dict[str, Target], dict[str, str]]:
+    """The adapter's targets, after every check that needs no data, and why the others are none."""
+    targets, unsupported = checked_targets(peft_model, adapter_name)
     counts = values(
         [
             torch.count_nonzero(torch.linalg.vector_norm(target.weight, torch.inf, dim=0))
@@ -137,16 +131,17 @@ def check_applicable(peft_model: PeftModel, adapter_name: str) -> dict[str, Targ
     )
     for target, candidates in zip(targets.values(), counts, strict=True):
         check_rank(target, candidates)
-    return targets
+    return targets, unsupported
 
 
 def _apply(
     peft_model: PeftModel,
+    targets: dict[str, Target],
+    unsupported: dict[str, str],
     statistics: Statistics,
     config: FiletConfig,
     adapter_name: str,
 ) -> FiletReport:
-    targets, unsupported = find_targets(peft_model, adapter_name)
     start = time.perf_counter()
     choice = choose(
         targets, statistics.moments, statistics.shared_input, statistics.fingerprints, config
@@ -160,7 +155,7 @@ def _apply(
     commit(peft_model, adapter_name, targets, choice.layers)
     materialise_rest(peft_model, adapter_name, config.seed)
     written = time.perf_counter()
-    devices = {t.weight.device for t in targets.values() if t.weight.device.type == "cuda"}
+    devices = {place for t in targets.values() if (place := t.base.weight.device).type == "cuda"}
     left_default = unsupported | choice.left_default
     warn_of(left_default, choice.layers)
     return FiletReport(

@@ -73,11 +73,12 @@ def choose(
     tokens = _tokens(targets, moments)
     choice.left_default = {name: why for name, both in tokens.items() if (why := _unseen(*both))}
     seen = {name: target for name, target in targets.items() if name not in choice.left_default}
-    for name, energies in _energies(seen, moments, config):
+    weights = {name: target.weight for name, target in seen.items()}
+    for name, energies in _energies(weights, moments, config):
         target, its = targets[name], moments[name]
         indices = select(energies, target.rank, config.select, seed=config.seed)
         A0, B0 = lora_factors(
-            target.weight, energies, indices, scaling=config.scaling, dtype=target.dtype
+            weights[name], energies, indices, scaling=config.scaling, dtype=target.dtype
         )
         choice.layers[name] = Layer(A0, B0, fingerprints[name])
         choice.reports[name] = ModuleReport(
@@ -115,11 +116,10 @@ def _unseen(inputs: int, outputs: int) -> str | None:
 
 
 def _energies(
-    targets: Mapping[str, Target], moments: Mapping[str, Moments], config: FiletConfig
+    weights: Mapping[str, Tensor], moments: Mapping[str, Moments], config: FiletConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """Each module's energies, on the CPU; a GPU computes the next modules' in the meantime."""
     under_way: deque[tuple[str, Tensor, torch.cuda.Event | None]] = deque()
-    weights = {name: target.weight for name, target in targets.items()}
     sizes = {name: weight.shape[1] for name, weight in weights.items() if weight.is_cuda}
     places: dict[str, Tensor] = {}
     if sizes:  # in one piece: an allocation of pinned memory may wait for all that a GPU does
@@ -164,7 +164,7 @@ def _moved(moments: Moments, device: torch.device) -> Moments:
 
 def check_rank(target: Target, candidates: int) -> None:
     """ValueError for a rank above the number of candidate directions, W's non-zero columns."""
-    shape = tuple(target.weight.shape)
+    shape = target.shape
     if candidates == 0:
         raise ValueError(
             f"{target.name}: all of its weight {shape} is zero, so that it has no direction; "

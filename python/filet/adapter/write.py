@@ -115,7 +115,7 @@ def _check_sole_user(peft_model: PeftModel, targets: dict[str, Target], adapter_
     for name, parameter in peft_model.base_model.model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     for name, target in targets.items():
-        used_by = names[id(target.parameter)]
+        used_by = names[id(target.base.weight)]
         if len(used_by) > 1:
             raise ValueError(
                 f"the weight of {name} is shared ({', '.join(used_by)}), so writing its residual "
@@ -145,7 +145,7 @@ def materialise_rest(peft_model: PeftModel, adapter_name: str, seed: int) -> Non
                 device = torch.device("cpu")
             drawn: list[nn.Parameter] = []
             for factors in (layer.lora_A, layer.lora_B):
-                if adapter_name in factors and factors[adapter_name].weight.device.type == "meta":
+                if adapter_name in factors and _is_on_meta(factors[adapter_name]):
                     drawn += factors[adapter_name].to_empty(device="cpu").parameters()
             for parameters in (layer.lora_embedding_A, layer.lora_embedding_B):
                 if adapter_name in parameters and parameters[adapter_name].device.type == "meta":
@@ -158,3 +158,8 @@ def materialise_rest(peft_model: PeftModel, adapter_name: str, seed: int) -> Non
                 layer.reset_lora_parameters(adapter_name, True)
             for parameter in drawn:
                 parameter.data = parameter.data.to(device)
+
+
+def _is_on_meta(factor: nn.Module) -> bool:
+    # Its parameter, not its weight: that of an initialised layer is made of two halves when read.
+    return next(factor.parameters()).device.type == "meta"

@@ -54,8 +54,9 @@ from filet.blockwise.keeping import DISK_SHARE, Keeping
 from filet.blockwise.plan import RunPlan
 from filet.blockwise.stream import Loading, WeightStream, size_of
 from filet.blockwise.weights import WeightSource
-from filet.collect.hooks import MomentHooks, hands_on
-from filet.collect.run import warn_of_padding
+from filet.collect.hooks import MomentHooks
+from filet.collect.padding import warn_of_padding
+from filet.collect.unrounded import hands_on
 from filet.config import FiletConfig
 from filet.loss.sampling import drawn
 from filet.model.chain import Calls, Parts, described
@@ -68,6 +69,7 @@ from filet.select import Layer, check_rank, choose, warn_of
 from filet.system.files import replaced
 from filet.system.lock import FolderLock
 from filet.system.memory import available_on_host, named_shortage, peak_memory
+from filet.system.names import split
 from filet.system.text import readable
 from filet_kernels import cross_entropy_
 
@@ -200,8 +202,8 @@ class Blockwise:
 
     def _block_of(self, name: str) -> int:
         """The block a module or weight lies in, -1 for none."""
-        prefix = f"{self.parts.path}."
-        return int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else -1
+        index = split(name, self.parts.path).index
+        return -1 if index is None else index
 
     def __enter__(self) -> Blockwise:
         with contextlib.ExitStack() as stack:

@@ -8,63 +8,21 @@ what is finished goes to host memory.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from filet.collect.run import ForwardFn, collect_moments
+from filet.collect.batches import Batches
+from filet.collect.run import collect_moments
+from filet.collect.sizes import moment_bytes
 from filet.config import FiletConfig
-from filet.model.batch import on_host, samples_in
+from filet.loss.batch import ForwardFn
 from filet.model.blocks import blocks
-from filet.model.inputs import check_dataloader
 from filet.model.targets import Target
 from filet.system.transfer import background_copies
 from filet_kernels import Moments
 
-__all__ = ["Batches", "collect_in_passes", "groups", "moment_bytes"]
-
-
-class Batches:
-    """The batches of a dataloader, which is read once. With ``keep`` they can be read again.
-
-    Kept are copies in host memory of the batches that were read.
-    """
-
-    def __init__(self, dataloader: Iterable[Any]) -> None:
-        check_dataloader(dataloader)
-        self.dataset = getattr(dataloader, "dataset", None)
-        self.keep = False
-        self._source = iter(dataloader)
-        self._kept: list[Any] = []
-
-    def first(self) -> Any:
-        """The first batch with a sample in it, None without any; iterating starts over with it."""
-        while not any(map(samples_in, self._kept)):
-            read = [on_host(batch) for batch in itertools.islice(self._source, 1)]
-            if not read:
-                return None
-            self._kept += read
-        return next(batch for batch in self._kept if samples_in(batch))
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from self._kept
-        for batch in self._source:
-            if self.keep:
-                self._kept.append(on_host(batch))
-            yield batch
-
-
-def moment_bytes(
-    targets: dict[str, Target], shared_input: Mapping[str, str]
-) -> dict[str, tuple[int, int]]:
-    """Bytes of each module's moments: input, output. A shared input moment counts once."""
-    sizes = {}
-    for name, target in targets.items():
-        side = min(target.weight.shape) ** 2 * (8 if target.weight.dtype == torch.float64 else 4)
-        sizes[name] = (0 if name in shared_input else side, side)
-    return sizes
+__all__ = ["collect_in_passes", "groups"]
 
 
 def groups(targets: dict[str, Target], passes: int) -> list[list[str]]:
@@ -75,7 +33,7 @@ def groups(targets: dict[str, Target], passes: int) -> list[list[str]]:
     sizes = moment_bytes(targets, {})
     by_device: dict[torch.device, list[list[str]]] = {}
     for names in blocks(targets).values():
-        by_device.setdefault(targets[names[0]].weight.device, []).append(names)
+        by_device.setdefault(targets[names[0]].base.weight.device, []).append(names)
     found: list[list[str]] = [[] for _ in range(passes)]
     for its_blocks in by_device.values():
         weights = [sum(sum(sizes[name]) for name in names) for names in its_blocks]
@@ -101,7 +59,7 @@ def collect_in_passes(
     With more than one pass the moments are in host memory. On a CPU they are bitwise those of one
     pass; on a GPU the forward of a layer whose moments are taken rounds in another place.
     """
-    parts = groups(targets, passes)
+    parts = groups(targets, passes) if passes > 1 else [list(targets)]
     if len(parts) == 1:
         hooks, counts = collect_moments(
             peft_model, targets, batches, config, forward_fn, show_progress_bar

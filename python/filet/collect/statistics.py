@@ -14,19 +14,20 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from filet.collect.batches import Batches
 from filet.collect.estimate import passes_that_fit
-from filet.collect.groups import Batches, collect_in_passes
+from filet.collect.groups import collect_in_passes
 from filet.collect.hooks import empty_moments
-from filet.collect.run import ForwardFn
 from filet.config import FiletConfig, checked_config
-from filet.model.fingerprint import check_fingerprint, fingerprints
+from filet.loss.batch import ForwardFn
+from filet.model.fingerprint import check_fingerprint, fingerprints_of
 from filet.model.isolation import preserved
-from filet.model.targets import Target, check_peft_model, check_targets, find_targets
+from filet.model.targets import Target, checked_targets
 from filet.system.memory import named_shortage, peak_memory
 from filet.system.tensorfile import write_tensors
 from filet_kernels import Moments, SecondMoment
 
-__all__ = ["Statistics", "check_statistics", "collect_statistics"]
+__all__ = ["Statistics", "check_statistics", "collect_statistics", "statistics_of"]
 
 _FORMAT = "filet-statistics-1"
 
@@ -217,12 +218,25 @@ def collect_statistics(
             is likely to be.
     """
     config = checked_config(config)
-    peft_model = check_peft_model(peft_model, adapter_name)
-    targets, unsupported = find_targets(peft_model, adapter_name)
-    check_targets(peft_model, targets, unsupported, adapter_name)
+    targets, _ = checked_targets(peft_model, adapter_name)
+    return statistics_of(
+        peft_model, targets, dataloader, config, adapter_name, forward_fn, show_progress_bar
+    )
+
+
+def statistics_of(
+    peft_model: PeftModel,
+    targets: dict[str, Target],
+    dataloader: Iterable[Any],
+    config: FiletConfig,
+    adapter_name: str,
+    forward_fn: ForwardFn | None,
+    show_progress_bar: bool,
+) -> Statistics:
+    """:func:`collect_statistics` for an adapter whose targets are found and checked."""
     with named_shortage("checks", lambda: "the hashing of the weights"):
-        weights = fingerprints({name: target.weight for name, target in targets.items()})
-    devices = {t.weight.device for t in targets.values() if t.weight.device.type == "cuda"}
+        weights = fingerprints_of(targets)
+    devices = {place for t in targets.values() if (place := t.base.weight.device).type == "cuda"}
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
@@ -269,7 +283,7 @@ def check_statistics(statistics: Statistics, targets: dict[str, Target]) -> None
     missing = next((name for name in targets if name not in statistics.fingerprints), None)
     if missing is not None:
         raise ValueError(f"{_of(statistics)} have no module {missing!r}, a target of this adapter")
-    mine = fingerprints({name: target.weight for name, target in targets.items()})
+    mine = fingerprints_of(targets)
     _compare(statistics, mine, "this model", partial=True)
 
 

@@ -6,7 +6,8 @@ head, loss and their gradient follow in the backward, some tokens at a time. Tok
 never enter the head.
 
 What the model does with its logits is not known, only seen (:meth:`HeadLoss._differs`): where they
-are scaled, capped or summed up in another way, the model's own loss is taken (:mod:`filet.loss`).
+are scaled, capped or summed up in another way, the model's own loss is taken
+(:mod:`filet.loss.summed`).
 """
 
 from __future__ import annotations
@@ -24,20 +25,19 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from filet.config import FiletConfig
-from filet.loss.sampling import drawn
-from filet.loss.summed import SummedLoss
+from filet.loss.sampling import drawn, uniform
 from filet.model.batch import IGNORED, labels_of
 from filet.model.fused import has_hooks
-from filet.model.overrides import Forwards
+from filet.model.overrides import own_forward
 from filet_kernels import cross_entropy_
 
-__all__ = ["ChunkedLoss", "HeadLoss"]
+__all__ = ["CHUNK_BYTES", "CHUNK_ROWS", "ChunkedLoss", "HeadLoss", "StandIn"]
 
 # Of logits at a time: 1024 rows of 128256 in bfloat16, enough for products at the full rate.
-_CHUNK_BYTES = 2**28
+CHUNK_BYTES = 2**28
 
 
-_CHUNK_ROWS = 128  # or a multiple of it: a tile of the products
+CHUNK_ROWS = 128  # or a multiple of it: a tile of the products
 
 
 # Tokens of the first batch for which the model computes logits and loss, to see how it does.
@@ -60,7 +60,7 @@ _KEYS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq
 _NOT_FINITE = "the logits of a batch are not finite"
 
 
-class _StandIn(nn.Module):
+class StandIn(nn.Module):
     """In the head's place: keeps what it is given, and computes the logits of a few tokens."""
 
     def __init__(self, head: nn.Linear) -> None:
@@ -89,7 +89,7 @@ class ChunkedLoss:
 
     def __init__(
         self,
-        head: _StandIn,
+        head: StandIn,
         hidden: Tensor,
         predicts: Tensor,
         labels: Tensor | None,
@@ -121,8 +121,8 @@ class ChunkedLoss:
     def backward(self, scale: float, retain_graph: bool = False) -> None:
         """Backward from ``scale`` times the summed loss."""
         weight = self.head.weight
-        step = max(1, _CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
-        step = max(step // _CHUNK_ROWS * _CHUNK_ROWS, min(step, _CHUNK_ROWS))
+        step = max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+        step = max(step // CHUNK_ROWS * CHUNK_ROWS, min(step, CHUNK_ROWS))
         gradient = self.rows.new_zeros(self.terms + 1, self.rows.shape[1])
         with torch.no_grad():
             for start in range(0, self.terms, step):
@@ -151,15 +151,15 @@ class HeadLoss:
         self,
         config: FiletConfig,
         peft_model: PeftModel,
-        summed_loss: SummedLoss,
+        shift: bool,
         forward_fn: Callable[[Any, Any], Any] | None,
     ) -> None:
+        """``shift``: the model is known to pair a token's logits with the next label."""
         self.config = config
         self.peft_model = peft_model
-        self.summed_loss = summed_loss
         self.settled = False  # the model was seen to compute the plain cross-entropy of its head
         self.reasons: set[str] = set()  # that were said
-        self.why_not = self._unsupported(forward_fn)
+        self.why_not = self._unsupported(shift, forward_fn)
 
     def takes(self, batch: Any) -> bool:
         """Whether the batch can go this way; the first batch that cannot says why in the log."""
@@ -187,8 +187,8 @@ class HeadLoss:
         if self.config.fisher == "empirical":
             return ChunkedLoss(self.head, hidden, predicts, wanted, None)
         counts = predicts.sum(1).tolist()
-        uniform = [self.summed_loss.uniform(host, index, n) for index, n in enumerate(counts)]
-        return ChunkedLoss(self.head, hidden, predicts, None, torch.cat(uniform))
+        numbers = [uniform(self.config, host, index, n) for index, n in enumerate(counts)]
+        return ChunkedLoss(self.head, hidden, predicts, None, torch.cat(numbers))
 
     def _differs(self, batch: Any) -> str | None:
         """Run the model, and see that its loss is the shifted cross-entropy of its head's output.
@@ -234,11 +234,11 @@ class HeadLoss:
             logging.getLogger("filet").info("the model computes its own loss: %s", reason)
         return reason is None
 
-    def _unsupported(self, forward_fn: Callable[[Any, Any], Any] | None) -> str | None:
+    def _unsupported(self, shift: bool, forward_fn: Callable[[Any, Any], Any] | None) -> str | None:
         """Why the model does not qualify, as far as it can be told without running it; or None."""
         if forward_fn is not None:
             return "forward_fn was given"
-        if not self.summed_loss.shift:
+        if not shift:
             return "it is not one of transformers' causal language models"
         head = getattr(self.peft_model.base_model.model, "get_output_embeddings", lambda: None)()
         if isinstance(head, ModulesToSaveWrapper) and head.active_adapters:
@@ -248,7 +248,7 @@ class HeadLoss:
         if has_hooks(head):
             return "its head has hooks"
         # A device map's moves the input to the weight, as is done here.
-        if Forwards.own(head) is None:
+        if own_forward(head) is None:
             return "its head has a forward of its own"
         if type(head.weight) is not nn.Parameter:
             return f"the weight of its head is a {type(head.weight).__name__}"
@@ -260,7 +260,7 @@ class HeadLoss:
             return f"its head is at {len(places)} places"
         parent, _, self._name = places[0].rpartition(".")
         self._siblings = self.peft_model.get_submodule(parent)._modules
-        self.head = _StandIn(head)
+        self.head = StandIn(head)
         return None
 
     def _unsupported_batch(self, batch: Any) -> str | None:

@@ -6,7 +6,6 @@ batches add up, and the result does not depend on how the samples were batched.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from filet.config import FiletConfig
-from filet.loss.sampling import drawn
-from filet.model.batch import IGNORED, NUM_ITEMS, ids_shape, labels_of, rows_may_be_samples
-from filet.model.inputs import loss_type_of
+from filet.loss.sampling import drawn, uniform
+from filet.model.batch import IGNORED, NUM_ITEMS, labels_of
+from filet.model.inputs import Inputs
 
 __all__ = ["ModelLoss", "SummedLoss"]
 
@@ -53,36 +52,12 @@ class SummedLoss:
     found by comparing its loss with both, on the first batch that tells.
     """
 
-    def __init__(self, config: FiletConfig, base_model: nn.Module) -> None:
+    def __init__(self, config: FiletConfig, inputs: Inputs) -> None:
         self.config = config
-        self.is_encoder_decoder = bool(
-            getattr(getattr(base_model, "config", None), "is_encoder_decoder", False)
-        )
-        kind = loss_type_of(base_model)
-        causal = kind in ("ForCausalLM", "ForConditionalGeneration")  # whose heads shift labels
-        self.shift = causal and not self.is_encoder_decoder
-        self.known = kind is not None
+        self.shift = inputs.shift
+        self.ignored = inputs.ignored
         self.reduction = None if config.loss_reduction == "auto" else config.loss_reduction
         self.settled = False
-        self.ignored = _ignored(base_model)
-
-    def without_padded_terms(self, batch: Any, mask: Tensor | None) -> Any:
-        """A copy of the batch less the labels that a padded position predicts: none of them counts.
-
-        ``mask`` (B, T) of the tokens that count, None for all. With padding on the left, the first
-        token's label is one of those. Labels stay as they are for a model of which it is not known
-        whether it shifts them.
-        """
-        batch = dict(batch) if isinstance(batch, Mapping) else batch
-        labels = labels_of(batch)
-        if labels is None or mask is None or self.is_encoder_decoder or not self.known:
-            return batch
-        if labels.dim() != 2 or labels.shape != mask.shape or labels.is_floating_point():
-            return batch
-        predicts = mask.to(labels.device)
-        if self.shift:
-            predicts = F.pad(predicts[:, :-1], (1, 0), value=True)
-        return {**batch, "labels": labels.masked_fill(~predicts, IGNORED)}
 
     def __call__(self, result: Any, batch: Any) -> ModelLoss:
         """
@@ -201,40 +176,10 @@ class SummedLoss:
         terms = 0
         for index, (rows, wanted) in enumerate(zip(*pair, strict=True)):
             rows = rows.reshape(-1, rows.shape[-1])[wanted.reshape(-1).ne(IGNORED)].float()
-            picked = drawn(rows, self.uniform(batch, index, rows.shape[0]).to(rows.device))
+            picked = drawn(rows, uniform(self.config, batch, index, rows.shape[0]).to(rows.device))
             loss = loss + F.cross_entropy(rows, picked, reduction="sum")
             terms += rows.shape[0]
         return ModelLoss(loss, 1.0, terms)
-
-    def uniform(self, batch: Any, index: int, rows: int) -> Tensor:
-        """Numbers in [0, 1) by which a sample's labels are drawn, (rows, 1) float64 on the CPU."""
-        generator = torch.Generator().manual_seed(self._sample_seed(batch, index))
-        return torch.rand(rows, 1, generator=generator, dtype=torch.float64)
-
-    def _sample_seed(self, batch: Any, index: int) -> int:
-        """From what is the sample's own, whatever batch it is in."""
-        digest = hashlib.blake2b(str(self.config.seed).encode(), digest_size=8)
-        name = self.config.token_mask
-        mask = None if name is None else batch.get(name)
-        ids = ids_shape(batch)
-        own = batch["labels"].shape[:1] if ids is None else ids
-        for key in sorted(batch):
-            value = batch[key]
-            # Masks, labels and what the decoder takes carry the batch's padding.
-            if key in ("attention_mask", "labels", name) or key.startswith("decoder_"):
-                continue
-            if not isinstance(value, Tensor) or value.dim() == 0:
-                continue
-            if value.shape[0] == 1:  # of all samples
-                value = value.expand(own[0], *value.shape[1:])
-            if value.shape[: len(own)] != own or not rows_may_be_samples(key, value, ids):
-                continue
-            row = value[index]
-            if isinstance(mask, Tensor) and value.shape[: mask.dim()] == mask.shape:
-                row = row[mask[index] != 0]
-            row = row.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
-            digest.update(key.encode() + row.numpy().tobytes())
-        return int.from_bytes(digest.digest(), "little") >> 1
 
 
 def _has_rows(value: Any) -> bool:
@@ -242,20 +187,6 @@ def _has_rows(value: Any) -> bool:
     return not isinstance(value, (int, float)) and not (
         isinstance(value, Tensor) and value.numel() == 1 and value.dim() < 2
     )
-
-
-def _ignored(model: Any) -> int | None:
-    """The label that the model's loss leaves out; None where its mean is over all labels.
-
-    Of the models of transformers, those that segment images name one in their configuration.
-    """
-    config: Any = getattr(model, "config", None)
-    if not type(model).__name__.endswith("ForSemanticSegmentation"):
-        return IGNORED
-    if config.num_labels == 1:  # Segformer: what it leaves out is a zero in the mean
-        return None
-    names = ("semantic_loss_ignore_index", "loss_ignore_index")
-    return next((getattr(config, name) for name in names if hasattr(config, name)), IGNORED)
 
 
 def _entries(batch: Any) -> str:

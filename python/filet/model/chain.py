@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from filet.model.targets import Target
+from filet.system.names import split
 from filet.system.text import some
 
 __all__ = ["Calls", "Parts", "described"]
@@ -281,7 +282,7 @@ def _find_blocks(
             held = sum(
                 target.weight.numel()
                 for name, target in targets.items()
-                if name.startswith(f"{path}.")
+                if split(name, path).index is not None
             )
             if held and (best is None or (held, -len(path)) > best[:2]):
                 best = (held, -len(path), path)
@@ -291,7 +292,7 @@ def _find_blocks(
             "engine takes models whose blocks are one"
         )
     path = best[2]
-    outside = [name for name in [*targets, *others] if not name.startswith(f"{path}.")]
+    outside = [name for name in [*targets, *others] if split(name, path).index is None]
     if outside:
         raise ValueError(
             f"{some(outside)}: outside the blocks {path}; the blockwise engine takes layers inside "

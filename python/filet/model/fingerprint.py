@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from filet.model.targets import Target
 from filet.system.transfer import values
 
-__all__ = ["check_fingerprint", "fingerprints"]
+__all__ = ["check_fingerprint", "fingerprints", "fingerprints_of"]
 
 
 def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:
@@ -24,6 +27,11 @@ def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:
         f"{total & (2**64 - 1):016x}"
         for (name, weight), total in zip(weights.items(), totals, strict=True)
     }
+
+
+def fingerprints_of(targets: Mapping[str, Target]) -> dict[str, str]:
+    """Those of the base weights of these layers."""
+    return fingerprints({name: target.weight for name, target in targets.items()})
 
 
 def check_fingerprint(

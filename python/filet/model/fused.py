@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from filet.model.overrides import Forwards
+from filet.model.overrides import own_forward, replaced
 from filet_kernels.dispatch import runs_triton
 from filet_kernels.elementwise.rms_norm import WIDEST, rms_norm, rms_norm_reference
 from filet_kernels.elementwise.rotary import rotary, rotary_reference, unfit
@@ -84,7 +84,6 @@ def fused(model: nn.Module) -> Iterator[None]:
     if not (FUSES_ON | {"meta"}) & {p.device.type for p in model.parameters()}:
         yield
         return
-    forwards = Forwards()
     with _trying():
         functions = {
             source: vars(source)[_ROTARY]
@@ -94,17 +93,15 @@ def fused(model: nn.Module) -> Iterator[None]:
         found = {
             module: forward
             for module in model.modules()
-            if (plain := forwards.own(module)) is not None
+            if (plain := own_forward(module)) is not None
             and (forward := _norm(module, plain) or _mlp(module, plain)) is not None
         }
     try:
         for source, function in functions.items():
             setattr(source, _ROTARY, _rotary(function))
-        for module, forward in found.items():
-            forwards.replace(module, forward)
-        yield
+        with replaced(found):
+            yield
     finally:
-        forwards.restore()
         for source, function in functions.items():
             setattr(source, _ROTARY, function)
 

@@ -1,4 +1,4 @@
-"""What is asked of a batch before the model's own forward gets it.
+"""What a model takes, what is asked of a batch before its forward gets it, and what it then gets.
 
 What does not fit would else come back from an embedding or a kernel, which know neither the batch
 nor its key, and on a GPU as an assertion of the device. What a ``forward_fn`` does with a batch is
@@ -10,16 +10,27 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from filet.model.batch import IGNORED, NUM_ITEMS, labels_of
+from filet.model.batch import (
+    IGNORED,
+    NUM_ITEMS,
+    first_samples,
+    labels_of,
+    samples_in,
+    to_device,
+    token_masks,
+    without_token_mask,
+)
 
-__all__ = ["Inputs", "check_batch", "check_dataloader", "loss_type_of"]
+__all__ = ["Inputs", "Prepared", "check_batch", "check_dataloader"]
 
 # With these alone a text model makes one row of logits for each token it is given. By any other
 # key (shift_labels, logits_to_keep, past_key_values, target_mapping) it may be another number.
@@ -31,6 +42,9 @@ _TEXT |= {NUM_ITEMS}
 
 # Models by the loss they name, with a label for every token.
 _CAUSAL, _PER_TOKEN = "ForCausalLM", ("ForMaskedLM", "ForTokenClassification")
+
+
+_SHIFTING = (_CAUSAL, "ForConditionalGeneration")  # whose heads shift labels
 
 
 _INDICES = (torch.int64, torch.uint8)  # that torch's cross_entropy takes
@@ -74,8 +88,26 @@ def check_batch(batch: Any, forward_fn: Callable[[Any, Any], Any] | None) -> Non
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A batch that was looked at, cut, and freed of the labels that padding predicts."""
+
+    batch: Any
+    index: int  # in the dataloader, from 0
+    masks: dict[str, Tensor | None]  # (B, T) of the tokens that count, by side; None for all
+    samples: int
+    tokens: int
+
+
 class Inputs:
-    """What a model takes, and so what is asked of a batch: nothing where there is a forward_fn."""
+    """What a model takes, and so what is asked of a batch: nothing where there is a forward_fn.
+
+    Attributes:
+        asked: whether anything is.
+        shift: whether the model's loss is known to pair a token's logits with the next label.
+        names_loss: whether the model says which loss of transformers it has.
+        ignored: the label that its loss leaves out; None where its mean is over all labels.
+    """
 
     def __init__(self, model: Any, forward_fn: Callable[[Any, Any], Any] | None = None) -> None:
         self.asked = forward_fn is None
@@ -91,10 +123,69 @@ class Inputs:
         self.labels = _labels(model)
         # What the code of other models does with a batch is not known.
         self.known = type(model).__module__.startswith("transformers.")
-        self.loss = _loss(model) if text is config else None
+        kind = _loss_type_of(model)
+        self.loss = _loss(kind, self.is_encoder_decoder) if text is config else None
+        self.names_loss = kind is not None
+        self.shift = kind in _SHIFTING and not self.is_encoder_decoder
+        self.ignored = _ignored(model)
         self.attends = hasattr(text, "num_attention_heads") and not self.is_encoder_decoder
         self.problem: str | None = getattr(config, "problem_type", None)
         self.classes: int = getattr(config, "num_labels", 1)
+
+    def prepared(
+        self,
+        batch: Any,
+        index: int,
+        *,
+        room: int | None,
+        token_mask: str | None,
+        shift: bool,
+        check: Callable[[Any, int], None] | None = None,
+    ) -> Prepared | None:
+        """A batch of the dataloader ready to go through, None for one without a sample.
+
+        Args:
+            index: its place in the dataloader, for messages.
+            room: how many of its samples are wanted, None for all.
+            token_mask: see :class:`filet.FiletConfig`.
+            shift: whether a label is predicted by the token before its own.
+            check: called with the batch and its index, where more is asked than of every batch.
+        """
+        batch = self.checked(batch, index)
+        if check is not None:
+            check(batch, index)
+        if room is not None:
+            batch = first_samples(batch, room)
+        size = samples_in(batch)
+        if size == 0:
+            return None
+        masks, tokens = token_masks(batch, size, self.is_encoder_decoder, token_mask)
+        batch = self._without_padded_terms(batch, masks["decoder"], shift)
+        self._check_labels(batch, index, shift)
+        return Prepared(batch, index, masks, size, tokens)
+
+    def given(self, batch: Any, device: torch.device, token_mask: str | None) -> tuple[Any, Any]:
+        """A batch on ``device``, and what the model's own forward or the forward_fn gets of it."""
+        batch = to_device(batch, device)
+        return batch, without_token_mask(batch, token_mask) if self.asked else batch
+
+    def _without_padded_terms(self, batch: Any, mask: Tensor | None, shift: bool) -> Any:
+        """A copy of the batch less the labels that a padded position predicts: none of them counts.
+
+        ``mask`` (B, T) of the tokens that count, None for all. With padding on the left, the first
+        token's label is one of those. Labels stay as they are for a model of which it is not known
+        whether it shifts them.
+        """
+        batch = dict(batch) if isinstance(batch, Mapping) else batch
+        labels = labels_of(batch)
+        if labels is None or mask is None or self.is_encoder_decoder or not self.names_loss:
+            return batch
+        if labels.dim() != 2 or labels.shape != mask.shape or labels.is_floating_point():
+            return batch
+        predicts = mask.to(labels.device)
+        if shift:
+            predicts = F.pad(predicts[:, :-1], (1, 0), value=True)
+        return {**batch, "labels": labels.masked_fill(~predicts, IGNORED)}
 
     def checked(self, batch: Any, index: int) -> Any:
         """The batch as the model's own forward takes it; an error that names what it does not.
@@ -120,7 +211,7 @@ class Inputs:
             return batch
         return {key: value for key, value in batch.items() if key != NUM_ITEMS}
 
-    def check_labels(self, batch: Any, index: int, shift: bool) -> None:
+    def _check_labels(self, batch: Any, index: int, shift: bool) -> None:
         """ValueError for a label that the model has no output for.
 
         ``shift``: the first of each sample is no label, being predicted by nothing.
@@ -284,11 +375,10 @@ def _labels(model: Any) -> int | None:
     return classes if named and kind and classes > 1 else None
 
 
-def _loss(model: Any) -> str | None:
+def _loss(name: str | None, is_encoder_decoder: bool) -> str | None:
     """The kind of a model's loss, None where it is not known to be one of transformers' own."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder:
         return None
-    name = loss_type_of(model)
     classifies = name in ("ForSequenceClassification", "ForImageClassification")
     return name if classifies or name == _CAUSAL or name in _PER_TOKEN else None
 
@@ -316,9 +406,23 @@ def _positions(model: Any, config: Any) -> tuple[int | None, int | None]:
     return None, None
 
 
-def loss_type_of(model: Any) -> str | None:
+def _loss_type_of(model: Any) -> str | None:
     """transformers' name for the loss that a model computes after its head, None for others."""
     if re.search(r"(?<!With)LMHeadModel$", type(model).__name__):
         return "ForCausalLM"  # the oldest (GPT2LMHeadModel) have no loss_type
     name: str | None = getattr(model, "loss_type", None)
     return name
+
+
+def _ignored(model: Any) -> int | None:
+    """The label that the model's loss leaves out; None where its mean is over all labels.
+
+    Of the models of transformers, those that segment images name one in their configuration.
+    """
+    config: Any = getattr(model, "config", None)
+    if not type(model).__name__.endswith("ForSemanticSegmentation"):
+        return IGNORED
+    if config.num_labels == 1:  # Segformer: what it leaves out is a zero in the mean
+        return None
+    names = ("semantic_loss_ignore_index", "loss_ignore_index")
+    return next((getattr(config, name) for name in names if hasattr(config, name)), IGNORED)

@@ -23,7 +23,7 @@ from filet.model.fused import fused
 from filet.model.targets import Target
 from filet.system.transfer import values
 
-__all__ = ["preserved"]
+__all__ = ["deterministic_attention", "preserved"]
 
 # By which transformers asks the flash-attn package, which does not listen to torch, for a backward
 # without atomics. Read at every call.
@@ -42,86 +42,130 @@ def preserved(
     caches' settings, the random states of Python, NumPy and torch. ``.grad`` is never touched:
     nothing that owns one asks for a gradient.
     """
-    training = {module: module.training for module in peft_model.modules()}
-    requires_grad = {p: p.requires_grad for p in peft_model.parameters()}
     base_model = peft_model.base_model.model
-    model_config: Any = getattr(base_model, "config", None)
-    if hasattr(model_config, "get_text_config"):
-        model_config = model_config.get_text_config()
-    use_cache = getattr(model_config, "use_cache", None)
-    dropouts: list[tuple[nn.Module, str, float]] = []
-    random_states = (random.getstate(), np.random.get_state())
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
-    deterministic = (
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_random_states())
+        # Before the adapter is switched: PEFT has what it switches on trained.
+        stack.enter_context(_requires_grad(peft_model))
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        # The switch of deterministic_attention is the process's, and autograd has a thread of its
+        # own for each GPU: one would throw it while another computes.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=".*CuBLAS.*deterministic")
+        stack.enter_context(_as_it_starts(peft_model, adapter_name, targets))
+        stack.enter_context(_deterministic(bool(cuda)))
+        for parameter in peft_model.parameters():
+            parameter.requires_grad_(False)
+        stack.enter_context(_without_dropout(peft_model))
+        stack.enter_context(_without_cache(base_model))
+        stack.enter_context(fused(base_model))
+        stack.enter_context(_gradient_from_embeddings(base_model))
+        yield
+
+
+@contextlib.contextmanager
+def _random_states() -> Iterator[None]:
+    """Those of Python and NumPy are afterwards what they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def _requires_grad(model: nn.Module) -> Iterator[None]:
+    """Whatever asks for a gradient is afterwards what it was."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, flag in before.items():
+            parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def _deterministic(cuda: bool) -> Iterator[None]:
+    """Inside, operations are deterministic; on CUDA as far as torch has a way."""
+    before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    flash = os.environ.get(_FLASH_ATTENTION)
+    sdp = torch.backends.cuda
     memory: Any = torch.utils.deterministic  # its attribute is a property that mypy does not see
-    fill = memory.fill_uninitialized_memory
-    hooks = []
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=cuda))
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            # The switch of _deterministic_attention is the process's, and autograd has a thread of
-            # its own for each GPU: one would throw it while another computes.
-            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message=".*CuBLAS.*deterministic")
-            stack.enter_context(_as_it_starts(peft_model, adapter_name, targets))
-            # cuDNN's attention differs from run to run, also where torch is told to be strict.
-            torch.backends.cuda.enable_cudnn_sdp(False)
-            os.environ[_FLASH_ATTENTION] = "1"
-            if cuda and deterministic != (True, False):
+    with contextlib.ExitStack() as stack:
+        # cuDNN's attention differs from run to run, also where torch is told to be strict.
+        stack.callback(sdp.enable_cudnn_sdp, sdp.cudnn_sdp_enabled())
+        sdp.enable_cudnn_sdp(False)
+        stack.enter_context(_environment(_FLASH_ATTENTION, "1"))
+        if cuda:
+            stack.callback(torch.use_deterministic_algorithms, before[0], warn_only=before[1])
+            if before != (True, False):
                 torch.use_deterministic_algorithms(True, warn_only=True)
-                stack.enter_context(_deterministic_attention())
-            memory.fill_uninitialized_memory = False  # a pass over every new tensor
-            for parameter in requires_grad:
-                parameter.requires_grad_(False)
-            for module in training:
-                # Gradient checkpointing runs only in training mode, so the modules that do it keep
-                # that flag; their children lose it, and with it their dropout.
-                # (Not getattr: PEFT 0.18's wrapper of a head that is not active fails at any.)
-                module.training = training[module] and bool(
-                    vars(module).get("gradient_checkpointing", False)
-                )
-                if module.training:
-                    for name, value in list(vars(module).items()):
-                        if "drop" in name and isinstance(value, float):
-                            dropouts.append((module, name, value))
-                            setattr(module, name, 0.0)
-            if use_cache is not None:
-                model_config.use_cache = False
-            stack.enter_context(fused(base_model))
-            embeddings = _input_embeddings(base_model)
-            if embeddings is not None:
-                # Reentrant checkpointing needs an input with gradient at its first block.
-                hooks.append(embeddings.register_forward_hook(_ask_for_gradient))
-            yield
+                stack.enter_context(deterministic_attention())
+        fill = memory.fill_uninitialized_memory
+        stack.callback(setattr, memory, "fill_uninitialized_memory", fill)
+        memory.fill_uninitialized_memory = False  # a pass over every new tensor
+        yield
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        if use_cache is not None:
-            model_config.use_cache = use_cache
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Inside, no module trains, but those that checkpoint gradients, and none drops anything."""
+    training = {module: module.training for module in model.modules()}
+    dropouts: list[tuple[nn.Module, str, float]] = []
+    try:
+        for module, flag in training.items():
+            # Gradient checkpointing runs only in training mode, so the modules that do it keep
+            # that flag; their children lose it, and with it their dropout.
+            # (Not getattr: PEFT 0.18's wrapper of a head that is not active fails at any.)
+            module.training = flag and bool(vars(module).get("gradient_checkpointing", False))
+            if module.training:
+                for name, value in list(vars(module).items()):
+                    if "drop" in name and isinstance(value, float):
+                        dropouts.append((module, name, value))
+                        setattr(module, name, 0.0)
+        yield
+    finally:
         for module, name, value in dropouts:
             setattr(module, name, value)
         for module, flag in training.items():
             module.training = flag
-        for parameter, flag in requires_grad.items():
-            parameter.requires_grad_(flag)
-        torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
-        if flash is None:
-            os.environ.pop(_FLASH_ATTENTION, None)
-        else:
-            os.environ[_FLASH_ATTENTION] = flash
-        memory.fill_uninitialized_memory = fill
-        random.setstate(random_states[0])
-        np.random.set_state(random_states[1])
-        if cuda:
-            torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+
+
+@contextlib.contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Inside, a model of texts keeps no keys and values."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    before = getattr(config, "use_cache", None)
+    if before is None:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before
 
 
 @contextlib.contextmanager
@@ -185,7 +229,7 @@ def _adding_nothing(modules: Iterable[nn.Module]) -> set[tuple[int, str]]:
 
 
 @contextlib.contextmanager
-def _deterministic_attention() -> Iterator[None]:
+def deterministic_attention() -> Iterator[None]:
     """Makes the backward of scaled_dot_product_attention deterministic, of calls by this thread.
 
     It adds with atomics, and differs from run to run, unless torch is told to be strict: a mere
@@ -212,12 +256,24 @@ def _deterministic_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = plain
 
 
-def _input_embeddings(model: Any) -> nn.Module | None:
+@contextlib.contextmanager
+def _gradient_from_embeddings(model: Any) -> Iterator[None]:
+    """Inside, what the embeddings give asks for a gradient.
+
+    Reentrant checkpointing needs an input with gradient at its first block.
+    """
     try:
         embeddings = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
-        return None
-    return embeddings if isinstance(embeddings, nn.Module) else None
+        embeddings = None
+    if not isinstance(embeddings, nn.Module):
+        yield
+        return
+    handle = embeddings.register_forward_hook(_ask_for_gradient)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _Start(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "check_peft_model",
     "check_targets",
     "check_unmerged",
+    "checked_targets",
     "find_targets",
     "layers_of",
     "weight_of",
@@ -35,54 +36,57 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CHANGES_W = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
-    """A LoRA layer over a plain linear module."""
+    """A LoRA layer over a plain linear module.
 
-    name: str  # path below the base model, "model.layers.0.self_attn.q_proj"
+    Its fields are what the layer was when it was found; its weight is looked up: blockwise weights
+    come and go.
+
+    Attributes:
+        name: path below the base model, "model.layers.0.self_attn.q_proj".
+        layer, adapter: the layer of PEFT's, and which of its adapters.
+        base: the module under the adapter.
+        A, B: the adapter's factors.
+        shape: (m, n) = (out, in) of the base weight.
+        rank: of what trains: PEFT counts the frozen half of an initialised layer as well.
+        scaling: by which B A is added.
+        dtype: in which A and B are stored.
+    """
+
+    name: str
     layer: lora.Linear
     adapter: str
+    base: nn.Linear | Conv1D
+    A: nn.Linear
+    B: nn.Linear
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    dtype: torch.dtype
 
-    @property
-    def base(self) -> nn.Linear | Conv1D:
-        return self.layer.get_base_layer()
-
-    @property
-    def parameter(self) -> Tensor:
-        """The base weight, a parameter, as the module stores it."""
-        return self.base.weight
+    @classmethod
+    def of(cls, name: str, layer: lora.Linear, adapter: str) -> Target:
+        base = layer.get_base_layer()
+        A = layer.lora_A[adapter]
+        m, n = weight_of(base).shape
+        return cls(
+            name=name,
+            layer=layer,
+            adapter=adapter,
+            base=base,
+            A=A,
+            B=layer.lora_B[adapter],
+            shape=(m, n),
+            rank=A.rank if isinstance(A, StartedFactor) else layer.r[adapter],
+            scaling=layer.scaling[adapter],
+            dtype=next(A.parameters()).dtype,
+        )
 
     @property
     def weight(self) -> Tensor:
         """The base weight as a view (m, n) = (out, in), detached."""
         return weight_of(self.base)
-
-    @property
-    def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.base.bias
-        return None if bias is None else bias.detach()
-
-    @property
-    def rank(self) -> int:
-        """Of what trains: PEFT counts the frozen half of an initialised layer as well."""
-        return self.A.rank if isinstance(self.A, StartedFactor) else self.layer.r[self.adapter]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which A and B are stored."""
-        return next(self.A.parameters()).dtype
-
-    @property
-    def scaling(self) -> float:
-        return self.layer.scaling[self.adapter]
-
-    @property
-    def A(self) -> nn.Linear:
-        return self.layer.lora_A[self.adapter]
-
-    @property
-    def B(self) -> nn.Linear:
-        return self.layer.lora_B[self.adapter]
 
 
 def weight_of(linear: nn.Module) -> Tensor:
@@ -153,6 +157,16 @@ def check_peft_model(peft_model: object, adapter_name: str) -> PeftModel:
     return peft_model
 
 
+def checked_targets(
+    peft_model: PeftModel, adapter_name: str
+) -> tuple[dict[str, Target], dict[str, str]]:
+    """What :func:`find_targets` finds in a model that can be initialised; an error for another."""
+    peft_model = check_peft_model(peft_model, adapter_name)
+    targets, unsupported = find_targets(peft_model, adapter_name)
+    check_targets(peft_model, targets, unsupported, adapter_name)
+    return targets, unsupported
+
+
 def find_targets(
     peft_model: PeftModel, adapter_name: str, *, loaded: bool = True
 ) -> tuple[dict[str, Target], dict[str, str]]:
@@ -171,18 +185,20 @@ def find_targets(
             wrapped.append(f"{name}.")
         reason = _unsupported(layer, adapter_name, loaded, tied)
         if reason is None:
-            targets[name] = Target(name, layer, adapter_name)
+            targets[name] = Target.of(name, layer, adapter_name)
         else:
             unsupported[name] = reason
     return targets, unsupported
 
 
-def layers_of(peft_model: PeftModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+def layers_of(peft_model: PeftModel, adapter_name: str) -> list[tuple[str, LoraLayer]]:
     """The LoRA layers that an adapter has, of whatever kind, by their paths."""
-    for name, layer in peft_model.base_model.model.named_modules():
-        if isinstance(layer, LoraLayer):
-            if adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A:
-                yield name, layer
+    return [
+        (name, layer)
+        for name, layer in peft_model.base_model.model.named_modules()
+        if isinstance(layer, LoraLayer)
+        and (adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A)
+    ]
 
 
 def _embedding_storages(peft_model: PeftModel, adapter_name: str) -> set[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from filet.report.modules import ModuleReport
+from filet.system.names import split
 from filet.system.text import elide
 
 if TYPE_CHECKING:
@@ -71,13 +71,11 @@ class _Panel:
 
 def _kind(name: str) -> tuple[int | None, tuple[str, ...]]:
     """(layer, kind) of a module name: its first number, and the rest with numbers as ``*``."""
-    parts = name.split(".")
-    numbers = [index for index, part in enumerate(parts) if re.fullmatch(r"\d+", part)]
-    if not numbers:
+    place = split(name)
+    if place.index is None:
         return None, ()
-    first = numbers[0]
-    rest = tuple("*" if part.isdigit() else part for part in parts[first + 1 :])
-    return int(parts[first]), (*parts[:first], "*", *rest)
+    rest = ("*" if part.isdecimal() else part for part in place.rest)
+    return place.index, (*place.path, "*", *rest)
 
 
 def panels_of(modules: Sequence[ModuleReport]) -> list[_Panel]:

@@ -1,4 +1,4 @@
-"""What the tests of the public calls share."""
+"""What tests of the initialisation share: the call, and the weights it wrote."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ def weights(peft_model: PeftModel) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in peft_model.named_parameters()}
 
 
+def base_weights(peft_model: PeftModel) -> dict[str, Tensor]:
+    return {name: w for name, w in weights(peft_model).items() if ".lora_" not in name}
+
+
 def assert_bitwise(peft_model: PeftModel, before: dict[str, Tensor]) -> None:
     after = weights(peft_model)
     assert after.keys() == before.keys()
@@ -57,6 +61,14 @@ def logits_of(model: nn.Module) -> Tensor:
     batch = {k: v.to(device) for k, v in collate(case("llama").samples).items()}
     logits: Tensor = model(**batch).logits
     return logits[batch["attention_mask"] == 1].float()
+
+
+def halves_of(layer: Any, adapter: str = "default") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A, B and A0, B0 in float64, from what PEFT sees: [A; A0] and [B, −B0]."""
+    whole_A, whole_B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    A, A0 = whole_A.detach().cpu().double().chunk(2)
+    B, minus_B0 = whole_B.detach().cpu().double().chunk(2, 1)
+    return A, B, A0, -minus_B0
 
 
 def warnings_of(peft_model: PeftModel, *args: Any, **config: Any) -> tuple[FiletReport, list[str]]:

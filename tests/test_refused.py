@@ -1,4 +1,4 @@
-"""What cannot be initialised: named in one warning, or refused before the data are read."""
+"""What is not initialised: modules that keep the default, and models that are refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from filet import FiletConfig, apply_statistics, collect_statistics, estimate
-from initialize_cases import (
+from initialised import (
     LOUD,
     assert_bitwise,
     initialized,
@@ -36,6 +36,9 @@ from models import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# What cannot be initialised.
 
 
 @pytest.mark.parametrize("meta", [False, True])
@@ -118,6 +121,9 @@ def test_nothing_to_initialise() -> None:
 def test_dora_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"q_proj: its adapter is a Dora\w+, not plain LoRA"):
         initialized(peft_of(case("llama"), use_dora=True), never())
+
+
+# Refusals, all before the data are read.
 
 
 def test_not_a_lora_model() -> None:
@@ -245,19 +251,3 @@ def test_quantised_or_unloaded_bases_are_refused() -> None:
     layer_of(peft_model, "model.layers.0.self_attn.q_proj").base_layer.to("meta")
     with pytest.raises(ValueError, match="meta device"):
         initialized(peft_model, never())
-
-
-def test_invalid_config() -> None:
-    for wrong in (
-        {"select": "least"},
-        {"scaling": None},
-        {"samples": 0},
-        {"samples": 2.5},
-        {"seed": -1},
-        {"share_inputs": 1},
-        {"loss_reduction": "none"},
-        {"samples": True},
-        {"seed": True},
-    ):
-        with pytest.raises(ValueError, match=rf"{next(iter(wrong))}=.*expected"):
-            FiletConfig(**wrong)

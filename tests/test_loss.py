@@ -1,4 +1,4 @@
-"""The loss behind a batch, summed over its terms, whatever the model or a forward_fn returns."""
+"""The summed loss behind whatever a model or a forward_fn returns."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from models import (
     true_energies,
     truth,
 )
-from pass_cases import FLOAT32, models_own, statistics_of
+from passes import FLOAT32, models_own, statistics_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

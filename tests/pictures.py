@@ -1,4 +1,4 @@
-"""What the tests of masks and of batches share."""
+"""Models of pictures and text, whose batches have tensors with rows that are no samples."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import functools
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
-from models import VOCAB, Case, case, linears, loader, randomised
+from models import VOCAB, Case, linears, randomised
 
-
-def padded(side: str = "right") -> list[dict[str, Tensor]]:
-    return list(loader(case("llama").samples, 4, side))
-
-
-TEXT = {
+_TEXT = {
     "vocab_size": VOCAB + 8,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -25,8 +25,7 @@ TEXT = {
     "max_position_embeddings": 64,
 }
 
-
-IMAGE, START, END = VOCAB, VOCAB + 1, VOCAB + 2  # tokens
+_IMAGE, _START, _END = VOCAB, VOCAB + 1, VOCAB + 2  # tokens
 
 
 @functools.cache
@@ -34,27 +33,54 @@ def qwen2_vl() -> Case:
     """Images as patches of all samples in one tensor, two of four images in the first sample."""
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     config = Qwen2VLConfig(
-        text_config={**TEXT, "rope_parameters": rope},
+        text_config={**_TEXT, "rope_parameters": rope},
         vision_config={
             "depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4,
             "spatial_merge_size": 2, "temporal_patch_size": 2, "mlp_ratio": 2, "in_channels": 3,
         },
-        image_token_id=IMAGE, vision_start_token_id=START, vision_end_token_id=END,
+        image_token_id=_IMAGE, vision_start_token_id=_START, vision_end_token_id=_END,
     )  # fmt: skip
     model = randomised(Qwen2VLForConditionalGeneration(config))
     generator = torch.Generator().manual_seed(0)
     samples = []
     for images in (2, 1, 1):
-        ids = [3, *[START, IMAGE, END] * images, 4, 5, 6]
+        ids = [3, *[_START, _IMAGE, _END] * images, 4, 5, 6]
         samples.append(
             {
                 "input_ids": torch.tensor(ids),
                 "labels": torch.tensor([i if i < VOCAB else -100 for i in ids]),
                 "pixel_values": torch.randn(4 * images, 3 * 2 * 4 * 4, generator=generator),
                 "image_grid_thw": torch.tensor([[1, 2, 2]] * images),
-                "mm_token_type_ids": torch.tensor([int(i == IMAGE) for i in ids]),
+                "mm_token_type_ids": torch.tensor([int(i == _IMAGE) for i in ids]),
             }
         )
+    targets = [name for name in linears(model, "lm_head") if "language_model" in name]
+    return Case(model, samples, targets, shift=True)
+
+
+@functools.cache
+def llava() -> Case:
+    """As many images as samples, but two are of the first and none of the second."""
+    config = LlavaConfig(
+        text_config={"model_type": "llama", **_TEXT},
+        vision_config={
+            "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
+        },
+        image_token_index=_IMAGE, image_seq_length=4, vision_feature_layer=-1,
+    )  # fmt: skip
+    model = randomised(LlavaForConditionalGeneration(config))
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for images in (2, 0):
+        ids = [3, *[_IMAGE] * 4 * images, 4, 5, 6]
+        sample = {
+            "input_ids": torch.tensor(ids),
+            "labels": torch.tensor([i if i < VOCAB else -100 for i in ids]),
+        }
+        if images:
+            sample["pixel_values"] = torch.randn(images, 3, 8, 8, generator=generator)
+        samples.append(sample)
     targets = [name for name in linears(model, "lm_head") if "language_model" in name]
     return Case(model, samples, targets, shift=True)
 

@@ -1,10 +1,12 @@
-"""What several tests of the pass use."""
+"""What tests of the pass share: statistics of a model, and what it was before."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from filet import FiletConfig, collect_statistics
-from models import VOCAB, Case, Sample, energies_of, loader, peft_of
+from models import VOCAB, Case, case, energies_of, loader, peft_of
 
 # float32 passes are off by up to 3e-6 in any energy (all models here, on a CPU); 1e-4 is asked for.
 FLOAT32 = 2e-5
@@ -45,10 +47,6 @@ def padding_warnings(c: Case, batches: list[Any], **config: Any) -> list[str]:
 def models_own(model: Any, batch: Any) -> Any:
     """A forward_fn: the loss is the model's."""
     return model(**batch)
-
-
-def rows(*shape: int, below: int = VOCAB) -> Tensor:
-    return torch.arange(np.prod(shape)).reshape(shape) % below
 
 
 def snapshot(peft_model: PeftModel) -> dict[str, Any]:
@@ -116,5 +114,35 @@ def assert_unchanged(peft_model: PeftModel, before: dict[str, Any]) -> None:
         assert_same(before[key], after[key], key)
 
 
-def sampled(c: Case, samples: list[Sample], batch_size: int, side: str, seed: int = 0) -> Any:
-    return energies_of(peft_of(c), loader(samples, batch_size, side), fisher="sampled", seed=seed)
+def draws(model: Any) -> None:
+    """What a forward_fn may do to the random states."""
+    random.random()
+    np.random.rand()
+    torch.rand(1, device=next(model.parameters()).device)
+
+
+@contextlib.contextmanager
+def nothing() -> Iterator[None]:
+    yield
+
+
+def randomise(peft_model: PeftModel, *parts: str) -> None:
+    """Adapter weights as after a training: with them the energies are others."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if any(part in name for part in parts):
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise / max(parameter.shape) ** 0.5)
+
+
+def rows(*shape: int, below: int = VOCAB) -> Tensor:
+    return torch.arange(np.prod(shape)).reshape(shape) % below
+
+
+def of_llama(batches: list[dict[str, Any]], forward_fn: Any = None, **config: Any) -> Any:
+    return energies_of(peft_of(case("llama")), batches, forward_fn, **config)
+
+
+def padded(side: str = "right") -> list[dict[str, Tensor]]:
+    return list(loader(case("llama").samples, 4, side))

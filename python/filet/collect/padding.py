@@ -1,0 +1,52 @@
+"""Modules whose rows no mask of the batch fits: whether padding counts there, and a warning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from filet.collect.rows import crosses, is_key_or_value
+from filet.system.text import some
+
+__all__ = ["warn_of_padding", "with_padding"]
+
+
+def with_padding(model: nn.Module, unmasked: Mapping[str, int]) -> list[str]:
+    """Those of the modules, given so many rows, that may see what the batch's mask leaves out."""
+    return sorted(name for name, rows in unmasked.items() if _is_padded(model, name, rows))
+
+
+def warn_of_padding(unmasked: list[str]) -> None:
+    if unmasked:
+        warnings.warn(
+            f"{some(unmasked)}: the rows of their inputs do not follow the batch's "
+            "attention_mask, so padding counts there like any token; expected batches without "
+            "padding (of one sample, say)",
+            stacklevel=4,
+        )
+
+
+def _is_padded(model: nn.Module, name: str, rows: int) -> bool:
+    """Whether a module that is given so many rows may see what the batch's mask leaves out.
+
+    Beside a text's part, those of images and sounds, and what brings theirs to it (projections,
+    keys and values across), see only what is there. Whisper's encoder is given as many frames with
+    every sample.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return True
+    path = name.split(".")
+    across = crosses(path) and is_key_or_value(path)
+    if across and not getattr(config, "is_encoder_decoder", False):
+        return False
+    parts = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1)]
+    configs: list[Any] = [getattr(part, "config", None) for part in parts]
+    nearest = next(each for each in configs if hasattr(each, "get_text_config"))
+    if type(nearest) is not type(config):
+        return hasattr(nearest, "vocab_size")
+    filled = rows == getattr(config, "max_source_positions", None)
+    return config.get_text_config() is config and not filled
