@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -16,15 +14,13 @@ from peft import LoraConfig, PeftModel
 
 from filet.adapter.saved import write_folder
 from filet.adapter.write import commit, materialise_rest
-from filet.blockwise.engine import Blockwise
-from filet.blockwise.folder import Engine, choose_engine, empty_model
-from filet.blockwise.weights import ShardedWeights
+from filet.blockwise.engine import blockwise_run
+from filet.blockwise.folder import Engine, checked_folder_arguments, choose_engine
 from filet.collect.statistics import Statistics, check_statistics, statistics_of
 from filet.config import FiletConfig, checked_config
 from filet.loss.batch import ForwardFn
 from filet.model.folder import load_model
-from filet.model.inputs import check_dataloader
-from filet.model.targets import Target, adapted, check_init, checked_targets
+from filet.model.targets import Target, adapted, checked_targets
 from filet.report.report import FiletReport
 from filet.select import check_rank, choose, warn_of
 from filet.system.memory import named_shortage, peak_memory
@@ -194,107 +190,55 @@ def initialize_folder(
 
     The result is what :func:`filet.initialize_lora_filet_weights` and :func:`filet.save_as_lora`
     give; ``filet.load(base_model, output)`` trains on it. With ``engine="blockwise"`` the model is
-    never whole in memory: its blocks come from the safetensors shards one by one, twice. A run that
-    was killed goes on at its last finished block when it is called again with the same arguments:
-    it keeps its state in ``<output>.filet-run`` until the adapter is written.
+    never whole in memory: its blocks come from the safetensors shards one by one, twice. Called
+    again with the same arguments, a killed run goes on at its last finished block: its state is in
+    ``<output>.filet-run`` until the adapter is written. Returns the report, also in the folder; its
+    ``seconds`` are of this call. Bitwise the same on the same machine, killed or not.
 
     Args:
-        model: local folder of a causal language model: config.json and safetensors weights, one
-            for every weight of the model.
-        batches: dicts of ``input_ids``, ``labels``, and what else the model takes
-            (``attention_mask``, ``position_ids``), each a CPU tensor of (samples, tokens). Read to
-            ``config.samples``. What goes through a block at once is one batch.
+        model: local folder of a causal language model: config.json, and safetensors of all weights.
+        batches: dicts of CPU tensors (samples, tokens): ``input_ids``, ``labels``, and what else a
+            model takes (``position_ids``), up to ``config.samples``. A block runs a batch at once.
         output: folder to create, with the adapter and ``filet_report.safetensors``.
-        lora_config: :class:`peft.LoraConfig`: rank, alpha, patterns, rslora, targets. The blockwise
-            engine takes layers inside the blocks only, and nothing to save besides.
-        config: :class:`FiletConfig`, the paper's settings by default. The blockwise engine computes
-            the loss itself, the cross-entropy of the next token: ``loss_reduction`` has no use.
+        lora_config: rank, alpha, patterns, rslora, targets. The blockwise engine takes layers
+            inside the blocks only, and nothing to save besides.
+        config: the paper's settings by default. ``loss_reduction`` has no use for the blockwise
+            engine, which computes the loss itself, the cross-entropy of the next token.
         engine: "memory" loads the whole model onto ``device``; "blockwise" never does; "auto" takes
             "memory" where weights and statistics fit there with room to spare.
         dtype: of the weights in memory, "auto" for what the folder says.
         device: where to compute; a GPU if there is one, by default.
-        host_memory: bytes of host memory for block inputs and gradients; half of what is available
-            by default. What does not fit goes to ``scratch``, or is recomputed.
+        host_memory: bytes for block inputs and gradients; half of what is available by default.
+            What does not fit goes to ``scratch``, or is recomputed.
         scratch: folder on a fast disk for block inputs; 90 % of what is free there may be used.
         trust_remote_code: run Python code that lies in the model's folder.
         overwrite: replace an adapter that is at ``output``.
         show_progress_bar: also says the plan beforehand: GPU and host memory, disk, time.
 
-    Returns:
-        :class:`FiletReport`, which is also in the folder. ``seconds`` are of this call: a resumed
-        one does less.
-
-    Deterministic: bitwise the same for the same arguments on the same machine, killed or not.
-
     Raises:
         TypeError: ``batches`` are none.
-        ValueError: an argument that does not fit, a batch among them; a model of another task, or
-            with a weight that no file has; a model that the blockwise engine does not do
-            (quantised, no safetensors, blocks that hand on more than one tensor or share weights;
-            targets outside the blocks), before any block is computed; a run folder of other data
-            or settings, naming the first difference.
+        ValueError: an argument or a batch that does not fit; before any block is computed, a model
+            of another task, with a weight that no file has, or that the blockwise engine does not
+            do (quantised, no safetensors, blocks that hand on more than one tensor or share
+            weights, targets outside them); a run folder of other data or settings: what differs.
         FloatingPointError: NaN or infinity, naming the module.
         OutOfMemoryError: naming what was asked for and what to change.
         OSError: a full disk, say. What was finished stays, and the same call goes on there.
     """
-    config = checked_config(config)
-    check_dataloader(batches, "batches")
-    if engine not in ("auto", "memory", "blockwise"):
-        raise ValueError(f"engine={engine!r}; expected 'auto', 'memory' or 'blockwise'")
-    if not isinstance(lora_config, LoraConfig):
-        raise TypeError(f"lora_config is a {type(lora_config).__name__}; expected a LoraConfig")
-    check_init(lora_config)
-    if host_memory is not None and host_memory < 1:
-        raise ValueError(f"host_memory={host_memory}; expected a positive number of bytes")
     folder, output = Path(model), Path(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        if not overwrite:
-            raise ValueError(f"output={str(output)!r} exists; expected overwrite=True to replace")
-        if not (output / "adapter_config.json").is_file():
-            raise ValueError(
-                f"output={str(output)!r} holds no adapter; overwrite=True replaces only adapters"
-            )
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
+    config, device = checked_folder_arguments(
+        batches, output, lora_config, config, engine, device, host_memory, overwrite
+    )
+    how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if engine == "auto":
-        engine = choose_engine(
-            folder, lora_config, device, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        engine = choose_engine(folder, lora_config, **how)
     if engine == "memory":
-        return _in_memory(
-            folder, batches, output, lora_config, config, dtype, device, trust_remote_code,
-            show_progress_bar,
-        )  # fmt: skip
-    whole = empty_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    run_folder = output.parent / f"{output.name}.filet-run"
-    with contextlib.ExitStack() as stack:
-        scratch_folder = None
-        if scratch is not None:
-            # One name for one run folder, which is locked: what a killed run has left there is
-            # replaced, and nothing of another one.
-            name = hashlib.blake2b(str(run_folder.resolve()).encode(), digest_size=6).hexdigest()
-            scratch_folder = Path(scratch) / f"filet-scratch-{name}"
-        run = stack.enter_context(
-            Blockwise(
-                whole,
-                ShardedWeights(folder, whole),
-                batches,
-                lora_config,
-                config,
-                device=device,
-                run_folder=run_folder,
-                host_memory=host_memory,
-                scratch=scratch_folder,
-                show_progress_bar=show_progress_bar,
-            )
-        )
+        return _in_memory(folder, batches, output, lora_config, config, show_progress_bar, **how)
+    with blockwise_run(
+        folder, batches, output, lora_config, config, show_progress_bar, host_memory, scratch, **how
+    ) as run:
         run.sweep()
-        report = run.write(output)
-        run.discard()
-    return report
+        return run.write(output)
 
 
 def _in_memory(
@@ -303,10 +247,11 @@ def _in_memory(
     output: Path,
     lora_config: LoraConfig,
     config: FiletConfig,
-    dtype: Any,
+    show_progress_bar: bool,
+    *,
+    dtype: torch.dtype | Literal["auto"],
     device: torch.device,
     trust_remote_code: bool,
-    show_progress_bar: bool,
 ) -> FiletReport:
     base = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     peft_model = adapted(base, lora_config, config.seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from filet.loss.sampling import uniform
 from filet.model.batch import IGNORED, without_token_mask
 from filet.model.inputs import Inputs, Prepared
 
-__all__ = ["Batch", "read_batches"]
+__all__ = ["Batch", "counts_of", "read_batches"]
 
 
 @dataclass(eq=False)
@@ -32,7 +32,17 @@ class Batch:
 
     @property
     def positions(self) -> int:
-        return self.inputs["input_ids"].numel()
+        ids: Tensor = self.inputs["input_ids"]
+        return ids.numel()
+
+
+def counts_of(batches: Sequence[Batch]) -> dict[str, int]:
+    """How many "samples", "tokens" and "loss_terms" they have."""
+    return {
+        "samples": sum(batch.samples for batch in batches),
+        "tokens": sum(batch.tokens for batch in batches),
+        "loss_terms": sum(batch.rows.numel() for batch in batches),
+    }
 
 
 def read_batches(

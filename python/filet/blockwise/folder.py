@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +13,78 @@ from peft import LoraConfig
 from safetensors import safe_open
 
 from filet.blockwise.stream import size_of
+from filet.config import FiletConfig, checked_config
 from filet.model.checkpoint import entries, shard_files, understood
 from filet.model.folder import outline, settings_of
-from filet.model.targets import adapted, find_targets
+from filet.model.inputs import check_dataloader
+from filet.model.targets import adapted, check_init, find_targets
 from filet.system.memory import available_on_host
 
-__all__ = ["ADAPTER", "Engine", "Unsupported", "check_alone", "choose_engine", "empty_model"]
+__all__ = [
+    "ADAPTER",
+    "Engine",
+    "Unsupported",
+    "check_alone",
+    "checked_folder_arguments",
+    "choose_engine",
+    "empty_model",
+    "scratch_folder",
+]
 
 Engine = Literal["auto", "memory", "blockwise"]
 
 
 ADAPTER = "default"
+
+
+def checked_folder_arguments(
+    batches: Any,
+    output: Path,
+    lora_config: Any,
+    config: FiletConfig | None,
+    engine: str,
+    device: torch.device | str | None,
+    host_memory: int | None,
+    overwrite: bool,
+) -> tuple[FiletConfig, torch.device]:
+    """The config and device that :func:`filet.initialize_folder` is to take.
+
+    ValueError or TypeError for an argument of it that does not fit.
+    """
+    config = checked_config(config)
+    check_dataloader(batches, "batches")
+    if engine not in ("auto", "memory", "blockwise"):
+        raise ValueError(f"engine={engine!r}; expected 'auto', 'memory' or 'blockwise'")
+    if not isinstance(lora_config, LoraConfig):
+        raise TypeError(f"lora_config is a {type(lora_config).__name__}; expected a LoraConfig")
+    check_init(lora_config)
+    if host_memory is not None and host_memory < 1:
+        raise ValueError(f"host_memory={host_memory}; expected a positive number of bytes")
+    _check_output(output, overwrite)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    return config, torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if not overwrite:
+            raise ValueError(f"output={str(output)!r} exists; expected overwrite=True to replace")
+        if not (output / "adapter_config.json").is_file():
+            raise ValueError(
+                f"output={str(output)!r} holds no adapter; overwrite=True replaces only adapters"
+            )
+
+
+def scratch_folder(scratch: str | os.PathLike[str], run_folder: Path) -> Path:
+    """The folder inside ``scratch`` that belongs to a run folder.
+
+    One name for one run folder, which is locked: what a killed run has left there is replaced, and
+    nothing of another one.
+    """
+    name = hashlib.blake2b(str(run_folder.resolve()).encode(), digest_size=6).hexdigest()
+    return Path(scratch) / f"filet-scratch-{name}"
 
 
 def check_alone(lora_config: LoraConfig) -> None:
@@ -81,7 +143,7 @@ def _dtype_of(files: Sequence[Path]) -> torch.dtype:
     for path in files:
         with safe_open(str(path), framework="pt") as file:
             for key in file.keys():
-                dtype = file.get_slice(key)[:0].dtype
+                dtype: torch.dtype = file.get_slice(key)[:0].dtype
                 if dtype.is_floating_point and dtype.itemsize > 1:
                     return dtype
     return torch.float32

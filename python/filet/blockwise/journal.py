@@ -1,111 +1,237 @@
-"""What a blockwise run has finished, in a folder: a run that was killed goes on there."""
+"""What a blockwise run has finished, in a folder: a run that was killed goes on there.
+
+The folder is written beside the computation. Every file is complete or absent.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
+import contextlib
+import errno
 import json
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig
-from safetensors.torch import save
-from torch import Tensor
+from filet.blockwise.arenas import Arena, Gradient
+from filet.blockwise.blockfile import Finished
+from filet.blockwise.disk import Abandoned
+from filet.blockwise.machine import Machine
+from filet.blockwise.manifest import compare
+from filet.model.targets import Target
+from filet.system.files import replaced
+from filet.system.lock import FolderLock
+from filet.system.text import readable
 
-from filet.blockwise.batches import Batch
-from filet.blockwise.weights import WeightSource
-from filet.config import FiletConfig
-from filet.model.checkpoint import Entry
-from filet.select import Choice
+__all__ = ["Journal"]
 
-__all__ = ["BLOCK_FORMAT", "MANIFEST", "TRAILER", "Finished", "compare", "manifest_of"]
-
-_FORMAT = "filet-run-1"
-
-
-BLOCK_FORMAT = "filet-block-1"
-
-
-MANIFEST = "manifest.json"
+_MANIFEST = "manifest.json"
 
 
 # After a gradient in its file: what it is multiplied by, and its largest number where that matters.
-TRAILER = struct.Struct("<dd")
+_TRAILER = struct.Struct("<dd")
 
 
-@dataclass(eq=False)
-class Finished:
-    """What was chosen in a block, in host memory."""
+class Journal:
+    """The run folder, locked and in use by one run.
 
-    block: int
-    choice: Choice
-    unmasked: list[str]
+    A context manager. On leaving, the folder is removed if there is nothing in it to go on from, or
+    after :meth:`discard`.
 
-    def content(self) -> bytes:
-        """Of the block's file: A, B, energies and indices, and the rest as JSON beside them."""
-        tensors: dict[str, Tensor] = {}
-        rows: list[dict[str, Any]] = []
-        for name, layer in self.choice.layers.items():
-            report = self.choice.reports[name]
-            row = {each.name: getattr(report, each.name) for each in fields(report)}
-            tensors |= {f"{name}.{key}": row.pop(key) for key in ("energies", "indices")}
-            tensors |= {f"{name}.A": layer.A0, f"{name}.B": layer.B0}
-            rows.append({"fingerprint": layer.fingerprint, **row})
-        metadata = {
-            "format": BLOCK_FORMAT,
-            "modules": json.dumps(rows),
-            "left_default": json.dumps(self.choice.left_default),
-            "unmasked": json.dumps(self.unmasked),
-        }
-        return save(tensors, metadata)
+    Attributes:
+        folder: created on entering, if it is not there.
+        top: the block to go on with, in descending order; below ``first`` when all are finished.
+        reserved: bytes of disk that the run needs there (:meth:`reserve`).
+    """
 
+    def __init__(
+        self, folder: Path, manifest: Mapping[str, Any], first: int, number: int, machine: Machine
+    ) -> None:
+        """``first``: the lowest block to finish, of ``number`` blocks."""
+        self.folder = folder
+        self.top = number - 1
+        self.reserved = 0
+        self._manifest = manifest
+        self._first = first
+        self._number = number
+        self._disk = machine.disk
+        self._lock = FolderLock(folder)
+        self._stack = contextlib.ExitStack()
+        self._needed = True
+        self._threads = machine.writers()
+        self._writing: Future[None] | None = None  # the last gradient
+        self._being_written: Arena | None = None
+        self._saved: list[Future[None]] = []  # the files of this run's blocks
+        self._useless = threading.Event()  # the gradient that is being written is
 
-def manifest_of(
-    source: WeightSource,
-    batches: Sequence[Batch],
-    lora_config: LoraConfig,
-    config: FiletConfig,
-    weights: Sequence[Entry],
-    device: torch.device,
-) -> dict[str, Any]:
-    """What the result depends on."""
-    digest = hashlib.blake2b(digest_size=16)
-    for batch in batches:
-        tensors = {**batch.inputs, "rows": batch.rows, "labels": batch.labels}
-        for key, value in sorted(tensors.items()):
-            digest.update(f"{key}:{getattr(value, 'shape', value)}".encode())
-            if isinstance(value, Tensor):
-                digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    manifest = {
-        "format": _FORMAT,
-        "model": source.identity(),
-        "dtype": str(weights[0].dtype),
-        "device": device.type,
-        "data": digest.hexdigest(),
-        "settings": dataclasses.asdict(config),
-        "adapter": {
-            key: sorted(value) if isinstance(value, set) else value
-            for key, value in lora_config.to_dict().items()
-            if key not in ("base_model_name_or_path", "auto_mapping", "peft_version")
-        },
-    }
-    # As it will be read back.
-    plain: dict[str, Any] = json.loads(json.dumps(manifest, default=str))
-    return plain
+    def __enter__(self) -> Journal:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._lock)
+            self._resume()
+            stack.callback(self._leave)
+            stack.callback(self._threads.shutdown, cancel_futures=True)
+            self._stack = stack.pop_all()
+        return self
 
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
 
-def compare(there: Any, now: Any, folder: Path, where: str = "") -> None:
-    """ValueError naming the first difference of two manifests."""
-    if isinstance(there, dict) and isinstance(now, dict):
-        for key in [*now, *(key for key in there if key not in now)]:
-            compare(there.get(key), now.get(key), folder, f"{where}{'.' if where else ''}{key}")
-    elif there != now:
-        raise ValueError(
-            f"{folder} holds a run that was not finished and that is not this one: {where} is "
-            f"{there!r} there and {now!r} now; expected the same to resume it, or the folder "
-            "removed to begin anew"
+    def discard(self) -> None:
+        """Have the folder removed on leaving, while it is locked: the adapter is there."""
+        self._needed = False
+
+    def _leave(self) -> None:
+        if not self._needed or not self._finished_before(self._next_block()):  # nothing to go on
+            self._lock.remove()
+
+    # What is there.
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the gradient that block ``top`` needs is in the folder."""
+        return self._gradient_file(self.top).is_file()
+
+    def load_gradient(self, arena: Arena) -> Gradient:
+        """The gradient with respect to block ``top``'s outputs, into ``arena``."""
+        trailer = arena.load(self._disk, self._gradient_file(self.top), _TRAILER.size)
+        scale, peak = _TRAILER.unpack(trailer)
+        return Gradient(arena, scale, peak)
+
+    def finished(self) -> Iterator[Finished]:
+        """All blocks in descending order, from their files."""
+        for block in range(self._number - 1, self._first - 1, -1):
+            yield Finished.load(self._block_file(block), block)
+
+    def _resume(self) -> None:
+        """Check that the folder is of this run, or begin one; find the block to go on with."""
+        path = self.folder / _MANIFEST
+        for left in self.folder.glob(".*"):  # by a kill while a file was written
+            left.unlink()
+        others = [each for each in self.folder.iterdir() if each.name != "lock"]
+        if others and not path.is_file():
+            raise ValueError(f"{self.folder} is there, but no run of filet; expected no folder")
+        self.top = self._next_block()
+        if self._finished_before(self.top):
+            compare(json.loads(path.read_text()), self._manifest, self.folder)
+        else:
+            with replaced(path, durable=True) as beside:
+                beside.write_text(json.dumps(self._manifest, indent=1))
+        for block in self._numbers("block"):
+            if block <= self.top:  # not finished: its gradient never came
+                self._block_file(block).unlink()
+        self._unlink_gradients(but=self.top)
+
+    def _numbers(self, kind: str) -> list[int]:
+        """The blocks that there is a file of this kind of."""
+        return [int(each.stem.rpartition("-")[2]) for each in self.folder.glob(f"{kind}-*")]
+
+    def _next_block(self) -> int:
+        """Of the reverse sweep: the first that is not finished.
+
+        Blocks are finished, those above them too, when their files are there and the gradient that
+        the next one needs; or when the files of all are.
+        """
+        there, lowest = set(self._numbers("block")), self._number
+        while lowest - 1 in there:
+            lowest -= 1
+        if lowest <= self._first:
+            return self._first - 1
+        gradients = [block for block in self._numbers("gradient") if block + 1 >= lowest]
+        return min(gradients, default=self._number - 1)
+
+    def _finished_before(self, block: int) -> bool:
+        """Whether there is something to go on from at this block: at least the head's gradient."""
+        return block < self._number - 1 or self._gradient_file(block).is_file()
+
+    def _block_file(self, block: int) -> Path:
+        return self.folder / f"block-{block}.safetensors"
+
+    def _gradient_file(self, block: int) -> Path:
+        """The gradient with respect to a block's output."""
+        return self.folder / f"gradient-{block}.raw"
+
+    def _unlink_gradients(self, but: int | None = None) -> None:
+        for block in self._numbers("gradient"):
+            if block != but:
+                self._gradient_file(block).unlink()
+
+    # What comes in, written beside the computation.
+
+    def reserve(self, boundary: int, of_block: Sequence[Mapping[str, Target]]) -> None:
+        """See that the disk has what the run will need, for boundaries of so many bytes.
+
+        Raises OSError where it has less.
+        """
+        # Two gradients at a time, and A, B and the energies of what is not finished.
+        self.reserved = 2 * (boundary + _TRAILER.size) + sum(
+            4 * target.rank * sum(target.weight.shape) + 8 * target.weight.shape[1]
+            for mine in of_block[self._first : self.top + 1]
+            for target in mine.values()
         )
+        free = self._disk.free(self.folder)
+        if free < self.reserved:
+            text = f"{readable(self.reserved)} needed, {readable(free)} free"
+            raise OSError(errno.ENOSPC, text, str(self.folder))
+
+    def save_block(self, finished: Finished) -> None:
+        """Begin to write a block's file."""
+        self._saved.append(self._threads.submit(self._write_block, finished))
+
+    def save_gradient(self, block: int, gradient: Gradient) -> None:
+        """Begin to write what ``block`` needs to go on.
+
+        Its arena is read for that; :meth:`release` says until when. With this file the blocks above
+        are finished, so it comes after theirs.
+        """
+        self._being_written = gradient.arena
+        above = list(self._saved)
+        self._writing = self._threads.submit(self._write_gradient, block, gradient, above)
+
+    def is_behind(self) -> bool:
+        """Whether a gradient is still being written; raises what went wrong with any file."""
+        for each in [*self._saved, *([] if self._writing is None else [self._writing])]:
+            if each.done():
+                each.result()
+        return self._writing is not None and not self._writing.done()
+
+    def release(self, arena: Arena, put: Callable[[Arena], None]) -> None:
+        """``put`` the arena back as soon as no gradient is being written from it."""
+        if arena is self._being_written:
+            assert self._writing is not None
+            self._writing.add_done_callback(lambda _: put(arena))
+        else:
+            put(arena)
+
+    def settle(self) -> None:
+        """Wait until no gradient is being written, whatever becomes of it."""
+        if self._writing is not None:
+            self._writing.exception()
+
+    def finish(self) -> None:
+        """All blocks are done: wait for their files.
+
+        The gradient that is being written is useless. It is given up at the next piece.
+        """
+        self._useless.set()
+        if self._writing is not None:
+            with contextlib.suppress(Abandoned):
+                self._writing.result()
+        for each in self._saved:
+            each.result()
+        self._unlink_gradients()
+
+    def _write_block(self, finished: Finished) -> None:
+        with replaced(self._block_file(finished.block), durable=True) as beside:
+            self._disk.save(beside, memoryview(finished.content()))
+
+    def _write_gradient(
+        self, block: int, gradient: Gradient, above: Sequence[Future[None]]
+    ) -> None:
+        with replaced(self._gradient_file(block), durable=True) as beside:
+            trailer = _TRAILER.pack(gradient.scale, gradient.peak)
+            gradient.arena.save(self._disk, beside, trailer, self._useless)
+            for each in above:
+                each.result()
+        self._unlink_gradients(but=block)

@@ -62,3 +62,14 @@ class Keeping:
             f"{readable((_WORKING_ON_HOST + best) * nbytes)}, or {readable(_WORKING * nbytes)} "
             f"and a scratch folder with {readable(number * nbytes / DISK_SHARE)} free"
         )
+
+    def steps(self, top: int) -> list[tuple[bool, int]]:
+        """(recompute its output only, block) in the order of the reverse sweep from ``top`` on."""
+        steps: list[tuple[bool, int]] = []
+        end = top + 1
+        for start in reversed(self.kept):
+            if end <= top:  # of the last stretch the forward sweep kept everything
+                steps += [(True, block) for block in range(start, end - 1)]
+            steps += [(False, block) for block in range(end - 1, start - 1, -1)]
+            end = start
+        return steps

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from filet.system.text import readable
 
-__all__ = [
-    "RunPlan",
-]
+__all__ = ["RunPlan"]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from filet.blockwise.weights import Stored, WeightSource
 from filet.model.checkpoint import Entry
 
-__all__ = ["Loading", "WeightStream", "size_of"]
+__all__ = ["Groups", "Loading", "WeightStream", "size_of"]
+
+Groups = Sequence[Sequence[Entry]]  # of weights that are on the device together
+
 
 _ALIGNMENT = 256  # bytes: what the allocator itself gives, and TMA and vector loads ask for
 
@@ -39,11 +42,14 @@ class WeightStream:
     not there, in seconds; on a GPU it is taken from events when :meth:`settle` is called.
     """
 
-    def __init__(self, source: WeightSource, device: torch.device) -> None:
+    def __init__(self, source: WeightSource, device: torch.device, piece: int = _PIECE) -> None:
+        """``piece``: bytes of each pinned buffer."""
         self.source = source
         self.device = device
+        self.piece = piece
         self.waited = 0.0
         self.loading = 0.0  # seconds that the loading thread took for the last group
+        self._ahead: Loading | None = None  # what the next sweep begins with
         self._events: list[tuple[Any, Any]] = []
 
     def settle(self) -> float:
@@ -54,9 +60,23 @@ class WeightStream:
             self._events.clear()
         return self.waited
 
-    def run(self, groups: Sequence[Sequence[Entry]]) -> Loading:
-        """Start to load groups of weights, the first two at once; to be iterated and closed."""
-        return Loading(self, groups)
+    def load_ahead(self, groups: Groups) -> None:
+        """Start to load what the next sweep begins with, during the end of this one."""
+        self._ahead = Loading(self, groups)
+
+    def loaded(self, groups: Groups) -> Loading:
+        """Groups of weights, the first two loading at once; to be iterated and closed.
+
+        They may be under way already, by :meth:`load_ahead`.
+        """
+        ahead, self._ahead = self._ahead, None
+        return ahead or Loading(self, groups)
+
+    def drop_ahead(self) -> None:
+        """Stop what is loading ahead and was not asked for."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -82,7 +102,7 @@ class WeightStream:
 class Loading:
     """Gives each group's index with its weights in the model; they leave it with the next."""
 
-    def __init__(self, weights: WeightStream, groups: Sequence[Sequence[Entry]]) -> None:
+    def __init__(self, weights: WeightStream, groups: Groups) -> None:
         self.weights = weights
         self.groups = groups
         self.device = weights.device
@@ -146,7 +166,7 @@ class Loading:
                 if self._stream is not None:
                     stack.enter_context(torch.cuda.device(self.device))
                     stack.enter_context(torch.cuda.stream(self._stream))
-                    staging = _Staging()
+                    staging = _Staging(self.weights.piece)
                 for group in self.groups:
                     taken = self._free.get()
                     if taken is None:
@@ -175,14 +195,15 @@ class Loading:
 class _Staging:
     """Two pinned buffers between files or pageable memory and a GPU's current stream."""
 
-    def __init__(self) -> None:
-        self._buffers = [torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    def __init__(self, piece: int) -> None:
+        self._piece = piece
+        self._buffers = [torch.empty(piece, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self._events: list[Any] = [None, None]
         self._next = 0
 
     def send(self, values: Tensor | Stored, view: Tensor) -> None:
         goal = view.view(-1)
-        step = _PIECE // view.element_size()
+        step = self._piece // view.element_size()
         for start in range(0, goal.numel(), step):
             piece = goal[start : start + step]
             index, self._next = self._next, 1 - self._next

@@ -55,6 +55,7 @@ class Stored:
     shape: torch.Size
     dtype: torch.dtype
     readers: ThreadPoolExecutor
+    least: int  # bytes that a reader reads, at least
 
     def read(self, start: int, goal: Tensor) -> None:
         """The elements from ``start`` on into ``goal``: contiguous, on the CPU, of any dtype."""
@@ -62,7 +63,7 @@ class Stored:
         array: Any = raw.view(-1).view(torch.uint8).numpy()
         whole = memoryview(array)
         offset = self.offset + start * self.dtype.itemsize
-        share = max(_SHARE, -(-len(whole) // _READERS))
+        share = max(self.least, -(-len(whole) // _READERS))
         parts = [(whole[at : at + share], offset + at) for at in range(0, len(whole), share)]
         if len(parts) == 1:
             self._read(parts[0])
@@ -103,7 +104,10 @@ class ShardedWeights:
     shape. Warns of what the model does not use. The files are open as long as this is there.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], model: nn.Module) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], model: nn.Module, share: int = _SHARE
+    ) -> None:
+        """``share``: bytes that one of several threads reads of a piece, at least."""
         self.folder = Path(folder)
         self.files = shard_files(self.folder)
         self._stored: dict[str, Stored] = {}
@@ -115,7 +119,7 @@ class ShardedWeights:
             for key, header in headers_of(path).items():
                 headers[key] = header
                 self._stored[key] = Stored(
-                    path, file, header.offset, header.shape, header.dtype, readers
+                    path, file, header.offset, header.shape, header.dtype, readers, share
                 )
         self._model: Any = model
         with understood(self.folder):

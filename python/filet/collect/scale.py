@@ -8,11 +8,12 @@ from filet.collect.hooks import MomentHooks
 from filet.loss.chunked import ChunkedLoss
 from filet.loss.summed import ModelLoss
 
-__all__ = ["backward", "loss_scale"]
+__all__ = ["FP16_PEAK", "backward", "boundary_factor", "loss_scale"]
 
-# Loss scale where gradients are float16: the largest |g| of the first batch is put at 2⁴. That
-# leaves 2¹² of room below the largest float16 (65504), and 2¹⁸ above its smallest normal number.
-_FP16_PEAK = 2.0**4
+# Loss scale where gradients are float16: the largest |g| is put at 2⁴, of the first batch, or of a
+# boundary between blocks. That leaves 2¹² of room below the largest float16 (65504), and 2¹⁸ above
+# its smallest normal number.
+FP16_PEAK = 2.0**4
 
 
 # Where another gradient on the way, the logits', say, overflows before that: this far below it.
@@ -44,7 +45,7 @@ def loss_scale(hooks: MomentHooks, loss: ChunkedLoss | ModelLoss, index: int) ->
         if not math.isfinite(peak):
             ceiling = scale = scale / _FP16_ROOM
             continue
-        gain = 2.0 ** math.floor(math.log2(_FP16_PEAK / peak)) if peak else 2.0**12
+        gain = 2.0 ** math.floor(math.log2(FP16_PEAK / peak)) if peak else 2.0**12
         wanted = min(scale * gain, ceiling)
         if peak and wanted <= scale:
             return wanted
@@ -54,6 +55,14 @@ def loss_scale(hooks: MomentHooks, loss: ChunkedLoss | ModelLoss, index: int) ->
         f"no loss scale keeps the float16 gradients of batch {index} finite and non-zero; expected "
         "a model in bfloat16 or float32, or a batch without NaN"
     )
+
+
+def boundary_factor(peak: float) -> float:
+    """The power of two that brings a float16 gradient's largest number to 2³ … 2⁴.
+
+    1 where that number is zero, infinite or a NaN.
+    """
+    return FP16_PEAK * 2.0 ** -math.frexp(peak)[1] if 0 < peak < math.inf else 1.0
 
 
 def _nan_last(value: float) -> float:

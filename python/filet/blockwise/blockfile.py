@@ -1,0 +1,64 @@
+"""A finished block, in memory and as a file of the run folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from filet.report.modules import ModuleReport
+from filet.select import Choice, Layer
+
+__all__ = ["Finished"]
+
+_FORMAT = "filet-block-1"
+
+
+@dataclass(eq=False)
+class Finished:
+    """What was chosen in a block, in host memory."""
+
+    block: int
+    choice: Choice
+    unmasked: list[str]
+
+    def content(self) -> bytes:
+        """Of the block's file: A, B, energies and indices, and the rest as JSON beside them."""
+        tensors: dict[str, Tensor] = {}
+        rows: list[dict[str, Any]] = []
+        for name, layer in self.choice.layers.items():
+            report = self.choice.reports[name]
+            row = {each.name: getattr(report, each.name) for each in fields(report)}
+            tensors |= {f"{name}.{key}": row.pop(key) for key in ("energies", "indices")}
+            tensors |= {f"{name}.A": layer.A0, f"{name}.B": layer.B0}
+            rows.append({"fingerprint": layer.fingerprint, **row})
+        metadata = {
+            "format": _FORMAT,
+            "modules": json.dumps(rows),
+            "left_default": json.dumps(self.choice.left_default),
+            "unmasked": json.dumps(self.unmasked),
+        }
+        return save(tensors, metadata)
+
+    @classmethod
+    def load(cls, path: Path, block: int) -> Finished:
+        """From the block's file; ValueError for one of another format."""
+        with safe_open(str(path), framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"{path}: format {metadata.get('format')!r}; expected {_FORMAT!r}")
+            choice = Choice(left_default=json.loads(metadata["left_default"]))
+            for row in json.loads(metadata["modules"]):
+                name = row["name"]
+                A, B, energies, indices = (
+                    file.get_tensor(f"{name}.{key}") for key in ("A", "B", "energies", "indices")
+                )
+                choice.layers[name] = Layer(A, B, row.pop("fingerprint"))
+                row["shape"] = tuple(row["shape"])
+                choice.reports[name] = ModuleReport(energies=energies, indices=indices, **row)
+        return cls(block, choice, json.loads(metadata["unmasked"]))

@@ -1,0 +1,138 @@
+"""A block and a batch: what every sweep does with them, and what it does that with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from filet.blockwise.arenas import Arena
+from filet.blockwise.batches import Batch, counts_of
+from filet.blockwise.blockfile import Finished
+from filet.blockwise.copies import Copies, Fetched, Throttle
+from filet.blockwise.parted import PartedModel
+from filet.blockwise.progress import Place, Progress, Times
+from filet.blockwise.stream import WeightStream
+from filet.collect.hooks import MomentHooks
+from filet.collect.unrounded import hands_on
+from filet.config import FiletConfig
+from filet.model.chain import Calls
+from filet.model.fingerprint import fingerprints
+from filet.select import choose
+
+__all__ = ["Work"]
+
+
+class Work:
+    """The model, its batches, and the ways of weights and boundaries to the device.
+
+    ``calls`` is what the blocks are called with for each batch; the first sweep finds it.
+    """
+
+    def __init__(
+        self,
+        model: PartedModel,
+        batches: Sequence[Batch],
+        config: FiletConfig,
+        stream: WeightStream,
+        times: Times,
+        show: bool,
+    ) -> None:
+        self.model = model
+        self.batches = batches
+        self.config = config
+        self.stream = stream
+        self.device = stream.device
+        self.times = times
+        self.show = show
+        self.place = Place("the blocks' first inputs")
+        self.counts = counts_of(batches)
+        self.masks = [None if b.mask is None else b.mask.to(self.device) for b in batches]
+        self.calls: list[Calls] = []
+        self.copies = Copies(self.device)
+        self.throttle = Throttle(self.device)
+
+    def progress(self, what: str, blocks: int) -> Progress:
+        return Progress(what, blocks, self.model.number, self.batches, self.device, self.show)
+
+    def on_device(self, batch: Batch) -> dict[str, Any]:
+        return {
+            key: value.to(self.device) if isinstance(value, Tensor) else value
+            for key, value in batch.inputs.items()
+        }
+
+    def fetch(self, block: int, arenas: Sequence[Arena], index: int) -> Fetched:
+        """A batch's tensors on their way to the device: the arenas', and the block's leaves."""
+        return self.copies.fetch(arenas, index, self.calls[index].of(block))
+
+    def fetched(self, block: int, arenas: Sequence[Arena]) -> Iterator[tuple[int, list[Tensor]]]:
+        """Each batch's tensors on the device, as of :meth:`fetch`; one ahead."""
+        coming: Fetched | None = self.fetch(block, arenas, 0)
+        for index in range(len(self.batches)):
+            assert coming is not None
+            now = coming
+            more = index + 1 < len(self.batches)
+            coming = self.fetch(block, arenas, index + 1) if more else None
+            yield index, now.ready()
+
+    def store(self, value: Tensor, arena: Arena, index: int) -> None:
+        self.throttle.add(self.copies.store(value, arena, index))
+
+    def run(self, block: int, index: int, hidden: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+        """A block's output for a batch."""
+        return self.model.parts.run_block(block, hidden, self.calls[index], leaves)
+
+    @contextlib.contextmanager
+    def products(self, block: int) -> Iterator[Callable[[], None]]:
+        """The forward runs by the products that the reverse sweep will run it by.
+
+        Gives what is to be called before each batch.
+
+        On a GPU the hooks that count form some outputs in float32 and round them themselves. A
+        rounding apart, the router of a mixture of experts would choose others now and then.
+        """
+        if not hands_on(self.device):
+            yield lambda: None
+            return
+        with MomentHooks(self.model.of_block[block], self.config) as hooks:
+            hooks.counting = False
+            hooks.phase = "forward"
+            yield lambda: hooks.start_batch({})
+
+    def backward(
+        self,
+        block: int,
+        index: int,
+        hidden: Tensor,
+        gradient: Tensor,
+        leaves: Sequence[Tensor],
+        hooks: MomentHooks,
+        scale: float,
+    ) -> Tensor:
+        """Recompute a block for a batch, and back; returns ``hidden``, which has its gradient.
+
+        ``gradient`` is of the block's output, times ``scale``.
+        """
+        hooks.start_batch({"decoder": self.masks[index]})
+        hooks.phase = "forward"
+        hidden = hidden.requires_grad_()
+        output = self.run(block, index, hidden, leaves)
+        hooks.phase = "backward"
+        hooks.gradient_scale = scale
+        output.backward(gradient)
+        hooks.phase = "idle"
+        hooks.check_sharing(index)
+        return hidden
+
+    def finished(self, block: int, hooks: MomentHooks) -> Finished:
+        """A, B, energies and choices of a block's modules."""
+        for moments in hooks.moments.values():
+            moments.loss_terms.fill_(self.counts["loss_terms"])
+        targets = self.model.of_block[block]
+        hashes = fingerprints({name: target.weight for name, target in targets.items()})
+        choice = choose(targets, hooks.moments, hooks.shared_input, hashes, self.config)
+        for layer in choice.layers.values():
+            layer.A0, layer.B0 = layer.A0.cpu(), layer.B0.cpu()
+        return Finished(block, choice, sorted(hooks.unmasked))
