@@ -64,6 +64,7 @@ SMALL = {
 INDEX = "model.safetensors.index.json"
 WRITERS = 4  # shards that are made at a time, each of up to 2.1 GB in host memory and on the GPU
 READERS = 8
+SWEEPS = ("forward", "head", "reverse")
 
 
 def random(entry: Entry, seed: int) -> Tensor:
@@ -189,7 +190,7 @@ def token_batches(args: argparse.Namespace, vocabulary: int) -> list[dict[str, T
     return batches
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--blocks", type=int, default=8, help="blocks to run (default: 8)")
     weights = parser.add_mutually_exclusive_group()
@@ -209,8 +210,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--trace", type=Path, metavar="FILE.json.gz",
         help="also a chrome trace; of fewer samples, it grows with them",
     )  # fmt: skip
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def weights_of(args: argparse.Namespace, config: LlamaConfig) -> tuple[nn.Module, WeightSource]:
+    """The model without its weights, and where these come from."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    if not args.shards:
+        return model, Cycle(args.cycle, model)
+    write_model(args.shards, config, model)
+    read_once(args.shards)
+    model = empty_model(args.shards)
+    return model, ShardedWeights(args.shards, model)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
     shapes = LARGE if CUDA else SMALL
     config = LlamaConfig(
         **shapes, num_hidden_layers=args.blocks, max_position_embeddings=8192,
@@ -220,16 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{name}, torch {torch.__version__}; {args.blocks} blocks of {shapes}")
     if not CUDA:
         print("no GPU: small shapes, whose times mean nothing")
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    source: WeightSource
-    if args.shards:
-        write_model(args.shards, config, model)
-        read_once(args.shards)
-        model = empty_model(args.shards)
-        source = ShardedWeights(args.shards, model)
-    else:
-        source = Cycle(args.cycle, model)
+    model, source = weights_of(args, config)
     if CUDA:
         torch.cuda.empty_cache()
     lora = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -246,12 +253,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 traced(run, args.trace)
             else:
                 run.sweep()
-            arenas = run.pool.made
             if args.shards:
                 start = time.perf_counter()
                 run.write(Path(folder) / "adapter")
                 print(f"adapter          {time.perf_counter() - start:8.3f} s to write its folder")
-    show(run, args.blocks, arenas)
+    show(run, args.blocks)
 
 
 def traced(run: Blockwise, path: Path) -> None:
@@ -262,7 +268,9 @@ def traced(run: Blockwise, path: Path) -> None:
     profiler.export_chrome_trace(str(path))
     with gzip.open(path, "rt") as file:
         found = kernels(json.load(file))
-    begin = found[0].start + 1e6 * run.seconds["preparing"]  # without the measuring for the plan
+    begin = (
+        found[0].start + 1e6 * run.times.seconds["preparing"]
+    )  # without the measuring for the plan
     found = [kernel for kernel in found if kernel.start >= begin]
     computing = [kernel for kernel in found if not kernel.copy]
     elapsed = max(kernel.start + kernel.duration for kernel in found) - found[0].start
@@ -277,83 +285,110 @@ def traced(run: Blockwise, path: Path) -> None:
     print(", ".join(lines))
 
 
-def show(run: Blockwise, blocks: int, arenas: int) -> None:
-    assert run.plan is not None
-    plan, seconds = run.plan, run.seconds
-    sweeps = ("forward", "head", "reverse")
+def show(run: Blockwise, blocks: int) -> None:
     steady = {
         sweep: statistics.median(each[1:] or each or [0.0])
-        for sweep, each in run.block_seconds.items()
+        for sweep, each in run.times.blocks.items()
     }
-    again = len(run.block_seconds["recomputed"])
-    both = steady["forward"] + steady["reverse"]
-    for sweep, each in run.block_seconds.items():
+    show_blocks(run, steady)
+    show_sweeps(run)
+    once = besides(run, blocks, steady)
+    print("once             " + ", ".join(f"{key} {value:.3f} s" for key, value in once.items()))
+    show_memory(run)
+    show_extrapolated(run, steady, sum(once.values()))
+
+
+def show_blocks(run: Blockwise, steady: dict[str, float]) -> None:
+    """Seconds a block of each sweep, what was kept, and how fast weights came."""
+    assert run.plan is not None and run.boundaries is not None
+    plan, times = run.plan, run.times.blocks
+    for sweep, each in times.items():
         if each:
             print(
                 f"{sweep:<17}{steady[sweep]:8.3f} s a block, steady; each: "
                 + " ".join(f"{value:.2f}" for value in each)
             )
+    both = steady["forward"] + steady["reverse"]
     print(f"both             {both:8.3f} s a block, steady (H100: floor {FLOOR}, goal 1.9)")
-    boundary = run.layout.nbytes / 2**30
+    boundary = run.boundaries.layout.nbytes / 2**30
     print(
         f"boundaries       {plan.kept} of {plan.blocks[1]} kept, of {boundary:.2f} GiB: k = "
-        f"{plan.stride}, {plan.on_disk} of them on the disk; recomputed {again} blocks in "
-        f"{sum(run.block_seconds['recomputed']):.3f} s"
+        f"{plan.stride}, {plan.on_disk} of them on the disk; recomputed "
+        f"{len(times['recomputed'])} blocks in {sum(times['recomputed']):.3f} s"
     )
     # By the host, the last block of the reverse sweep; with what the copies waited for the GPU.
-    loaded = size_of(run.block_weights[run.first])
+    loaded = size_of(run.model.weights[run.model.first])
     print(
         f"loading          {run.stream.loading:8.3f} s, the last block, beside the computation: "
         f"{loaded / run.stream.loading / 1e9:.1f} GB/s"
     )
-    whole = sum(seconds[sweep] for sweep in sweeps)
-    for sweep in sweeps:
-        print(f"{sweep + ' in all':<17}{seconds[sweep]:8.3f} s (planned {plan.seconds[sweep]:.3f})")
-    planned = sum(plan.seconds.values())
-    off = 100 * (planned / whole - 1)
-    print(f"planned          {planned:8.3f} s, took {whole:.3f} s: {off:+.1f} % (within 15 wanted)")
+
+
+def show_sweeps(run: Blockwise) -> None:
+    """Seconds of the sweeps, beside the plan's, and how much of them was waiting."""
+    assert run.plan is not None
+    planned, seconds, waited = run.plan.seconds, run.times.seconds, run.times.waited
+    whole = sum(seconds[sweep] for sweep in SWEEPS)
+    for sweep in SWEEPS:
+        print(f"{sweep + ' in all':<17}{seconds[sweep]:8.3f} s (planned {planned[sweep]:.3f})")
+    total = sum(planned.values())
+    off = 100 * (total / whole - 1)
+    print(f"planned          {total:8.3f} s, took {whole:.3f} s: {off:+.1f} % (within 15 wanted)")
     notes = {"weights": "", "memory": " (page-locking, once)", "disk": ""}
-    for what, value in run.waited.items():
+    for what, value in waited.items():
         print(f"waited: {what:<9}{value:8.3f} s, {100 * value / whole:.1f} %{notes[what]}")
-    waited = run.waited["weights"] + run.waited["disk"]
-    print(f"bus and disk     {waited:8.3f} s, {100 * waited / whole:.1f} % (the goal is 5)")
-    # What the blocks took beyond the steady seconds, and the head, grow with no block.
-    besides = {
-        "forward": seconds["forward"] - blocks * steady["forward"],
-        "reverse": seconds["reverse"] - blocks * steady["reverse"] - again * steady["recomputed"],
-    }
-    once = {
+    both = waited["weights"] + waited["disk"]
+    print(f"bus and disk     {both:8.3f} s, {100 * both / whole:.1f} % (the goal is 5)")
+
+
+def besides(run: Blockwise, blocks: int, steady: dict[str, float]) -> dict[str, float]:
+    """Seconds that come once: the head, and what the blocks took beyond the steady seconds."""
+    seconds = run.times.seconds
+    again = len(run.times.blocks["recomputed"])
+    reverse = blocks * steady["reverse"] + again * steady["recomputed"]
+    return {
         "preparing": seconds["preparing"],
         "head": seconds["head"],
-        **{f"{sweep} besides": value for sweep, value in besides.items()},
+        "forward besides": seconds["forward"] - blocks * steady["forward"],
+        "reverse besides": seconds["reverse"] - reverse,
     }
-    print("once             " + ", ".join(f"{key} {value:.3f} s" for key, value in once.items()))
+
+
+def show_memory(run: Blockwise) -> None:
+    assert run.plan is not None and run.boundaries is not None
+    arenas, boundary = run.boundaries.pool.made, run.boundaries.layout.nbytes / 2**30
     print(
         f"host memory      {arenas * boundary:8.2f} GiB in {arenas} arenas (planned "
-        f"{plan.host_bytes / 2**30:.2f}, with what blocks are called with)"
+        f"{run.plan.host_bytes / 2**30:.2f}, with what blocks are called with)"
     )
     if CUDA:
         print(
-            f"GPU memory       {run.peak_bytes / 2**30:8.2f} GiB at the peak (planned "
-            f"{plan.device_bytes / 2**30:.2f}, goal 20)"
+            f"GPU memory       {run.memory.most / 2**30:8.2f} GiB at the peak (planned "
+            f"{run.plan.device_bytes / 2**30:.2f}, goal 20)"
         )
-    # What is recomputed costs the same a block for every k, so one run says it of all.
-    working = run.keeping.arenas - (plan.kept - plan.on_disk) - (plan.stride - 1)
+
+
+def show_extrapolated(run: Blockwise, steady: dict[str, float], once: float) -> None:
+    """The real model's blocks. One that is recomputed costs the same for every k."""
+    assert run.plan is not None and run.boundaries is not None
+    plan, boundary = run.plan, run.boundaries.layout.nbytes / 2**30
+    both = steady["forward"] + steady["reverse"]
+    working = run.boundaries.keeping.arenas - (plan.kept - plan.on_disk) - (plan.stride - 1)
     strides = {1}
-    if again:
+    if plan.recomputed:
         strides |= {plan.stride, min(range(1, DEPTH + 1), key=lambda k: -(-DEPTH // k) + k)}
     for k in sorted(strides):
         kept = -(-DEPTH // k)
         more = (kept - 1) * (k - 1)  # of the last stretch the forward sweep keeps everything
-        extrapolated = DEPTH * both + more * steady["recomputed"] + sum(once.values())
+        extrapolated = DEPTH * both + more * steady["recomputed"] + once
         room = kept + k - 1 + working
         print(
             f"{DEPTH} blocks, k = {k:<4}{extrapolated:6.0f} s, extrapolated, not run: {DEPTH} × "
             f"{both:.3f} s + {more} × {steady['recomputed']:.3f} s recomputed + "
-            f"{sum(once.values()):.3f} s once; host memory for {room} boundaries, "
+            f"{once:.3f} s once; host memory for {room} boundaries, "
             f"{room * boundary:.1f} GiB, less with a scratch disk that keeps up"
         )
-        share = 100 * run.waited["weights"] / extrapolated
+        share = 100 * run.times.waited["weights"] / extrapolated
         print(f"{'':<17}{share:8.1f} % waiting for weights, if before each sweep only")
 
 

@@ -116,7 +116,7 @@ def empty_model(
 
     Buffers are real (rotary frequencies, say). Raises :class:`Unsupported` for what the blockwise
     engine does not take, as far as config.json and the names of the files say it, and ValueError
-    for what no engine does (:func:`filet.folder.settings_of`).
+    for what no engine does (:func:`filet.model.folder.settings_of`).
     """
     folder = Path(folder)
     settings = settings_of(folder, trust_remote_code=trust_remote_code)
