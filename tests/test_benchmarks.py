@@ -169,7 +169,7 @@ def trace():
     operator("aten::linear", 1, 0, 10)
     operator("aten::mm", 1, 2, 8)
     launch("nvjet_tst_128x256", 1, 4, 100, 200)
-    operator("_Linear", 1, 20, 60)
+    operator("UnroundedLinear", 1, 20, 60)
     operator("aten::mm", 1, 22, 28)
     launch("nvjet_tst_64x64", 1, 24, 200, 210)
     operator("aten::mul", 1, 30, 36)
@@ -186,8 +186,8 @@ def trace():
     operator("autograd::engine::evaluate_function: MmBackward0", 2, 100, 120)
     operator("aten::mm", 2, 105, 110)
     launch("nvjet_tst_128x256", 2, 106, 400, 500)
-    operator("autograd::engine::evaluate_function: _LinearBackward", 2, 130, 150)
-    operator("_LinearBackward", 2, 131, 149)
+    operator("autograd::engine::evaluate_function: UnroundedLinearBackward", 2, 130, 150)
+    operator("UnroundedLinearBackward", 2, 131, 149)
     operator("aten::mul", 2, 140, 145)
     launch("vectorized_elementwise_kernel", 2, 142, 500, 520)
     operator("aten::add_", 2, 149.2, 149.8)  # of gradients that meet
@@ -199,7 +199,7 @@ def trace():
 def test_kernels_are_put_to_what_launched_them():
     found = bench_model.kernels(trace())
     assert [kernel.start for kernel in found] == sorted(kernel.start for kernel in found)
-    own = {"_Linear": "y/h conversions", "_LinearBackward": "y/h conversions"}
+    own = {"UnroundedLinear": "y/h conversions", "UnroundedLinearBackward": "y/h conversions"}
     kinds: dict[str, float] = {}
     for kernel in found:
         kind = bench_model.category(kernel, 256, own)
@@ -225,7 +225,7 @@ def test_kernels_are_put_to_what_launched_them():
 
 def test_the_librarys_own_functions_are_known():
     own = bench_model.own_functions()
-    assert own["_Linear"] == own["_LinearBackward"] == "y/h conversions"
+    assert own["UnroundedLinear"] == own["UnroundedLinearBackward"] == "y/h conversions"
     assert own["_RMSNorm"] == own["_RMSNormBackward"] == "norms, gates, positions"
 
 

@@ -2,8 +2,8 @@
 
 x is there in a module's forward and g in its backward: each moment is accumulated where its
 vector exists anyway, and nothing is kept. y = Wx and h = Wᵀg are needed before they are rounded: on
-a GPU the module's own products give them (:class:`filet.collect.unrounded.Linear`), elsewhere they
-are formed once more. Weights stay frozen, so no weight gradient is ever computed.
+a GPU the module's own products give them (:mod:`filet.collect.unrounded`), elsewhere they are
+formed once more. Weights stay frozen, so no weight gradient is ever computed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from filet.collect.check import FiniteCheck
 from filet.collect.rows import Rows
 from filet.collect.sharing import SharedInputs, sharing_broke
-from filet.collect.unrounded import Linear, Unrounded, hands_on, unrounded
+from filet.collect.unrounded import Unrounded, UnroundedLinear, hands_on, unrounded
 from filet.config import FiletConfig
 from filet.model.overrides import replaced
 from filet.model.targets import Target
@@ -208,7 +208,7 @@ class MomentHooks:
     def _forward(self, target: Target, x: Tensor) -> Tensor:
         """What nn.Linear does, with y and h handed on where a moment is of them."""
         if self._hands_on(target, x):
-            y: Tensor = Linear.apply(x, self, target)
+            y: Tensor = UnroundedLinear.apply(x, self, target)
             return y
         return F.linear(x, target.base.weight, target.base.bias)
 

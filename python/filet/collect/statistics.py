@@ -200,8 +200,8 @@ def collect_statistics(
         passes; float32 sums (float64 for float64 weights) of at most min(m, n)² a side.
 
     A causal language model of transformers whose loss is the plain cross-entropy of its head never
-    has logits of a whole batch: :mod:`filet.head`; the logger "filet" says, at level INFO, why
-    another model computes its own loss.
+    has logits of a whole batch (:mod:`filet.loss.chunked`); the logger "filet" says, at level INFO,
+    why another model computes its own loss.
 
     Deterministic: bitwise the same for the same batches and seed on the same machine, and the same
     to rounding however the samples are batched or ordered.

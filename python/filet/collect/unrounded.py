@@ -24,8 +24,8 @@ from filet_kernels.rounded import rounded_and_scaled
 __all__ = [
     "HANDS_ON",
     "HandsOn",
-    "Linear",
     "Unrounded",
+    "UnroundedLinear",
     "bytes_a_row",
     "hands_on",
     "unrounded",
@@ -175,7 +175,7 @@ class HandsOn(Protocol):
     def take_h(self, target: Target, gradient: Tensor) -> Tensor | None: ...
 
 
-class Linear(torch.autograd.Function):
+class UnroundedLinear(torch.autograd.Function):
     """y = x Wᵀ + b and h = g W of a frozen layer, both handed on before they are rounded.
 
     The matrix unit has them in float32 anyway. Rounded to the model's bfloat16 first, they would

@@ -288,8 +288,8 @@ class StartedLinear(lora.Linear):
     """
 
     def _get_name(self) -> str:
-        name: str = lora.Linear.__name__
-        return name  # in what is printed
+        name: str = lora.Linear.__name__  # in what is printed
+        return name
 
     def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
         super().update_layer(adapter_name, r, *args, **kwargs)
