@@ -63,7 +63,8 @@ from filet.model.checkpoint import Entry, entries
 from filet.model.fingerprint import fingerprints
 from filet.model.isolation import preserved
 from filet.model.targets import Target, adapted, check_targets, find_targets
-from filet.report.report import FiletReport, ModuleReport
+from filet.report.modules import ModuleReport
+from filet.report.report import FiletReport
 from filet.select import Layer, check_rank, choose, warn_of
 from filet.system.files import replaced
 from filet.system.lock import FolderLock
