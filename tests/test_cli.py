@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 import filet
 import models
 from filet.cli.main import main
-from filet.report.report import REPORT_FILE, FiletReport
+from filet.report.names import REPORT_FILE
+from filet.report.report import FiletReport
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from disk import files_up_to
-from filet.report import plot
-from filet.report import report as report_module
-from filet.report.report import REPORT_FILE, FiletReport, ModuleReport
+from filet.report.modules import ModuleReport
+from filet.report.names import REPORT_FILE
+from filet.report.plot import log10_energies, log_range, panels_of
+from filet.report.report import FiletReport
+from filet.report.table import count
 
 KINDS = {
     "self_attn.q_proj": (64, 64),
@@ -134,7 +136,7 @@ def test_table_says_energies_and_tokens() -> None:
     assert "1 zero column of W in 1 module" in table
     assert "320 samples, 81,234 tokens, 80,914 loss terms" in table
     assert "28 LoRA parameters" in table
-    assert "statistics 1 min 05 s" in table and "3.00 GiB" in table
+    assert "statistics 1 min 05 s" in table and "peak memory   3 GiB" in table
 
 
 def test_table_groups_what_kept_the_default() -> None:
@@ -162,8 +164,8 @@ def test_table_of_nothing() -> None:
         (2_500_000_000, "2.5G"),
     ],
 )
-def test_count(number: int, text: str) -> None:
-    assert report_module._count(number) == text
+def test_count_of_tokens(number: int, text: str) -> None:
+    assert count(number) == text
 
 
 # -- picture ---------------------------------------------------------------------------------------
@@ -215,17 +217,18 @@ def test_zero_energies_lie_below_all_others() -> None:
     module = make_module(
         "fc", (3, 3), 1, energies=torch.tensor([0.0, 1e-9, 1e-3], dtype=torch.float64)
     )
-    floor, bottom, top, has_zero = plot.log_range([module])
-    assert has_zero
-    assert bottom < floor < -9.0 < -3.0 < top
-    assert plot._log(module.energies, floor).tolist() == pytest.approx([floor, -9.0, -3.0])
+    axis = log_range([module])
+    assert axis.has_zero
+    assert axis.bottom < axis.floor < -9.0 < -3.0 < axis.top
+    values = log10_energies(module.energies, axis.floor)
+    assert values.tolist() == pytest.approx([axis.floor, -9.0, -3.0])
 
 
 def test_panels_group_by_kind() -> None:
     names = [f"h.{n}.{kind}.c_proj" for n in range(3) for kind in ("attn", "mlp")]
     names += [f"h.{n}.moe.experts.{e}.up" for n in range(2) for e in range(4)]
     names += ["score", "classifier"]
-    panels = plot.panels_of([make_module(name) for name in names])
+    panels = panels_of([make_module(name) for name in names])
     assert [panel.title for panel in panels] == [
         "attn.c_proj",
         "mlp.c_proj",

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
         initialize_folder,
         initialize_lora_filet_weights,
     )
-    from filet.report.report import FiletReport, ModuleReport
+    from filet.report.modules import ModuleReport
+    from filet.report.report import FiletReport
     from filet.system.memory import OutOfMemoryError
 
 __all__ = [
@@ -46,7 +47,8 @@ _MODULES = {
     "collect.statistics": ("Statistics", "collect_statistics"),
     "config": ("FiletConfig",),
     "initialize": ("apply_statistics", "initialize_folder", "initialize_lora_filet_weights"),
-    "report.report": ("FiletReport", "ModuleReport"),
+    "report.modules": ("ModuleReport",),
+    "report.report": ("FiletReport",),
     "system.memory": ("OutOfMemoryError",),
 }
 

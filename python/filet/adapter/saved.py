@@ -30,7 +30,7 @@ from filet.adapter.state import (
 from filet.model.factors import StartedFactor, StartedLinear
 from filet.model.fingerprint import check_fingerprint, fingerprints
 from filet.model.targets import find_targets, weight_of
-from filet.report.plot import PLOT_FILE
+from filet.report.names import PLOT_FILE
 from filet.report.report import FiletReport
 from filet.system.files import replaced_together, staged
 

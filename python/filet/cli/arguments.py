@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from filet.report.plot import PLOT_FILE
+from filet.report.names import PLOT_FILE
 
 __all__ = ["SCALINGS", "make_parser"]
 

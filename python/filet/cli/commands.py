@@ -21,7 +21,7 @@ from filet.cli.model import (
     quiet_transformers,
 )
 from filet.cli.output import check_file_output, check_folder_output, one_line, say
-from filet.report.plot import PLOT_FILE
+from filet.report.names import PLOT_FILE
 from filet.system.files import inside, staged
 
 __all__ = ["init", "inspect", "stats"]

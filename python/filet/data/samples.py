@@ -1,8 +1,9 @@
-"""Text files into samples."""
+"""Files of text into samples, prompt and response apart."""
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import zlib
@@ -73,10 +74,7 @@ def read_samples(
     path = Path(path)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
-    if text_field is not None and (prompt_field is not None or response_field is not None):
-        raise ValueError("text_field excludes prompt_field and response_field")
-    if response_field is not None and prompt_field is None:
-        raise ValueError("response_field needs prompt_field")
+    named = _named_fields(text_field, prompt_field, response_field)
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
         raise ValueError(f"{path}: unknown suffix, expected one of {', '.join(SUFFIXES)}")
@@ -84,19 +82,12 @@ def read_samples(
         raise FileNotFoundError(f"no data file at {path}")
 
     if name.endswith(".txt"):
-        if text_field is not None or prompt_field is not None:
+        if named is not None:
             raise ValueError(f"{path}: a .txt file has no fields")
         samples = [Sample(text) for text in _text_blocks(path)][:limit]
     else:
         records = _parquet_rows(path) if name.endswith(".parquet") else _json_lines(path)
-        samples = []
-        fields: _Fields | None = None
-        for where, record in records:
-            if fields is None:
-                fields = _choose_fields(where, record, text_field, prompt_field, response_field)
-            samples.append(fields.read(where, record))
-            if len(samples) == limit:
-                break
+        samples = list(itertools.islice(_samples(records, named), limit))
     if not samples:
         raise ValueError(f"{path}: no sample in it")
     return samples
@@ -117,17 +108,32 @@ class _Fields:
         return Sample(prompt, self.response and _string(where, record, self.response))
 
 
-def _choose_fields(
-    where: str,
-    record: Mapping[str, Any],
-    text_field: str | None,
-    prompt_field: str | None,
-    response_field: str | None,
-) -> _Fields:
+def _named_fields(
+    text_field: str | None, prompt_field: str | None, response_field: str | None
+) -> _Fields | None:
+    """The fields that the caller names, None for none."""
+    if text_field is not None and (prompt_field is not None or response_field is not None):
+        raise ValueError("text_field excludes prompt_field and response_field")
+    if response_field is not None and prompt_field is None:
+        raise ValueError("response_field needs prompt_field")
     if text_field is not None:
         return _Fields(text_field)
-    if prompt_field is not None:
-        return _Fields(prompt_field, response_field)
+    return None if prompt_field is None else _Fields(prompt_field, response_field)
+
+
+def _samples(
+    records: Iterable[tuple[str, Mapping[str, Any]]], named: _Fields | None
+) -> Iterator[Sample]:
+    """A sample of every record, from the named fields or those that the first record has."""
+    fields = named
+    for where, record in records:
+        if fields is None:
+            fields = _known_fields(where, record)
+        yield fields.read(where, record)
+
+
+def _known_fields(where: str, record: Mapping[str, Any]) -> _Fields:
+    """The fields of a record that are looked for when the caller names none."""
     if "text" in record:
         return _Fields("text")
     for prompt, response in FIELD_PAIRS:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from filet.data.samples import Sample
+from filet.model.batch import IGNORED
 
-__all__ = ["IGNORED_LABEL", "Encoded", "batches", "encode"]
-
-IGNORED_LABEL = -100
+__all__ = ["Encoded", "batches", "encode"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,9 +106,9 @@ def encode(
         masked = 0
         if mask_prompt:  # a text alone is a prompt altogether, its end included
             masked = len(ids) if sample.response is None else min(prompt_length, len(ids))
-        labels = [IGNORED_LABEL] * masked + ids[masked:]
+        labels = [IGNORED] * masked + ids[masked:]
         # The model predicts labels[1:] from what stands before them.
-        if any(label != IGNORED_LABEL for label in labels[1:]):
+        if any(label != IGNORED for label in labels[1:]):
             rows.append((ids, labels))
 
     dropped = len(samples) - len(rows)
@@ -159,7 +158,7 @@ def _pad(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, tor
     longest = max(len(ids) for ids, _ in rows)
     input_ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
     attention_mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-    labels = torch.full((len(rows), longest), IGNORED_LABEL, dtype=torch.int64)
+    labels = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)
     for row, (ids, row_labels) in enumerate(rows):
         input_ids[row, : len(ids)] = torch.tensor(ids)
         attention_mask[row, : len(ids)] = 1

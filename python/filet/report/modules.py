@@ -1,4 +1,4 @@
-"""What was chosen for one layer."""
+"""What was chosen for one layer, as data."""
 
 from __future__ import annotations
 

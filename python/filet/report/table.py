@@ -1,0 +1,176 @@
+"""An initialisation as text for a terminal: a row a module, then what holds for all of them.
+
+Plain ASCII, at most 100 columns wide.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from filet.report.modules import ModuleReport
+from filet.system.text import elide, plural, readable
+
+__all__ = ["count", "rows", "summary"]
+
+_WIDTH = 100
+
+_INDENT = 14  # of what is said below a label
+
+_HEADER = ("out x in", "rank", "moments", "chosen", "to", "median", "tokens")
+
+
+def rows(modules: Mapping[str, ModuleReport]) -> list[str]:
+    """The header and a line for each module, at least one, between rules.
+
+    Names that do not fit lose their common prefix first and then as much of their beginning as is
+    needed.
+    """
+    cells = [_cells(module) for module in modules.values()]
+    widths = [max(len(row[i]) for row in (_HEADER, *cells)) for i in range(len(_HEADER))]
+    room = _WIDTH - sum(widths) - 2 * len(widths)
+    title, names = _fit_names(list(modules), room)
+    name_width = max(len(title), *(len(name) for name in names))
+
+    def line(name: str, row: tuple[str, ...]) -> str:
+        columns = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        return "  ".join([name.ljust(name_width), *columns])
+
+    rule = "-" * len(line("", _HEADER))
+    body = [line(name, row) for name, row in zip(names, cells, strict=True)]
+    return [line(title, _HEADER), rule, *body, rule]
+
+
+def summary(
+    modules: Sequence[ModuleReport],
+    *,
+    samples: int,
+    tokens: int,
+    loss_terms: int,
+    config: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    peak_memory: int,
+    left_default: Mapping[str, str],
+) -> list[str]:
+    """The lines below the rows: labels and what is said of the whole model."""
+    data = (plural(samples, "sample"), plural(tokens, "token"), plural(loss_terms, "loss term"))
+    entries = [("initialised", _initialised(modules)), ("data", ", ".join(data))]
+    if config:
+        entries.append(("config", ", ".join(f"{key}={value}" for key, value in config.items())))
+    excluded = [number for module in modules if (number := int(module.energies.isnan().sum()))]
+    if excluded:
+        columns, where = plural(sum(excluded), "zero column"), plural(len(excluded), "module")
+        entries.append(("excluded", f"{columns} of W in {where}"))
+    if seconds:
+        phases = ", ".join(f"{name} {_duration(time)}" for name, time in seconds.items())
+        total = _duration(sum(seconds.values()))
+        entries.append(("time", f"{total} ({phases})" if len(seconds) > 1 else phases))
+    if peak_memory:
+        entries.append(("peak memory", readable(peak_memory)))
+    entries += [("left default", text) for text in _by_reason(left_default)]
+    return [line for label, text in entries for line in _wrap(label, text)]
+
+
+def count(number: int) -> str:
+    """``81,234``; from a hundred thousand on three digits and a unit, ``1.23M``."""
+    if number < 100_000:
+        return f"{number:,}"
+    for unit, size in (("k", 10**3), ("M", 10**6)):
+        if number < 999.5 * size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number / 10**9:.4g}G"
+
+
+def _cells(module: ModuleReport) -> tuple[str, ...]:
+    """What a module has in the columns of ``_HEADER``."""
+    low, high = _extent(module.chosen())
+    candidates = module.candidates()
+    median = float(candidates.median()) if candidates.numel() else float("nan")
+    tokens = count(module.input_tokens)
+    if module.output_tokens != module.input_tokens:
+        tokens += "/" + count(module.output_tokens)
+    shared = "*" if module.shared_input else " "
+    return (
+        f"{module.shape[0]} x {module.shape[1]}",
+        str(module.rank),
+        f"{module.input_space}{shared} {module.output_space}",
+        _scientific(low),
+        _scientific(high),
+        _scientific(median),
+        tokens,
+    )
+
+
+def _initialised(modules: Sequence[ModuleReport]) -> str:
+    if not modules:
+        return "no module"
+    ranks = sorted({module.rank for module in modules})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    parameters = sum(module.rank * sum(module.shape) for module in modules)
+    text = f"{plural(len(modules), 'module')}, {rank}, {parameters:,} LoRA parameters"
+    shared = sum(module.shared_input is not None for module in modules)
+    return f"{text}; * {shared} share an earlier module's input moment" if shared else text
+
+
+def _by_reason(left_default: Mapping[str, str]) -> list[str]:
+    """Modules that kept PEFT's initialisation, those with the same reason together."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left_default.items():
+        reasons.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in reasons.items():
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+        lines.append(f"{plural(len(names), 'module')}: {shown}: {reason}")
+    return lines
+
+
+def _extent(values: torch.Tensor) -> tuple[float, float]:
+    """Smallest and largest of ``values``, NaN for none."""
+    if values.numel() == 0:
+        return float("nan"), float("nan")
+    return float(values.min()), float(values.max())
+
+
+def _scientific(value: float) -> str:
+    """``1.2e-9``: two digits, no padding of the exponent; ``0`` and ``-`` (NaN) as such."""
+    if value != value:
+        return "-"
+    if value == 0:
+        return "0"
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {left:02d} s"
+
+
+def _wrap(label: str, text: str) -> list[str]:
+    """``label  text`` with the text wrapped to the table's width under itself."""
+    wrapped = textwrap.wrap(text, _WIDTH - _INDENT, break_on_hyphens=False, break_long_words=True)
+    return [
+        (label if row == 0 else "").ljust(_INDENT) + line
+        for row, line in enumerate(wrapped or [""])
+    ]
+
+
+def _fit_names(names: Sequence[str], room: int) -> tuple[str, list[str]]:
+    """The column's title and the names, shortened to ``room`` characters."""
+    title = "module"
+    if max(len(name) for name in names) > room and len(names) > 1:
+        split = [name.split(".") for name in names]
+        shared = 0
+        shortest = min(len(parts) for parts in split)
+        while shared < shortest - 1 and len({parts[shared] for parts in split}) == 1:
+            shared += 1
+        if shared:
+            title = f"module in {'.'.join(split[0][:shared])}"
+            names = [".".join(parts[shared:]) for parts in split]
+    return elide(title, room), [elide(name, room) for name in names]
