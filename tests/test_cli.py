@@ -1085,7 +1085,7 @@ def test_a_full_disk_leaves_nothing_half_written(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     owner, name = {
-        "save_as_lora": (filet, "save_as_lora"),
+        "save_as_lora": (saved, "save_as_lora"),
         "report": (FiletReport, "save"),
         "picture": (FiletReport, "plot"),
     }[step]

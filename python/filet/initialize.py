@@ -19,8 +19,8 @@ from filet.blockwise.folder import Engine, checked_folder_arguments, choose_engi
 from filet.collect.statistics import Statistics, check_statistics, statistics_of
 from filet.config import FiletConfig, checked_config
 from filet.loss.batch import ForwardFn
-from filet.model.folder import load_model
-from filet.model.targets import Target, adapted, checked_targets
+from filet.model.folder import load_adapted
+from filet.model.targets import Target, checked_targets
 from filet.report.report import FiletReport
 from filet.select import check_rank, choose, warn_of
 from filet.system.memory import named_shortage, peak_memory
@@ -253,8 +253,14 @@ def _in_memory(
     device: torch.device,
     trust_remote_code: bool,
 ) -> FiletReport:
-    base = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    peft_model = adapted(base, lora_config, config.seed)
+    peft_model = load_adapted(
+        folder,
+        lora_config,
+        config.seed,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
     report = initialize_lora_filet_weights(
         peft_model, batches, config, show_progress_bar=show_progress_bar
     )

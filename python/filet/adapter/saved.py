@@ -30,7 +30,7 @@ from filet.adapter.state import (
 from filet.model.factors import StartedFactor, StartedLinear
 from filet.model.fingerprint import check_fingerprint, fingerprints
 from filet.model.targets import find_targets, weight_of
-from filet.report.names import PLOT_FILE
+from filet.report.names import PLOT_FILE, can_draw
 from filet.report.report import FiletReport
 from filet.system.files import replaced_together, staged
 
@@ -187,11 +187,14 @@ def _check_base(
 
 
 def write_folder(peft_model: PeftModel, report: FiletReport, output: Path) -> None:
-    import importlib.util
+    """Write an initialised adapter, its report and the picture of its energies; all, or nothing.
 
+    What is at ``output`` is replaced. The picture is left out where matplotlib is not installed,
+    or no module was initialised.
+    """
     with staged(output) as place:
         place.mkdir()
         save_as_lora(peft_model, place)
         report.save(place)
-        if report.modules and importlib.util.find_spec("matplotlib") is not None:
+        if report.modules and can_draw():
             report.plot(place / PLOT_FILE)

@@ -1,4 +1,4 @@
-"""The arguments of the commands."""
+"""The arguments of the commands: names, types, helps, and which of them fit each other."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from pathlib import Path
 
 from filet.report.names import PLOT_FILE
 
-__all__ = ["SCALINGS", "make_parser"]
+__all__ = ["make_parser"]
 
-SCALINGS = ("fisher", "singular", "constant-min", "constant-max")
-
+_SCALINGS = ("fisher", "singular", "constant-min", "constant-max")
 
 _DESCRIPTION = """\
 Initialise LoRA adapters with FILet: in the directions to which the loss on your data is least
 sensitive."""
-
 
 _EPILOG = """\
 examples:
@@ -30,6 +28,7 @@ exit status: 0 done, 1 an error (said in one line; --debug shows where), 2 wrong
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The parser of the program; ``args.check`` refuses arguments that do not fit each other."""
     parser = argparse.ArgumentParser(
         prog="filet",
         description=_DESCRIPTION,
@@ -37,13 +36,35 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    init = commands.add_parser(
-        "init",
-        help="write a FILet-initialised LoRA adapter for a model",
-        description="Run the data through the model, choose the directions and write a plain LoRA "
-        "adapter that any PEFT loads, with a report and a picture of the energies beside it.",
+    _add_init(
+        commands.add_parser(
+            "init",
+            help="write a FILet-initialised LoRA adapter for a model",
+            description="Run the data through the model, choose the directions and write a plain "
+            "LoRA adapter that any PEFT loads, with a report and a picture of the energies beside "
+            "it.",
+        )
     )
+    _add_stats(
+        commands.add_parser(
+            "stats",
+            help="collect statistics once, for any rank and variant; or merge several",
+            description="Run the data through the model and save the statistics that 'filet init "
+            "--statistics' takes, or merge files of statistics of the same model.",
+        )
+    )
+    _add_inspect(
+        commands.add_parser(
+            "inspect",
+            help="print the table of an initialisation and draw its energies",
+            description="Print the report that 'filet init' wrote and draw the energies, layer by "
+            "layer, with the chosen directions marked.",
+        )
+    )
+    return parser
+
+
+def _add_init(init: argparse.ArgumentParser) -> None:
     source = init.add_argument_group("model and data")
     _add_model(source, required=True)
     either = source.add_mutually_exclusive_group(required=True)
@@ -65,53 +86,17 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="also keep the statistics, to be used again with --statistics",
     )
-    adapter.add_argument(
-        "--rank",
-        type=_positive,
-        default=32,
-        metavar="R",
-        help="directions chosen in every layer (default: 32)",
-    )
-    adapter.add_argument(
-        "--alpha",
-        type=_positive,
-        metavar="N",
-        help="LoRA's alpha (default: the rank, so that the scaling alpha/rank is 1)",
-    )
-    adapter.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(rank)")
-    _add_targets(adapter)
+    _add_lora(adapter)
     method = init.add_argument_group("method")
-    method.add_argument(
-        "--select",
-        choices=("min", "max", "random"),
-        default="min",
-        help="which energies to choose (default: min)",
-    )
-    method.add_argument(
-        "--scaling",
-        choices=SCALINGS,
-        default="fisher",
-        help="how A and B are scaled (default: fisher)",
-    )
-    method.add_argument(
-        "--normalization",
-        choices=("mean", "sum"),
-        default="mean",
-        help="energies of the mean or of the summed loss; scales A and B, does not change the "
-        "choice (default: mean)",
-    )
+    _add_choice(method)
     _add_fisher(method)
     running = init.add_argument_group("running")
     _add_run(running, overwrite="replace an adapter that is there")
     _add_engine(running)
     init.set_defaults(check=_check_init)
 
-    stats = commands.add_parser(
-        "stats",
-        help="collect statistics once, for any rank and variant; or merge several",
-        description="Run the data through the model and save the statistics that 'filet init "
-        "--statistics' takes, or merge files of statistics of the same model.",
-    )
+
+def _add_stats(stats: argparse.ArgumentParser) -> None:
     stats.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="a .safetensors file to create"
     )
@@ -132,12 +117,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_run(stats.add_argument_group("running"), overwrite="replace the file if it is there")
     stats.set_defaults(check=_check_stats)
 
-    inspect = commands.add_parser(
-        "inspect",
-        help="print the table of an initialisation and draw its energies",
-        description="Print the report that 'filet init' wrote and draw the energies, layer by "
-        "layer, with the chosen directions marked.",
-    )
+
+def _add_inspect(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument(
         "folder", type=Path, metavar="FOLDER", help="what 'filet init' wrote, or the report itself"
     )
@@ -149,7 +130,46 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_debug(inspect)
     inspect.set_defaults(check=lambda args, parser: None)
-    return parser
+
+
+def _add_lora(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--rank",
+        type=_positive,
+        default=32,
+        metavar="R",
+        help="directions chosen in every layer (default: 32)",
+    )
+    group.add_argument(
+        "--alpha",
+        type=_positive,
+        metavar="N",
+        help="LoRA's alpha (default: the rank, so that the scaling alpha/rank is 1)",
+    )
+    group.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(rank)")
+    _add_targets(group)
+
+
+def _add_choice(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--select",
+        choices=("min", "max", "random"),
+        default="min",
+        help="which energies to choose (default: min)",
+    )
+    group.add_argument(
+        "--scaling",
+        choices=_SCALINGS,
+        default="fisher",
+        help="how A and B are scaled (default: fisher)",
+    )
+    group.add_argument(
+        "--normalization",
+        choices=("mean", "sum"),
+        default="mean",
+        help="energies of the mean or of the summed loss; scales A and B, does not change the "
+        "choice (default: mean)",
+    )
 
 
 def _add_model(group: argparse._ArgumentGroup, *, required: bool) -> None:

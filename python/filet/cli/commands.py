@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from filet.cli.model import (
@@ -20,54 +20,69 @@ from filet.cli.model import (
     own_code,
     quiet_transformers,
 )
-from filet.cli.output import check_file_output, check_folder_output, one_line, say
-from filet.report.names import PLOT_FILE
+from filet.cli.output import check_file_output, check_folder_output, one_line, say, say_entry
+from filet.report.names import PLOT_FILE, can_draw
 from filet.system.files import inside, staged
 
 __all__ = ["init", "inspect", "stats"]
 
 
 def init(args: argparse.Namespace) -> None:
+    """Initialise an adapter for a model, and write it with its report."""
+    _check_outputs(args)
+    if not can_draw():
+        warnings.warn(f"matplotlib is not installed: {PLOT_FILE} is left out", stacklevel=1)
+    check_model_folder(args)
+    config = _config(args)
+    encoded = None if args.data is None else load_data(args)
+    if _engine(args) == "blockwise":
+        report = _init_blockwise(args, encoded, config)
+    else:
+        report = _init_in_memory(args, encoded, config)
+    say(report.table())
+    say_entry("written", args.output)
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
     inputs = [args.model, args.data, args.statistics]
     check_folder_output(args.output, args.overwrite, inputs)
     if args.save_statistics is not None:
         check_file_output(args.save_statistics, args.overwrite, inputs, option="--save-statistics")
         if inside(args.save_statistics, args.output):
             raise ValueError("--save-statistics must not lie in the folder that --output creates")
-    draw = importlib.util.find_spec("matplotlib") is not None
-    if not draw:
-        warnings.warn(f"matplotlib is not installed: {PLOT_FILE} is left out", stacklevel=1)
-    check_model_folder(args)
 
+
+def _init_blockwise(args: argparse.Namespace, encoded: Any, config: Any) -> Any:
+    """The report of an adapter that the blockwise engine has written."""
     import filet
 
-    config = _config(args)
-    encoded = None if args.data is None else load_data(args)
-    if _engine(args) == "blockwise":
-        with own_code(args):
-            report = filet.initialize_folder(
-                args.model,
-                _micro_batches(args, encoded),
-                args.output,
-                lora_config_of(args, rank=args.rank, alpha=args.alpha),
-                config,
-                engine="blockwise",
-                dtype=dtype_of(args),
-                device=device_of(args),
-                host_memory=args.host_memory,
-                scratch=args.scratch,
-                trust_remote_code=args.trust_remote_code,
-                overwrite=args.overwrite,
-                show_progress_bar=not args.no_progress,
-            )
-        say(report.table())
-        say(f"{'written':<14}{args.output}")
-        return
+    with own_code(args):
+        return filet.initialize_folder(
+            args.model,
+            _micro_batches(args, encoded),
+            args.output,
+            lora_config_of(args, rank=args.rank, alpha=args.alpha),
+            config,
+            engine="blockwise",
+            dtype=dtype_of(args),
+            device=device_of(args),
+            host_memory=args.host_memory,
+            scratch=args.scratch,
+            trust_remote_code=args.trust_remote_code,
+            overwrite=args.overwrite,
+            show_progress_bar=not args.no_progress,
+        )
+
+
+def _init_in_memory(args: argparse.Namespace, encoded: Any, config: Any) -> Any:
+    """The report of an adapter that was made of a whole model and is written."""
+    import filet
+    from filet.adapter.saved import write_folder
+    from filet.initialize import check_applicable
+
     statistics = None if args.statistics is None else filet.Statistics.load(args.statistics)
     peft_model = load_peft_model(args, rank=args.rank, alpha=args.alpha)
     if encoded is not None:
-        from filet.initialize import check_applicable
-
         # Refused before anything runs: a rank too high, say.
         check_applicable(peft_model, "default")
     if encoded is None:
@@ -81,43 +96,45 @@ def init(args: argparse.Namespace) -> None:
         report = filet.apply_statistics(peft_model, statistics, config=config)
     else:
         report = _run(args, peft_model, encoded, config, filet.initialize_lora_filet_weights)
-    with staged(args.output) as place:
-        place.mkdir()
-        filet.save_as_lora(peft_model, place)
-        report.save(place)
-        if draw and report.modules:
-            report.plot(place / PLOT_FILE)
-    say(report.table())
-    say(f"{'written':<14}{args.output}")
+    write_folder(peft_model, report, args.output)
+    return report
 
 
 def stats(args: argparse.Namespace) -> None:
+    """Collect the statistics of a model, or merge several files of them, into one file."""
     inputs = args.merge or [args.model, args.data]
     if args.output.suffix != ".safetensors":
         raise ValueError(f"--output must be a .safetensors file, got {args.output}")
     check_file_output(args.output, args.overwrite, inputs, option="--output")
-    if args.merge is not None:
-        import filet
-
-        first, *others = args.merge
-        statistics = filet.Statistics.load(first)
-        for path in others:  # one at a time: they can be large
-            statistics = statistics.merge(filet.Statistics.load(path))
-    else:
-        check_model_folder(args)
-        encoded = load_data(args)
-
-        import filet
-
-        # The rank does not enter the statistics: 1 costs least.
-        peft_model = load_peft_model(args, rank=1, alpha=1)
-        statistics = _run(args, peft_model, encoded, _config(args), filet.collect_statistics)
+    statistics = _collected(args) if args.merge is None else _merged(args.merge)
     with staged(args.output) as place:
         statistics.save(place)
-    say(f"{'written':<14}{args.output}")
+    say_entry("written", args.output)
+
+
+def _collected(args: argparse.Namespace) -> Any:
+    check_model_folder(args)
+    encoded = load_data(args)
+
+    import filet
+
+    # The rank does not enter the statistics: 1 costs least.
+    peft_model = load_peft_model(args, rank=1, alpha=1)
+    return _run(args, peft_model, encoded, _config(args), filet.collect_statistics)
+
+
+def _merged(files: Sequence[Path]) -> Any:
+    import filet
+
+    first, *others = files
+    statistics = filet.Statistics.load(first)
+    for path in others:  # one at a time: they can be large
+        statistics = statistics.merge(filet.Statistics.load(path))
+    return statistics
 
 
 def inspect(args: argparse.Namespace) -> None:
+    """Print the table of a report, and draw its energies."""
     from filet.report.report import FiletReport
 
     report = FiletReport.load(args.folder)
@@ -126,7 +143,7 @@ def inspect(args: argparse.Namespace) -> None:
     path = args.plot or folder / PLOT_FILE
     if report.modules:
         report.plot(path)
-        say(f"{'drawn':<14}{path}")
+        say_entry("drawn", path)
 
 
 def _run(
@@ -154,7 +171,7 @@ def _run(
     while True:
         loader = encoded.batches(size, by_length=True)
         padding = 1 - encoded.tokens / sum(batch["input_ids"].numel() for batch in loader)
-        say(f"{'padding':<14}{padding:.1%} of {len(loader)} batches")
+        say_entry("padding", f"{padding:.1%} of {len(loader)} batches")
         try:
             return function(
                 peft_model, loader, config=config, show_progress_bar=not args.no_progress

@@ -89,23 +89,21 @@ def _tokenizer(args: argparse.Namespace) -> Any:
 
 def load_peft_model(args: argparse.Namespace, *, rank: int, alpha: int | None) -> Any:
     """The model with a default LoRA adapter on its targets."""
-    from filet.model.folder import load_model
-    from filet.model.targets import adapted
+    from filet.model.folder import load_adapted
 
     device = device_of(args)
     quiet_transformers(args)
     with own_code(args):
-        model = load_model(
+        return load_adapted(
             args.model,
+            lora_config_of(args, rank=rank, alpha=alpha),
+            args.seed,
             device=device,
             dtype=dtype_of(args),
             trust_remote_code=args.trust_remote_code,
             allow_pickle=args.allow_pickle,
+            gradient_checkpointing=args.gradient_checkpointing,
         )
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        model.train()  # it checkpoints in this mode only; dropout is off in the pass
-    return adapted(model, lora_config_of(args, rank=rank, alpha=alpha), args.seed)
 
 
 def device_of(args: argparse.Namespace) -> str:

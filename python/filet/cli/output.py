@@ -1,4 +1,4 @@
-"""What the commands write: refused early where it would destroy something, and said in one line."""
+"""What the commands write: files, refused early where they would destroy something, and text."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ __all__ = [
     "expected_errors",
     "one_line",
     "say",
+    "say_entry",
     "show_warning",
 ]
 
@@ -52,6 +53,11 @@ def say(text: str) -> None:
     """Print where the terminal may know ASCII only: names of files can hold anything."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, errors="replace").decode(encoding))
+
+
+def say_entry(label: str, text: object) -> None:
+    """A line like those below a report's table: a label, and what is said of it."""
+    say(f"{label:<14}{text}")
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import LoraConfig, PeftModel
 
 from filet.model.checkpoint import check_shapes, missing_weight, understood, warn_of_unused
+from filet.model.targets import adapted
 from filet.system.memory import named_shortage
 
-__all__ = ["load_model", "outline", "settings_of"]
+__all__ = ["load_adapted", "load_model", "outline", "settings_of"]
 
 _EXPECTED = (
     "expected a causal language model (filet.initialize_lora_filet_weights takes others, loaded by "
@@ -130,3 +132,31 @@ def load_model(
         model = model.to(device)
     warn_of_unused(folder, model, found["unexpected_keys"])
     return model
+
+
+def load_adapted(
+    folder: str | os.PathLike[str],
+    lora_config: LoraConfig,
+    seed: int,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    gradient_checkpointing: bool = False,
+) -> PeftModel:
+    """The model of a folder with an adapter, drawn by PEFT from ``seed``.
+
+    Raises what :func:`load_model` and :func:`filet.model.targets.adapted` do.
+    """
+    model = load_model(
+        folder,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()  # it checkpoints in this mode only; dropout is off in the pass
+    return adapted(model, lora_config, seed)
