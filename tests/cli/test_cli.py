@@ -1,0 +1,377 @@
+"""The command line: what it writes and prints, its plan, its messages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_cases import (
+    adapter_weights,
+    arguments,
+    error_of,
+    sentence,
+)
+from safetensors.torch import load_file, save_file
+
+import filet
+from filet.cli.main import main
+from filet.report.names import REPORT_FILE
+from filet.report.report import FiletReport
+
+MODULES = [
+    f"model.layers.{layer}.{kind}"
+    for layer in range(2)
+    for kind in (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+]
+
+
+def test_init_writes_an_adapter_that_plain_peft_loads(
+    init: list[str], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert main(init) == 0
+    printed = capsys.readouterr().out
+    output = tmp_path / "out" / "adapter"
+    names = {path.name for path in output.iterdir()}
+    assert names >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "filet.json",
+        REPORT_FILE,
+        "energies.png",
+    }
+    assert [path.name for path in output.parent.iterdir()] == ["adapter"]
+    assert (output / "energies.png").read_bytes().startswith(b"\x89PNG")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert output.stat().st_mode == plain.stat().st_mode
+
+    report = FiletReport.load(output)
+    assert list(report.modules) == MODULES
+    assert report.samples == 24
+    assert {module.rank for module in report.modules.values()} == {4}
+    assert report.table() in printed
+    assert str(output) in printed
+
+    base = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    ids = torch.arange(3, 19).reshape(2, 8)
+    with torch.no_grad():
+        expected = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, output).eval()
+        torch.testing.assert_close(adapted(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        # Not because the adapter does nothing: with its first half scaled the function differs.
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter[:, :4] *= 1e4
+        assert (adapted(ids).logits - expected).abs().max() > 1e-3
+
+
+def test_options_reach_the_adapter(init: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "out" / "adapter"
+    chosen = ["--alpha", "10", "--rslora", "--target-modules", "q_proj", "down_proj"]
+    chosen += ["--select", "random", "--scaling", "constant-min", "--normalization", "sum"]
+    chosen += ["--seed", "5", "--samples", "7", "--fisher", "sampled"]
+    assert main(init + chosen) == 0
+    report = FiletReport.load(output)
+    assert list(report.modules) == [
+        name for name in MODULES if name.endswith(("q_proj", "down_proj"))
+    ]
+    assert report.samples == 7
+    for key, value in {
+        "select": "random",
+        "scaling": "constant_min",
+        "normalization": "sum",
+        "fisher": "sampled",
+        "seed": 5,
+    }.items():
+        assert report.config[key] == value
+    # The saved adapter is a plain LoRA of twice the rank with the scaling of rslora.
+    saved = json.loads((output / "adapter_config.json").read_text())
+    assert saved["r"] == 8
+    assert saved["lora_alpha"] / saved["r"] == 10 / 4**0.5
+    assert not saved["use_rslora"]
+
+
+def test_alpha_is_the_rank_by_default(init: list[str], tmp_path: Path) -> None:
+    assert main([*init, "--target-modules", "q_proj"]) == 0
+    saved = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert saved["lora_alpha"] == saved["r"] == 8
+
+
+def test_the_same_arguments_give_the_same_adapter(init: list[str], tmp_path: Path) -> None:
+    results = []
+    for name in ("one", "two"):
+        assert main([*init, "--output", str(tmp_path / name)]) == 0
+        results.append(adapter_weights(tmp_path / name))
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][name]), name
+
+
+def test_prompts_and_responses(init: list[str], data: Path, tmp_path: Path) -> None:
+    data.write_text(
+        "".join(json.dumps({"ask": sentence(n), "say": sentence(n + 1)}) + "\n" for n in range(6))
+    )
+    fields = ["--prompt-field", "ask", "--response-field", "say"]
+    assert main([*init, *fields, "--output", str(tmp_path / "whole")]) == 0
+    assert main([*init, *fields, "--mask-prompt", "--output", str(tmp_path / "masked")]) == 0
+    whole, masked = (FiletReport.load(tmp_path / name) for name in ("whole", "masked"))
+    assert whole.tokens == masked.tokens
+    assert 0 < masked.loss_terms < whole.loss_terms
+
+
+def test_a_text_file(init: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "data.txt"
+    path.write_text("\n".join(sentence(n) for n in range(5)))
+    assert main([*init, "--data", str(path)]) == 0
+    assert FiletReport.load(tmp_path / "out" / "adapter").samples == 5
+
+
+def test_dropped_samples_are_one_line_of_warning(
+    init: list[str], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data.write_text(data.read_text() + json.dumps({"text": ""}) + "\n")
+    assert main([*init, "--target-modules", "q_proj"]) == 0
+    err = capsys.readouterr().err
+    assert [line for line in err.splitlines() if "dropped" in line] == [
+        "filet: warning: dropped 1 of 25 samples: fewer than 2 tokens, or no label left within "
+        "max_length=16"
+    ]
+
+
+def test_saved_statistics_give_the_same_adapter(
+    init: list[str], stats: list[str], data: Path, tmp_path: Path
+) -> None:
+    collected, kept = tmp_path / "collected.safetensors", tmp_path / "kept.safetensors"
+    direct, applied, again = tmp_path / "direct", tmp_path / "applied", tmp_path / "again"
+    at = init.index("--data")
+    no_data = init[:at] + init[at + 2 :]
+
+    assert main([*stats, "--data", str(data), "--output", str(collected)]) == 0
+    assert main([*init, "--output", str(direct), "--save-statistics", str(kept)]) == 0
+    assert main([*no_data, "--output", str(applied), "--statistics", str(collected)]) == 0
+    assert main([*no_data, "--output", str(again), "--statistics", str(kept)]) == 0
+    expected = adapter_weights(direct)
+    for folder in (applied, again):
+        weights = adapter_weights(folder)
+        assert weights.keys() == expected.keys()
+        for name, tensor in weights.items():
+            assert torch.equal(tensor, expected[name]), (folder.name, name)
+
+
+def test_merged_statistics_equal_those_of_all_the_data(
+    init: list[str], stats: list[str], data: Path, tmp_path: Path
+) -> None:
+    lines = data.read_text().splitlines(keepends=True)
+    for name, part in {"a": lines[:9], "b": lines[9:12], "c": lines[12:], "all": lines}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+        output = tmp_path / f"{name}.safetensors"
+        assert (
+            main([*stats, "--data", str(tmp_path / f"{name}.jsonl"), "--output", str(output)]) == 0
+        )
+    merged = tmp_path / "merged.safetensors"
+    parts = [tmp_path / f"{name}.safetensors" for name in "abc"]
+    assert main(arguments("stats", "--merge", *parts, "--output", merged)) == 0
+
+    at = init.index("--data")
+    no_data = init[:at] + init[at + 2 :]
+    reports = []
+    for source in (merged, tmp_path / "all.safetensors"):
+        output = tmp_path / f"from-{source.stem}"
+        assert main([*no_data, "--statistics", str(source), "--output", str(output)]) == 0
+        reports.append(FiletReport.load(output))
+    first, second = reports
+    assert first.samples == second.samples == 24
+    assert first.tokens == second.tokens
+    for name, module in first.modules.items():
+        torch.testing.assert_close(
+            module.energies, second.modules[name].energies, rtol=1e-4, atol=0
+        )
+
+
+def test_statistics_of_another_model_are_refused(
+    init: list[str],
+    stats: list[str],
+    data: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    output, own = tmp_path / "other.safetensors", tmp_path / "own.safetensors"
+    command = [*stats, "--data", str(data)]
+    assert main([*command, "--model", str(other), "--output", str(output)]) == 0
+    assert main([*command, "--output", str(own)]) == 0
+    at = init.index("--data")
+    message = error_of(capsys, init[:at] + init[at + 2 :] + ["--statistics", str(output)])
+    assert "model.layers.1.mlp.up_proj" in message
+    assert not (tmp_path / "out").exists()
+    merged = tmp_path / "merged.safetensors"
+    message = error_of(capsys, arguments("stats", "--merge", own, output, "--output", merged))
+    assert "model.layers.1.mlp.up_proj" in message
+    assert not merged.exists()
+    message = error_of(capsys, arguments("stats", "--merge", own, data, "--output", merged))
+    assert str(data) in message
+    message = error_of(capsys, arguments("stats", "--merge", own, "nowhere", "--output", merged))
+    assert "nowhere" in message
+
+
+def test_inspect_prints_and_draws(
+    init: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(init) == 0
+    folder = tmp_path / "out" / "adapter"
+    picture = (folder / "energies.png").read_bytes()
+    (folder / "energies.png").unlink()
+    table = FiletReport.load(folder).table()
+    capsys.readouterr()
+    assert main(["inspect", str(folder)]) == 0
+    assert table in capsys.readouterr().out
+    assert (folder / "energies.png").read_bytes() == picture
+    elsewhere = tmp_path / "elsewhere.png"
+    assert main(["inspect", str(folder / REPORT_FILE), "--plot", str(elsewhere)]) == 0
+    assert elsewhere.read_bytes() == picture
+
+
+def test_inspect_without_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no filet report at" in error_of(capsys, ["inspect", str(tmp_path)])
+
+
+def test_the_program_starts_without_torch() -> None:
+    code = (
+        "import sys, filet.cli.main; print(*{'torch', 'transformers', 'peft'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""
+
+
+def test_help_and_inspect_do_not_load_transformers(init: list[str], tmp_path: Path) -> None:
+    assert main([*init, "--target-modules", "q_proj"]) == 0
+    code = """
+import sys
+from filet.cli.main import main
+assert main(["inspect", sys.argv[1]]) == 0
+try:
+    main(["init", "--help"])
+except SystemExit as end:
+    assert end.code == 0
+print(*{"transformers", "peft"} & sys.modules.keys(), file=sys.stderr)
+"""
+    folder = tmp_path / "out" / "adapter"
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True
+    )
+    assert run.stderr.strip() == ""
+    assert "--target-modules" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ('{"body": "x"}\n', [], "line 1: no known fields"),
+        ('{"text": "a cat"}\n{"body": "x"}\n', [], "line 2: no field 'text'; found 'body'"),
+        ('{"text": "a cat"}\n{"text": \n', [], "line 2: not valid JSON"),
+        ('{"text": "a cat"}\n', ["--prompt-field", "ask"], "line 1: no field 'ask'"),
+        ('{"text": "a cat"}\n', ["--mask-prompt"], "has no responses"),
+        ('{"text": ""}\n', [], "no usable sample among 1: "),
+        ("", [], "no sample in it"),
+    ],
+)
+def test_bad_data(
+    init: list[str],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+    options: list[str],
+    message: str,
+) -> None:
+    data.write_text(content)
+    assert message in error_of(capsys, init + options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_data_file(init: list[str], data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data.unlink()
+    assert "no data file at" in error_of(capsys, init)
+
+
+def test_debug_shows_the_traceback(init: list[str], data: Path) -> None:
+    data.write_text('{"body": "x"}\n')
+    with pytest.raises(ValueError, match="no known fields"):
+        main([*init, "--debug"])
+
+
+@pytest.mark.parametrize("kind", [AttributeError, KeyError, TypeError, RuntimeError])
+def test_bugs_keep_their_traceback(
+    kind: type[Exception], init: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: Any, **__: Any) -> None:
+        raise kind("a bug")
+
+    monkeypatch.setattr(filet, "initialize_lora_filet_weights", bug)
+    with pytest.raises(kind, match="a bug"):
+        main(init)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "COMMAND"),
+        (["init", "--model", "m", "--output", "o"], "--data --statistics is required"),
+        (
+            ["init", "--model", "m", "--output", "o", "--data", "d", "--statistics", "s"],
+            "not allowed with",
+        ),
+        (
+            "init --model m --output o --statistics s --save-statistics t".split(),
+            "nothing to save",
+        ),
+        ("init --model m --output o --data d --rank 0".split(), "at least 1, got '0'"),
+        ("init --model m --output o --data d --samples few".split(), "got 'few'"),
+        ("init --model m --output o --data d --batch-size big".split(), "got 'big'"),
+        ("stats --model m --output o --data d --passes 0".split(), "at least 1, got '0'"),
+        ("init --model m --output o --data d --seed -1".split(), "got '-1'"),
+        ("init --model m --output o --data d --max-length 1".split(), "must be at least 2"),
+        (
+            "init --model m --output o --data d --text-field a --prompt-field b".split(),
+            "--text-field excludes",
+        ),
+        ("init --model m --output o --data d --response-field b".split(), "needs --prompt-field"),
+        ("stats --output o".split(), "--model and --data required"),
+        ("stats --output o --merge a".split(), "at least two"),
+        ("stats --output o --merge a b --model m".split(), "excludes --model"),
+        (
+            "init --model m --output o --data d --target-modules .*q_proj".split(),
+            "--target-modules '.*q_proj': expected names of layers",
+        ),
+        (
+            "stats --model m --output o --data d --target-modules v_proj q_proj,k_proj".split(),
+            "--target-modules 'q_proj,k_proj': expected names of layers with spaces",
+        ),
+    ],
+)
+def test_wrong_usage(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
