@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gc
 import os
 import re
 import shutil
@@ -40,7 +41,7 @@ from filet.blockwise.folder import empty_model
 from filet.blockwise.inputs import BlockInputs
 from filet.blockwise.keeping import Keeping
 from filet.blockwise.machine import Clock, Machine
-from filet.blockwise.stream import WeightStream
+from filet.blockwise.stream import WeightStream, size_of
 from filet.blockwise.weights import ShardedWeights, Stored
 from filet.model.chain import Parts
 from filet.model.checkpoint import Entry, entries
@@ -353,6 +354,24 @@ def test_weights_come_and_go(folder: Path, device: torch.device) -> None:
     with closing(stream.loaded(groups)) as loaded:
         next(loaded)  # an early end stops the thread
     assert all(value.is_meta for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("ends", ["early", "late"])
+def test_what_has_been_closed_holds_no_places(folder: Path, ends: str) -> None:
+    model = empty_model(folder)
+    groups = [entries(model)]
+    size = size_of(groups[0])
+
+    def places() -> list[Tensor]:
+        found = [x for x in gc.get_objects() if type(x) is Tensor and x.dtype == torch.uint8]
+        return [place for place in found if place.numel() == size]
+
+    with closing(WeightStream(ShardedWeights(folder, model), CPU).loaded(groups)) as loaded:
+        next(loaded)
+        assert places()
+        if ends == "late":
+            assert next(loaded, None) is None
+    assert loaded is not None and not places()
 
 
 def test_the_next_sweep_loads_ahead(
