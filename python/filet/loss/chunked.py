@@ -16,6 +16,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -144,6 +145,46 @@ class ChunkedLoss:
         return logits @ weight
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a model has its head, and what stands in for it."""
+
+    siblings: dict[str, nn.Module | None]
+    name: str
+    stand_in: StandIn
+
+
+def _unsupported(shift: bool, forward_fn: Callable[[Any, Any], Any] | None) -> str | None:
+    """Why the model's loss may be another, before its head is looked at; or None."""
+    if forward_fn is not None:
+        return "forward_fn was given"
+    return None if shift else "it is not one of transformers' causal language models"
+
+
+def _head_of(peft_model: PeftModel) -> _Place | str:
+    """Where the head is, or why it cannot be replaced, as far as it shows without running it."""
+    head = getattr(peft_model.base_model.model, "get_output_embeddings", lambda: None)()
+    if isinstance(head, ModulesToSaveWrapper) and head.active_adapters:
+        head = head.modules_to_save[head.active_adapters[0]]  # the one that trains
+    if type(head) is not nn.Linear:
+        return f"its head is a {type(head).__name__}; expected nn.Linear without an adapter"
+    if has_hooks(head):
+        return "its head has hooks"
+    # A device map's moves the input to the weight, as is done here.
+    if own_forward(head) is None:
+        return "its head has a forward of its own"
+    if type(head.weight) is not nn.Parameter:
+        return f"the weight of its head is a {type(head.weight).__name__}"
+    if head.weight.device.type == "meta":
+        return "its head is offloaded"
+    modules = peft_model.named_modules(remove_duplicate=False)
+    places = [name for name, module in modules if module is head]
+    if len(places) != 1:
+        return f"its head is at {len(places)} places"
+    parent, _, name = places[0].rpartition(".")
+    return _Place(peft_model.get_submodule(parent)._modules, name, StandIn(head))
+
+
 class HeadLoss:
     """Runs a batch up to its last hidden states, where that is all the model's loss needs."""
 
@@ -159,7 +200,15 @@ class HeadLoss:
         self.peft_model = peft_model
         self.settled = False  # the model was seen to compute the plain cross-entropy of its head
         self.reasons: set[str] = set()  # that were said
-        self.why_not = self._unsupported(shift, forward_fn)
+        found = _unsupported(shift, forward_fn) or _head_of(peft_model)
+        self.why_not = found if isinstance(found, str) else None
+        self._place = None if isinstance(found, str) else found
+
+    @property
+    def head(self) -> StandIn:
+        """What stands in for the model's head, where there is no reason against it."""
+        assert self._place is not None, self.why_not
+        return self._place.stand_in
 
     def takes(self, batch: Any) -> bool:
         """Whether the batch can go this way; the first batch that cannot says why in the log."""
@@ -234,35 +283,6 @@ class HeadLoss:
             logging.getLogger("filet").info("the model computes its own loss: %s", reason)
         return reason is None
 
-    def _unsupported(self, shift: bool, forward_fn: Callable[[Any, Any], Any] | None) -> str | None:
-        """Why the model does not qualify, as far as it can be told without running it; or None."""
-        if forward_fn is not None:
-            return "forward_fn was given"
-        if not shift:
-            return "it is not one of transformers' causal language models"
-        head = getattr(self.peft_model.base_model.model, "get_output_embeddings", lambda: None)()
-        if isinstance(head, ModulesToSaveWrapper) and head.active_adapters:
-            head = head.modules_to_save[head.active_adapters[0]]  # the one that trains
-        if type(head) is not nn.Linear:
-            return f"its head is a {type(head).__name__}; expected nn.Linear without an adapter"
-        if has_hooks(head):
-            return "its head has hooks"
-        # A device map's moves the input to the weight, as is done here.
-        if own_forward(head) is None:
-            return "its head has a forward of its own"
-        if type(head.weight) is not nn.Parameter:
-            return f"the weight of its head is a {type(head.weight).__name__}"
-        if head.weight.device.type == "meta":
-            return "its head is offloaded"
-        modules = self.peft_model.named_modules(remove_duplicate=False)
-        places = [name for name, module in modules if module is head]
-        if len(places) != 1:
-            return f"its head is at {len(places)} places"
-        parent, _, self._name = places[0].rpartition(".")
-        self._siblings = self.peft_model.get_submodule(parent)._modules
-        self.head = StandIn(head)
-        return None
-
     def _unsupported_batch(self, batch: Any) -> str | None:
         labels = labels_of(batch)
         if labels is None or labels.dim() != 2 or labels.is_floating_point():
@@ -280,10 +300,12 @@ class HeadLoss:
     @contextlib.contextmanager
     def _without_head(self) -> Iterator[None]:
         # The module is replaced, not its forward: torch.compile looks at a module's type.
-        head = self._siblings[self._name]
-        self._siblings[self._name] = self.head
+        assert self._place is not None
+        siblings, name = self._place.siblings, self._place.name
+        head = siblings[name]
+        siblings[name] = self.head
         try:
             yield
         finally:
-            self._siblings[self._name] = head
+            siblings[name] = head
             self.head.clear()

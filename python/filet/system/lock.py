@@ -28,16 +28,17 @@ class FolderLock:
         self.folder = folder
         self._place = folder.resolve()  # a link stays where it is
         self._removed: Path | None = None
+        self._file: IO[str] | None = None
 
     def __enter__(self) -> FolderLock:
-        file = None
-        while file is None:
-            file = self._acquire()
-        self._file = file
+        while self._file is None:
+            self._file = self._acquire()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()  # unlocks; and some file systems remove no folder with an open file
+        if self._file is not None:
+            self._file.close()  # unlocks; and some file systems remove no folder with an open file
+            self._file = None
         if self._removed is not None:
             shutil.rmtree(self._removed)
 
