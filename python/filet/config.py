@@ -13,7 +13,6 @@ __all__ = ["FiletConfig", "Fisher", "LossReduction", "checked_config"]
 
 Fisher = Literal["empirical", "sampled"]
 
-
 LossReduction = Literal["auto", "mean", "sum"]
 
 

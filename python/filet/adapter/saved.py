@@ -1,4 +1,8 @@
-"""An initialised adapter's ways to disk and back, to go on training at rank r."""
+"""An initialised adapter's ways to disk and back, to go on training at rank r.
+
+On disk it is a plain LoRA of rank 2r and ``filet.json`` (:mod:`filet.adapter.state`); a
+report and a picture are put beside them by :func:`write_folder`.
+"""
 
 from __future__ import annotations
 

@@ -43,16 +43,11 @@ __all__ = [
     "whole_number",
 ]
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-
-
+WEIGHTS_FILE = "adapter_model.safetensors"  # PEFT's names, as its own saves have them
 CONFIG_FILE = "adapter_config.json"
 
-
 FILET_FILE = "filet.json"
-
-
-FORMAT = "filet-adapter-2"
+FORMAT = "filet-adapter-2"  # of that file
 
 
 class FiletLoraConfig(LoraConfig):

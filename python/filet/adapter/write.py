@@ -1,4 +1,4 @@
-"""Writing an initialisation into a model: all of it, or on an exception none."""
+"""Writing into a model: A0 and B0, PEFT's default where nothing was chosen, and W_res."""
 
 from __future__ import annotations
 

@@ -17,10 +17,8 @@ __all__ = ["FIELD_PAIRS", "SUFFIXES", "Sample", "read_samples"]
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 """What :func:`read_samples` reads, told apart by the file's name."""
 
-
 FIELD_PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 """Fields looked for, in this order, when none is named and there is no ``text``."""
-
 
 _PARQUET_ROWS = 1024
 

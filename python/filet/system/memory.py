@@ -1,4 +1,4 @@
-"""Running out of memory, said so that one knows what to change."""
+"""How much memory is free, and running out of it said so that one knows what to change."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ ADVICE = (
     "one block at a time (--engine blockwise)",
 )
 
-
 Phase = Literal["loading", "checks", "pass", "selection", "blockwise"]
-
 
 _ADVICE: dict[Phase, tuple[str, ...]] = {
     "loading": ("weights in 16 bits (--dtype bfloat16)", *ADVICE[5:]),

@@ -34,9 +34,7 @@ DTYPES = {
 }
 """The format's names of dtypes."""
 
-
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
 
 _ALIGNMENT = 8  # bytes: the widest dtype's
 

@@ -1,4 +1,4 @@
-"""Words for messages: sizes, and lists that may be long."""
+"""Words for messages: sizes, counts, lists and names that may be long."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ def readable(size: float) -> str:
 
 
 def some(names: list[str], limit: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 def plural(number: int, noun: str) -> str:
+    """``1 sample``, ``8,192 tokens``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
