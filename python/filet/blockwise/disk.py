@@ -18,12 +18,9 @@ __all__ = ["ALIGNMENT", "Abandoned", "Disk"]
 ALIGNMENT = 4096
 """Bytes: what goes past the page cache begins and ends with a multiple."""
 
-
 # What goes to a file at a time. Synced each where that can be abandoned: the sync of all of it at
 # the end could not.
 _PIECE = 2**25
-
-
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 

@@ -32,8 +32,6 @@ __all__ = [
 ]
 
 Engine = Literal["auto", "memory", "blockwise"]
-
-
 ADAPTER = "default"
 
 

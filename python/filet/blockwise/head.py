@@ -20,7 +20,6 @@ __all__ = ["HEAD", "head", "loss_gradient"]
 
 HEAD = "the head and the loss"
 
-
 # Logits that exist at a time: 2²⁷, 0.25 GiB in bfloat16 and four times that for the loss.
 _LOGITS = 2**27
 

@@ -29,7 +29,6 @@ __all__ = ["Journal"]
 
 _MANIFEST = "manifest.json"
 
-
 # After a gradient in its file: what it is multiplied by, and its largest number where that matters.
 _TRAILER = struct.Struct("<dd")
 

@@ -13,10 +13,7 @@ __all__ = ["DISK_SHARE", "Keeping"]
 # way to the disk. Where no inputs go to the disk, the gradient of a block's inputs takes the arena
 # that the block above had its inputs in; two are left, which the head needs as well.
 _WORKING = 5
-
-
 _WORKING_ON_HOST = 2
-
 
 # Of what is free on the scratch disk, this share is used.
 DISK_SHARE = 0.9

@@ -29,7 +29,6 @@ __all__ = ["Measured", "Rehearsal", "disk_seconds", "plan_of"]
 # What is timed before the run is done so often; the first time compiles and sets up.
 _ROUNDS = 2
 
-
 # Batches that a GPU is timed on: of one alone, much would be the launch of its first kernels.
 _TIMED = 4
 

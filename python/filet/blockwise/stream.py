@@ -22,11 +22,7 @@ from filet.model.checkpoint import Entry
 __all__ = ["Groups", "Loading", "WeightStream", "size_of"]
 
 Groups = Sequence[Sequence[Entry]]  # of weights that are on the device together
-
-
 _ALIGNMENT = 256  # bytes: what the allocator itself gives, and TMA and vector loads ask for
-
-
 _PIECE = 2**27  # bytes of a pinned buffer
 
 

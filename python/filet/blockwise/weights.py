@@ -37,11 +37,7 @@ from filet.system.files import read_at
 __all__ = ["ShardedWeights", "Stored", "WeightSource"]
 
 _READERS = 8  # threads that read a piece, each its share,
-
-
 _SHARE = 2**20  # of at least so many bytes
-
-
 _SAMPLES = 64  # pieces of 4 KiB of each file that enter its identity
 
 

@@ -35,15 +35,11 @@ __all__ = ["CPU_TOKENS", "FEW_TOKENS", "estimate", "passes_that_fit"]
 # model, 19.6 GB, take 13 ms at 3 TB/s, and 512 tokens forward and backward about 33 (an H100 at its
 # rate for 4096 tokens).
 FEW_TOKENS = 512
-
-
 CPU_TOKENS = 4096
 """Tokens of a batch on a CPU, whose memory is not measured: 8 samples of 512."""
 
-
 # Of a GPU's memory, left alone: fragments, and what CUDA loads when a kernel first runs.
 _RESERVE = 0.04
-
 
 # Share of the free memory below which moments are taken in one pass without a measurement.
 _SMALL = 0.4

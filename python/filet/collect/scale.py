@@ -15,7 +15,6 @@ __all__ = ["FP16_PEAK", "backward", "boundary_factor", "loss_scale"]
 # its smallest normal number.
 FP16_PEAK = 2.0**4
 
-
 # Where another gradient on the way, the logits', say, overflows before that: this far below it.
 _FP16_ROOM = 2.0**5
 

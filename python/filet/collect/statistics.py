@@ -162,8 +162,6 @@ class Statistics:
 
 
 _SUMS = ("samples", "tokens", "loss_terms", "seconds")
-
-
 _COUNTS = (*_SUMS, "fisher", "peak_memory")
 
 

@@ -34,12 +34,10 @@ __all__ = [
 # Where a linear layer in bfloat16 or float16 hands y and h on before it rounds them.
 HANDS_ON = {"cuda"}
 
-
 # They enter their moments as float16, each column scaled by a power of two that puts the largest
 # number of the first batch at 2 to 4. That leaves 2¹⁴ of room, and 11 bits to what is 2⁻¹⁶ of it.
 # Rows beyond that room are left out, and added by a smaller scale in a second run of their batch.
 _PEAK = 2.0
-
 
 # Of a column that was zero in the first batch: so whatever comes is beyond, and sets the scale.
 _UNKNOWN_SCALE = 2.0**100

@@ -36,28 +36,19 @@ __all__ = ["CHUNK_BYTES", "CHUNK_ROWS", "ChunkedLoss", "HeadLoss", "StandIn"]
 
 # Of logits at a time: 1024 rows of 128256 in bfloat16, enough for products at the full rate.
 CHUNK_BYTES = 2**28
-
-
 CHUNK_ROWS = 128  # or a multiple of it: a tile of the products
-
 
 # Tokens of the first batch for which the model computes logits and loss, to see how it does.
 _FEW = 8
-
 
 # Its cross-entropy of them and ours are of the same logits, both in float32. An auxiliary loss of
 # a mixture's router, say, is 1e-3 of the whole.
 _TOLERANCE = 1e-5
 
-
 # What goes to the decoder and leaves head and loss alone. With another key (shift_labels, images)
 # the model's own loss is taken.
 _KEYS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels"}
-
-
 _KEYS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
-
-
 _NOT_FINITE = "the logits of a batch are not finite"
 
 

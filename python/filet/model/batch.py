@@ -28,10 +28,8 @@ __all__ = [
 
 IGNORED = -100
 
-
 # The key of a batch by which a model of transformers divides the sum of its losses.
 NUM_ITEMS = "num_items_in_batch"
-
 
 # Beginnings of what a batch of texts has of images and sounds: any number of them for a sample.
 _OF_IMAGES = ("pixel_", "image_", "video_", "input_features", "audio_")

@@ -39,10 +39,7 @@ __all__ = [
 ]
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")  # one file, or several's index
-
-
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-
 
 # What a weight may be in a file. Whole numbers, or floating ones of 8 bits, are a quantised
 # weight's, and mean nothing without their scales: transformers would take them as they are.

@@ -194,16 +194,9 @@ class StartedFactor(nn.Linear):
 
 
 _FSDP = "torch.distributed.fsdp"
-
-
 _WRITES = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
-
-
 _WRITES |= {"__set__", "__setitem__", "__imatmul__", "__iand__", "__ior__", "__ixor__"}
-
-
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
-
 
 # What would change the tensor that was read, and nothing else.
 _LOST = {"__set__", "requires_grad_", "resize_", "resize_as_"}

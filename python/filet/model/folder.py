@@ -26,11 +26,8 @@ _EXPECTED = (
     "their own class)"
 )
 
-
 # What a class of transformers is for stands behind its last "For"; a bare model has none.
 _TASK = re.compile(r".*For([A-Z]\w*)")
-
-
 _TASKS = ("CausalLM", "ConditionalGeneration")
 
 

@@ -34,31 +34,17 @@ __all__ = ["FUSES_ON", "fused", "has_hooks"]
 
 # Where the kernels run.
 FUSES_ON = {"cuda"}
-
-
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
 _EPSILON = ("variance_epsilon", "eps")
-
-
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-
-
 _HOOKS = re.compile("_(forward|backward).*_hooks")
-
-
 _ROTARY = "apply_rotary_pos_emb"
-
 
 # What is tried is shown heads, which have the most dimensions: what names one of them by its place
 # is seen. Rows are of these magnitudes, powers of two: the least such that ε counts, the largest
 # such that it shows what is cut off.
 _SHAPE = (2, 3, 5, 24)
-
-
 _MAGNITUDES = (-20, -10, 0, 5, 12)
-
 
 # How far its gradients in float32 may be from the formula's, of the largest in a row. Another order
 # of the same operations is off by some 2⁻²⁴ of that; what is detached or multiplied, by far more.

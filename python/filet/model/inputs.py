@@ -35,24 +35,15 @@ __all__ = ["Inputs", "Prepared", "check_batch", "check_dataloader"]
 # With these alone a text model makes one row of logits for each token it is given. By any other
 # key (shift_labels, logits_to_keep, past_key_values, target_mapping) it may be another number.
 _TEXT = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "labels"}
-
-
 _TEXT |= {NUM_ITEMS}
-
 
 # Models by the loss they name, with a label for every token.
 _CAUSAL, _PER_TOKEN = "ForCausalLM", ("ForMaskedLM", "ForTokenClassification")
-
-
 _SHIFTING = (_CAUSAL, "ForConditionalGeneration")  # whose heads shift labels
-
-
 _INDICES = (torch.int64, torch.uint8)  # that torch's cross_entropy takes
-
 
 # Of the classifiers, those that turn their labels into indices themselves.
 _CONVERTING = ("DebertaForSequenceClassification", "DebertaV2ForSequenceClassification")
-
 
 _LOADER = (
     "torch.utils.data.DataLoader(dataset, batch_size=…, collate_fn=…), with batch_size=None where "

@@ -31,7 +31,6 @@ __all__ = [
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-
 # Values of LoraConfig.init_lora_weights, or their beginnings, by which PEFT changes W.
 _CHANGES_W = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
