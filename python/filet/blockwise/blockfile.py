@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,8 @@ class Finished:
         tensors: dict[str, Tensor] = {}
         rows: list[dict[str, Any]] = []
         for name, layer in self.choice.layers.items():
-            report = self.choice.reports[name]
-            row = {each.name: getattr(report, each.name) for each in fields(report)}
-            tensors |= {f"{name}.{key}": row.pop(key) for key in ("energies", "indices")}
-            tensors |= {f"{name}.A": layer.A0, f"{name}.B": layer.B0}
+            its_tensors, row = self.choice.reports[name].parts()
+            tensors |= {**its_tensors, f"{name}.A": layer.A0, f"{name}.B": layer.B0}
             rows.append({"fingerprint": layer.fingerprint, **row})
         metadata = {
             "format": _FORMAT,
@@ -54,11 +52,8 @@ class Finished:
                 raise ValueError(f"{path}: format {metadata.get('format')!r}; expected {_FORMAT!r}")
             choice = Choice(left_default=json.loads(metadata["left_default"]))
             for row in json.loads(metadata["modules"]):
-                name = row["name"]
-                A, B, energies, indices = (
-                    file.get_tensor(f"{name}.{key}") for key in ("A", "B", "energies", "indices")
-                )
-                choice.layers[name] = Layer(A, B, row.pop("fingerprint"))
-                row["shape"] = tuple(row["shape"])
-                choice.reports[name] = ModuleReport(energies=energies, indices=indices, **row)
+                name, fingerprint = row["name"], row.pop("fingerprint")
+                A, B = (file.get_tensor(f"{name}.{side}") for side in "AB")
+                choice.layers[name] = Layer(A, B, fingerprint)
+                choice.reports[name] = ModuleReport.of_parts(file.get_tensor, row)
         return cls(block, choice, json.loads(metadata["unmasked"]))

@@ -167,6 +167,6 @@ def choose_engine(
     weights = size_of(entries(model))
     peft_model = adapted(model, lora_config)
     targets, _ = find_targets(peft_model, ADAPTER, loaded=False)
-    moments = sum(2 * 4 * min(target.weight.shape) ** 2 for target in targets.values())
+    moments = sum(2 * 4 * min(target.shape) ** 2 for target in targets.values())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_on_host()
     return "memory" if weights + moments <= 0.75 * free else "blockwise"

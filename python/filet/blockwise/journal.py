@@ -165,7 +165,7 @@ class Journal:
         """
         # Two gradients at a time, and A, B and the energies of what is not finished.
         self.reserved = 2 * (boundary + _TRAILER.size) + sum(
-            4 * target.rank * sum(target.weight.shape) + 8 * target.weight.shape[1]
+            4 * target.rank * sum(target.shape) + 8 * target.shape[1]
             for mine in of_block[self._first : self.top + 1]
             for target in mine.values()
         )

@@ -42,7 +42,7 @@ class PartedModel:
         self.targets, self.unsupported = find_targets(self.peft_model, ADAPTER, loaded=False)
         check_targets(self.peft_model, self.targets, self.unsupported, ADAPTER)
         for target in self.targets.values():
-            check_rank(target, target.weight.shape[1])
+            check_rank(target, target.shape[1])
         self.parts = Parts(self.base, self.targets, self.unsupported)
         self.number = len(self.parts.blocks)
         self.weights, self.others = self._weights(self.entries)

@@ -13,10 +13,10 @@ from filet.blockwise.batches import Batch
 from filet.blockwise.machine import Clock
 from filet.system.text import readable
 
-__all__ = ["Place", "Progress", "Times", "say"]
+__all__ = ["Progress", "Times", "UnderWay", "say"]
 
 
-class Place:
+class UnderWay:
     """What is under way, for the message of a shortage."""
 
     def __init__(self, what: str) -> None:

@@ -13,13 +13,13 @@ from filet.blockwise.batches import Batch, counts_of
 from filet.blockwise.blockfile import Finished
 from filet.blockwise.copies import Copies, Fetched, Throttle
 from filet.blockwise.parted import PartedModel
-from filet.blockwise.progress import Place, Progress, Times
+from filet.blockwise.progress import Progress, Times, UnderWay
 from filet.blockwise.stream import WeightStream
 from filet.collect.hooks import MomentHooks
 from filet.collect.unrounded import hands_on
 from filet.config import FiletConfig
 from filet.model.chain import Calls
-from filet.model.fingerprint import fingerprints
+from filet.model.fingerprint import fingerprints_of
 from filet.select import choose
 
 __all__ = ["Work"]
@@ -47,7 +47,7 @@ class Work:
         self.device = stream.device
         self.times = times
         self.show = show
-        self.place = Place("the blocks' first inputs")
+        self.place = UnderWay("the blocks' first inputs")
         self.counts = counts_of(batches)
         self.masks = [None if b.mask is None else b.mask.to(self.device) for b in batches]
         self.calls: list[Calls] = []
@@ -131,8 +131,9 @@ class Work:
         for moments in hooks.moments.values():
             moments.loss_terms.fill_(self.counts["loss_terms"])
         targets = self.model.of_block[block]
-        hashes = fingerprints({name: target.weight for name, target in targets.items()})
-        choice = choose(targets, hooks.moments, hooks.shared_input, hashes, self.config)
+        choice = choose(
+            targets, hooks.moments, hooks.shared_input, fingerprints_of(targets), self.config
+        )
         for layer in choice.layers.values():
             layer.A0, layer.B0 = layer.A0.cpu(), layer.B0.cpu()
         return Finished(block, choice, sorted(hooks.unmasked))

@@ -137,7 +137,7 @@ class ChunkedLoss:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _HeadPlace:
     """Where a model has its head, and what stands in for it."""
 
     siblings: dict[str, nn.Module | None]
@@ -152,7 +152,7 @@ def _unsupported(shift: bool, forward_fn: Callable[[Any, Any], Any] | None) -> s
     return None if shift else "it is not one of transformers' causal language models"
 
 
-def _head_of(peft_model: PeftModel) -> _Place | str:
+def _head_of(peft_model: PeftModel) -> _HeadPlace | str:
     """Where the head is, or why it cannot be replaced, as far as it shows without running it."""
     head = getattr(peft_model.base_model.model, "get_output_embeddings", lambda: None)()
     if isinstance(head, ModulesToSaveWrapper) and head.active_adapters:
@@ -173,7 +173,7 @@ def _head_of(peft_model: PeftModel) -> _Place | str:
     if len(places) != 1:
         return f"its head is at {len(places)} places"
     parent, _, name = places[0].rpartition(".")
-    return _Place(peft_model.get_submodule(parent)._modules, name, StandIn(head))
+    return _HeadPlace(peft_model.get_submodule(parent)._modules, name, StandIn(head))
 
 
 class HeadLoss:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
 __all__ = ["ModuleReport"]
+
+_TENSORS = ("energies", "indices")  # the fields that are not JSON
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,3 +49,16 @@ class ModuleReport:
     def candidates(self) -> torch.Tensor:
         """Energies of every candidate direction (finite ones), (<= n,) float64."""
         return self.energies[torch.isfinite(self.energies)]
+
+    def parts(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What a file has of it: tensors, "<name>.energies" and "<name>.indices", and JSON."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {f"{self.name}.{key}": values.pop(key) for key in _TENSORS}, values
+
+    @classmethod
+    def of_parts(
+        cls, tensor: Callable[[str], torch.Tensor], values: Mapping[str, Any]
+    ) -> ModuleReport:
+        """From what :meth:`parts` gave; ``tensor`` gives one by its name in the file."""
+        tensors = {key: tensor(f"{values['name']}.{key}") for key in _TENSORS}
+        return cls(**{**values, **tensors, "shape": tuple(values["shape"])})

@@ -29,8 +29,6 @@ _FORMAT = "filet_report"
 
 _VERSION = "2"
 
-_TENSORS = ("energies", "indices")  # fields of a module's report that are not JSON
-
 
 @dataclass(frozen=True, eq=False)
 class FiletReport:
@@ -108,8 +106,8 @@ class FiletReport:
         tensors: dict[str, torch.Tensor] = {}
         described: list[dict[str, Any]] = []
         for name, module in self.modules.items():
-            values = {field.name: getattr(module, field.name) for field in fields(module)}
-            tensors |= {f"{name}.{key}": values.pop(key) for key in _TENSORS}
+            its_tensors, values = module.parts()
+            tensors |= its_tensors
             described.append({"key": name, **values})
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         del content["modules"]  # they come last
@@ -142,9 +140,7 @@ class FiletReport:
                 modules: dict[str, ModuleReport] = {}
                 for described in content.pop("modules"):
                     key = described.pop("key")
-                    described["shape"] = tuple(described["shape"])
-                    tensors = {name: file.get_tensor(f"{key}.{name}") for name in _TENSORS}
-                    modules[key] = ModuleReport(**tensors, **described)
+                    modules[key] = ModuleReport.of_parts(file.get_tensor, described)
             return cls(modules=modules, **content)
         except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a readable filet report: {error}") from error

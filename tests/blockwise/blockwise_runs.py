@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -88,6 +89,14 @@ def model_folder(kind: str) -> Path:
     models.randomised(copy.deepcopy(MODELS[kind]())).save_pretrained(path, max_shard_size="20KB")
     assert len(list(path.glob("*.safetensors"))) > 1
     return path
+
+
+# Of every test in this folder.
+MARKS = [
+    pytest.mark.usefixtures("one_thread", "no_picture"),
+    # PEFT's, of patterns that it made itself for experts.
+    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match"),
+]
 
 
 def lora(**settings: Any) -> LoraConfig:

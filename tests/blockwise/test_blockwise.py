@@ -14,13 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM
-
-import filet
-import models
-import smollm2
 from blockwise_runs import (
+    MARKS,
     MODELS,
     SMALL,
     adapter,
@@ -32,6 +27,12 @@ from blockwise_runs import (
     model_folder,
     run_of,
 )
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import filet
+import models
+import smollm2
 from filet import FiletConfig, FiletReport
 from filet.blockwise import folder as folder_module
 from filet.blockwise.engine import Blockwise
@@ -40,16 +41,7 @@ from filet.cli.main import main
 from filet.collect import hooks, unrounded
 from filet.initialize import initialize_folder
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread", "no_picture"),
-    # PEFT's, of patterns that it made itself for experts.
-    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match"),
-]
-
-
-@pytest.fixture
-def folder() -> Path:
-    return model_folder("llama")
+pytestmark = MARKS
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*keep PEFT's default")

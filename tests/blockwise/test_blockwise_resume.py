@@ -18,13 +18,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
-import filet
 from blockwise_runs import (
     BOUNDARY,
     CHEAP,
     LAYERS,
+    MARKS,
     Crash,
     Failing,
     assert_equal,
@@ -34,9 +32,11 @@ from blockwise_runs import (
     initialize,
     is_arena,
     lora,
-    model_folder,
     run_of,
 )
+from safetensors.torch import load_file, save_file
+
+import filet
 from filet import FiletConfig, FiletReport
 from filet.blockwise.disk import Disk
 from filet.blockwise.engine import Blockwise
@@ -45,16 +45,7 @@ from filet.blockwise.machine import Machine
 from filet.blockwise.sweeps import Reverse
 from filet.model.chain import Parts
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread", "no_picture"),
-    # PEFT's, of patterns that it made itself for experts.
-    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match"),
-]
-
-
-@pytest.fixture
-def folder() -> Path:
-    return model_folder("llama")
+pytestmark = MARKS
 
 
 # What they test knows no device; `make test` on a CPU runs them.

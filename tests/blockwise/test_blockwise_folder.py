@@ -12,28 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from blockwise_runs import LAYERS, MARKS, batches, initialize, lora, model_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
 import models
 import smollm2
-from blockwise_runs import LAYERS, batches, initialize, lora, model_folder
 from filet.blockwise.folder import empty_model
 from filet.blockwise.weights import ShardedWeights
 from filet.model.chain import Parts
 from filet.model.folder import load_model
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread", "no_picture"),
-    # PEFT's, of patterns that it made itself for experts.
-    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match"),
-]
-
-
-@pytest.fixture
-def folder() -> Path:
-    return model_folder("llama")
+pytestmark = MARKS
 
 
 # Arguments, models and data.

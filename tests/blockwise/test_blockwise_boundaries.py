@@ -20,21 +20,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM
-
 from blockwise_runs import (
     BOUNDARY,
     CHEAP,
     LAYERS,
+    MARKS,
     Crash,
     Failing,
     assert_equal,
     in_step,
     initialize,
-    model_folder,
     run_of,
 )
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
 from filet.blockwise.arenas import Arena, ArenaPool, Layout, check_pinned
 from filet.blockwise.disk import Abandoned, Disk
 from filet.blockwise.folder import empty_model
@@ -49,16 +49,7 @@ from filet.model.checkpoint import Entry, entries
 LAYOUT = Layout([torch.Size((2, 8))], torch.float32)
 CPU = torch.device("cpu")
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread", "no_picture"),
-    # PEFT's, of patterns that it made itself for experts.
-    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match"),
-]
-
-
-@pytest.fixture
-def folder() -> Path:
-    return model_folder("llama")
+pytestmark = MARKS
 
 
 # What is kept where.
