@@ -1,0 +1,131 @@
+"""What is learned and what may be forgotten: rows, batches, and the losses of a population on them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from effect.loss import IGNORED, Losses, token_losses
+from filet.data.samples import Sample, read_samples
+from filet.data.tokens import encode
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+__all__ = ["CausalTask", "Row", "Task", "causal_task", "order"]
+
+Row = tuple[Tensor, Tensor]  # of one sample: what the model gets, and its labels
+
+_WINDOW = 128  # rows among which batches of like lengths are made
+
+
+class Task(Protocol):
+    """One data set: rows to learn from, rows to be tested on, rows that measure what is kept."""
+
+    name: str
+    train: list[Row]
+    test: list[Row]
+    general: list[Row]
+
+    def batch(self, rows: Sequence[Row], device: torch.device) -> dict[str, Any]: ...
+
+    def losses(self, model: Any, batch: dict[str, Any], members: int, asked: bool) -> Losses: ...
+
+
+@dataclass
+class CausalTask:
+    """Answers to be predicted; the prompt has no labels.
+
+    Rows are padded on the right, so a causal model needs no mask: what follows a token is not seen
+    by it, and padding has no label. Attention without a mask has the fast kernels.
+
+    Attributes:
+        options: token ids by which a multiple choice is told, () for a free answer.
+    """
+
+    name: str
+    train: list[Row]
+    test: list[Row]
+    general: list[Row] = field(default_factory=list)
+    keep: list[Row] = field(default_factory=list)
+    options: tuple[int, ...] = ()
+    pad: int = 0
+
+    def batch(self, rows: Sequence[Row], device: torch.device) -> dict[str, Any]:
+        ids = pad_sequence([ids for ids, _ in rows], True, self.pad)
+        labels = pad_sequence([labels for _, labels in rows], True, IGNORED)
+        return {"input_ids": ids.to(device, non_blocking=True), "labels": labels}
+
+    def losses(self, model: Any, batch: dict[str, Any], members: int, asked: bool) -> Losses:
+        hidden = model.get_decoder()(input_ids=batch["input_ids"], use_cache=False)[0]
+        options = (
+            torch.tensor(self.options, device=hidden.device) if asked and self.options else None
+        )
+        head = model.get_output_embeddings()
+        return token_losses(hidden, batch["labels"], head, members, options)
+
+
+def order(rows: Sequence[Row], seed: int, batch_size: int, steps: int) -> list[list[Row]]:
+    """The batches of a run: shuffled by the seed, as many epochs as it takes.
+
+    Rows are sorted by length within windows of the shuffled order, so that a batch has little
+    padding, and the batches of a window are shuffled again.
+    """
+    generator, rows, batches = random.Random(seed), list(rows), []
+    window = max(batch_size, _WINDOW // batch_size * batch_size)
+    if len(rows) < batch_size:
+        raise ValueError(f"{len(rows)} rows; expected at least a batch, {batch_size}")
+    while len(batches) < steps:
+        generator.shuffle(rows)
+        for start in range(0, len(rows), window):
+            part = sorted(rows[start : start + window], key=lambda row: len(row[0]))
+            cut = [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+            cut = [one for one in cut if len(one) == batch_size]
+            generator.shuffle(cut)
+            batches += cut
+    return batches[:steps]
+
+
+def causal_task(
+    name: str,
+    train: Path,
+    test: Path,
+    tokenizer: Any,
+    *,
+    general: Path | None = None,
+    keep: Path | None = None,
+    options: Sequence[str] = (),
+    max_length: int = 320,
+    tests: int = 256,
+    generals: int = 128,
+) -> CausalTask:
+    """A task from files that ``filet`` reads; ``general`` and ``keep`` are plain text.
+
+    Args:
+        options: words that a multiple choice ends in, told apart by the last token of each.
+        tests, generals: how many rows to test on, from the beginning of the file.
+    """
+
+    def rows(path: Path | None, limit: int | None, text: bool = False) -> list[Row]:
+        if path is None:
+            return []
+        samples: list[Sample] = read_samples(path, limit=limit)
+        length = min(max_length, 256) if text else max_length
+        encoded = encode(samples, tokenizer, max_length=length, mask_prompt=not text)
+        return [(torch.tensor(ids), torch.tensor(labels)) for ids, labels in encoded.rows]
+
+    def last(word: str) -> int:
+        return int(tokenizer(f"the correct answer is {word}")["input_ids"][-1])
+
+    return CausalTask(
+        name,
+        rows(train, None),
+        rows(test, tests),
+        rows(general, generals, text=True),
+        rows(keep, None, text=True),
+        tuple(map(last, options)),
+        tokenizer.pad_token_id or 0,
+    )

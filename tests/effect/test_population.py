@@ -1,0 +1,127 @@
+"""A population against as many runs of PEFT and torch's AdamW, one after the other."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from effect.loss import token_losses
+from effect.population import Lora, populated
+from effect.runs import evaluate, train_population
+from effect.start import Start, scaled
+from effect.tasks import CausalTask, order
+from effect.train import Member, Recipe
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from models import llama
+
+CUDA = torch.cuda.is_available()
+RANK = 4
+MEMBERS = [
+    Member("lora", rate=1e-3),
+    Member("lora", rate=1e-2, decay=0.3),
+    Member("pissa", rate=3e-3),
+    Member("lora", rate=3e-3, ratio=8.0, seed=1),
+    Member("olora", rate=1e-3, scale=2.0, seed=1),
+]
+RECIPE = Recipe(steps=20, batch_size=16, warmup=3)
+
+
+def base(dtype=torch.float32, device="cpu"):
+    torch.manual_seed(0)
+    return llama(layers=2).to(device, dtype).requires_grad_(False).eval()
+
+
+def task() -> CausalTask:
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(count):
+        lengths = torch.randint(30, 60, (count,), generator=generator).tolist()
+        ids = [torch.randint(1, 29, (n,), generator=generator) for n in lengths]
+        return [(x, torch.where(torch.arange(len(x)) < 2, -100, x)) for x in ids]
+
+    return CausalTask("random", rows(80), rows(10), rows(6), options=(3, 4, 5))
+
+
+def config(method: str) -> LoraConfig:
+    init = True if method == "lora" else method
+    targets = ["q_proj", "v_proj", "down_proj"]
+    return LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, init_lora_weights=init)
+
+
+def adapted(member: Member, dtype, device):
+    torch.manual_seed(member.seed)
+    model = get_peft_model(base(dtype, device), config(member.method))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data *= member.scale
+    return model
+
+
+def start_of(member: Member) -> dict[str, Start]:
+    """From PEFT's own layers; PiSSA and OLoRA have taken B A out of the base."""
+    model = adapted(Member(member.method, member.rate, seed=member.seed), torch.float32, "cpu")
+    found = {}
+    for name, layer in model.base_model.model.named_modules():
+        if hasattr(layer, "lora_A"):
+            A, B = (x["default"].weight.detach() for x in (layer.lora_A, layer.lora_B))
+            taken = (A, B) if member.method != "lora" else (None, None)
+            found[name] = scaled(Start(A, B, *taken), member.scale)
+    return found
+
+
+def alone(member: Member, dtype, device) -> list[float]:
+    """The training losses of PEFT's model with torch's AdamW, its scheduler and its clip."""
+    model = adapted(member, dtype, device)
+    if member.scale != 1:  # what PEFT took out of the base was not scaled
+        for _, layer in model.base_model.model.named_modules():
+            if hasattr(layer, "lora_A") and member.method != "lora":
+                A, B = (x["default"].weight.detach() for x in (layer.lora_A, layer.lora_B))
+                layer.base_layer.weight.data -= (B @ A) * (1 - 1 / member.scale**2)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if "lora_A" in n], "lr": member.rate},
+        {"params": [p for n, p in named if "lora_B" in n], "lr": member.rate * member.ratio},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=member.decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, RECIPE.factor)
+    data, losses = task(), []
+    for rows in order(data.train, member.seed, RECIPE.batch_size, RECIPE.steps):
+        batch = data.batch(rows, torch.device(device))
+        mask = torch.zeros_like(batch["input_ids"])
+        for i, (ids, _) in enumerate(rows):
+            mask[i, : len(ids)] = 1
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            labels = batch["labels"].to(device)
+            loss = model(input_ids=batch["input_ids"], attention_mask=mask, labels=labels).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for _, p in named], RECIPE.clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)], ids=["fp32", "bf16"]
+)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_population_is_as_many_separate_runs(dtype, tolerance, device):
+    if device == "cuda" and not CUDA:
+        pytest.skip("no GPU")
+    # W_res of PiSSA in bfloat16 is another model; what is subtracted beside W is not rounded.
+    members = [m for m in MEMBERS if dtype == torch.float32 or m.method == "lora"]
+    model = base(dtype, device)
+    before = copy.deepcopy(model.state_dict())
+    results = train_population(model, task(), [start_of(m) for m in members], members, RECIPE)
+    for member, result in zip(members, results, strict=True):
+        expected = alone(member, dtype, device)
+        worst = max(abs(a / b - 1) for a, b in zip(result.losses, expected, strict=True))
+        assert worst < tolerance, (member, worst)
+        assert math.isfinite(result.loss) and abs(expected[0] - expected[-1]) > 10 * tolerance
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
