@@ -30,13 +30,13 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from bench_model import busy, kernels
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from bench_model import busy, kernels
 from filet import FiletConfig
 from filet.blockwise.engine import Blockwise
 from filet.blockwise.folder import empty_model

@@ -32,18 +32,18 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import shapes
 import torch
-from bench_model import bare, paper_blocks, timed
-from bench_syrk import write
 from peft import EvaConfig, LoraGAConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.config import CordaConfig, KasaConfig
 from peft.tuners.lora.loraga import preprocess_loraga
-from recipes import AsWritten, dash_directions, filet_as_written, milora
-from shapes import CUDA, SAMPLES, SHAPES, Shape, lora_config
 from torch import Tensor, nn
 
 import filet
+import shapes
+from bench_model import bare, paper_blocks, timed
+from bench_syrk import write
+from recipes import AsWritten, dash_directions, filet_as_written, milora
+from shapes import CUDA, SAMPLES, SHAPES, Shape, lora_config
 
 WARM = 2  # batches of FILet's own warm-up
 EVA_STEPS = 3

@@ -33,17 +33,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import shapes
 import torch
-from bench_syrk import time_in_turn, write
-from recipes import AsWritten
-from shapes import CUDA, DEVICE, SAMPLES, SHAPES, Shape, synchronize
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import filet
+import shapes
+from bench_syrk import time_in_turn, write
 from filet.model.fused import fused
 from filet_kernels import syrk_
+from recipes import AsWritten
+from shapes import CUDA, DEVICE, SAMPLES, SHAPES, Shape, synchronize
 
 Batches = Sequence[dict[str, Tensor]]
 GIB = 2**30

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_syrk import library
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
@@ -22,6 +21,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
+from bench_syrk import library
 from filet_kernels import Moments, cross_entropy_, fisher_energies, quadform_diag, syrk_
 from filet_kernels.elementwise.rms_norm import rms_norm
 from filet_kernels.elementwise.rotary import rotary

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_syrk import CUDA, SQUARE, memory, time_in_turn, write
 from torch import Tensor
 
+from bench_syrk import CUDA, SQUARE, memory, time_in_turn, write
 from filet_kernels import Moments, fisher_energies, quadform_diag
 from filet_kernels.quadform import BACKENDS, backend_of
 

@@ -20,15 +20,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import shapes
 import torch
-from bench_syrk import write
 from peft import PeftModel, get_peft_model
-from recipes import random_statistics
-from shapes import CUDA, DEVICE, SHAPES, synchronize
 
 import filet
+import shapes
+from bench_syrk import write
 from filet import FiletConfig
+from recipes import random_statistics
+from shapes import CUDA, DEVICE, SHAPES, synchronize
 
 GIB = 2**30
 ROUNDS, WARM, STEPS = 2, 3, 6

@@ -16,10 +16,10 @@ import peft
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-from recipes import random_statistics
 
 import filet
 from filet import FiletConfig
+from recipes import random_statistics
 
 _plain = peft.get_peft_model
 

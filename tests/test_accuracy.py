@@ -5,11 +5,11 @@ Of every third block; `make accuracy` prints the table of all.
 
 import contextlib
 
-import accuracy
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import accuracy
 import smollm2
 
 EVERY, LAYERS = 3, 70

@@ -7,15 +7,15 @@ import importlib.util
 import json
 import re
 
-import bench_blockwise
-import bench_methods
-import bench_model
 import pytest
-import recipes
-import shapes
 import torch
 import transformers
 
+import bench_blockwise
+import bench_methods
+import bench_model
+import recipes
+import shapes
 from oracle import factors, fisher_energies
 
 CUDA = torch.cuda.is_available()

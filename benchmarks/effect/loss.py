@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from filet_kernels import cross_entropy_
 from torch import Tensor, nn
+
+from filet_kernels import cross_entropy_
 
 __all__ = ["IGNORED", "Losses", "class_losses", "token_losses"]
 

@@ -3,9 +3,9 @@
 For member k and a layer y = W x + b, with its own factors,
     y_k = W x_k + b + (B_k A_k − B0_k A0_k) x_k.
 The base product of all members is one matrix product over K times the rows; the adapters add to it
-by batched products. A0 and B0 are what an initialisation has subtracted from W: here they stay beside
-it, in the same product as what trains. So at the start [B, −B0] [A; A0] cancels in the accumulator,
-and W stays the same for all.
+by batched products. A0 and B0 are what an initialisation has subtracted from W. Here they stay
+beside W, in the same product as what trains: at the start [B, −B0] [A; A0] cancels in the
+accumulator, and W stays the same for all.
 
 A small model leaves a GPU idle: one run of SmolLM2-135M waits for kernels to be launched.
 """
@@ -18,8 +18,9 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from effect.start import Start
 from torch import Tensor, nn
+
+from effect.start import Start
 
 __all__ = ["Adapter", "Lora", "PopulationLinear", "populated"]
 

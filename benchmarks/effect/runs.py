@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from effect.loss import Losses
 from effect.population import Lora, populated
 from effect.start import Start
 from effect.tasks import Row, Task, order
 from effect.train import Member, Optimizer, Recipe
 from filet.model.fused import fused
-from torch import Tensor
 
 __all__ = ["Result", "evaluate", "train_population"]
 

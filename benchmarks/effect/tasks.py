@@ -1,4 +1,4 @@
-"""What is learned and what may be forgotten: rows, batches, and the losses of a population on them."""
+"""What is learned and what may be forgotten: rows, batches, and a population's losses on them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
 from effect.loss import IGNORED, Losses, token_losses
 from filet.data.samples import Sample, read_samples
 from filet.data.tokens import encode
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 __all__ = ["CausalTask", "Row", "Task", "causal_task", "order"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from effect.population import PopulationLinear
 from torch import Tensor, nn
+
+from effect.population import PopulationLinear
 
 __all__ = ["Member", "Optimizer", "Recipe"]
 

@@ -7,15 +7,13 @@ import math
 
 import pytest
 import torch
-from effect.loss import token_losses
-from effect.population import Lora, populated
-from effect.runs import evaluate, train_population
-from effect.start import Start, scaled
-from effect.tasks import CausalTask, order
-from effect.train import Member, Recipe
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from effect.runs import train_population
+from effect.start import Start, scaled
+from effect.tasks import CausalTask, order
+from effect.train import Member, Recipe
 from models import llama
 
 CUDA = torch.cuda.is_available()
