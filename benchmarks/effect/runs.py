@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from effect.loss import Losses
-from effect.population import Lora, populated
-from effect.start import Start
+from effect.loss import IGNORED, Losses
+from effect.population import Population
 from effect.tasks import Row, Task, order
 from effect.train import Member, Optimizer, Recipe
-from filet.model.fused import fused
 
 __all__ = ["Result", "evaluate", "train_population"]
-
-_EVALUATED = 16  # rows of each member in a batch
 
 
 @dataclass(frozen=True)
@@ -39,16 +33,20 @@ class Result:
 
 @torch.no_grad()
 def evaluate(
-    model: Any, task: Task, rows: Sequence[Row], members: int, asked: bool = False
+    population: Population, task: Task, rows: Sequence[Row], batch_size: int, asked: bool = False
 ) -> tuple[list[float], list[float] | None]:
     """Mean loss over all labels of ``rows`` and share of right ones, of every member."""
-    device = next(model.parameters()).device
+    members = population.members
     ordered = sorted(rows, key=lambda row: len(row[0]))
+    # The last batch is filled up with rows that do not count: one shape more would be captured.
+    blank = [(ids, torch.full_like(labels, IGNORED)) for ids, labels in ordered[:1]]
+    ordered = (-len(ordered) % batch_size) * blank + ordered
     found: list[Losses] = []
-    for start in range(0, len(ordered), _EVALUATED):
-        part = ordered[start : start + _EVALUATED]
-        batch = task.batch([row for _ in range(members) for row in part], device)
-        found.append(task.losses(model, batch, members, asked))
+    for start in range(0, len(ordered), batch_size):
+        part = ordered[start : start + batch_size]
+        inputs, labels = task.batch(members * part, population.device)
+        output = population.run(task, inputs)
+        found.append(task.losses(population.model, output, labels, members, asked))
     terms = sum(one.terms[0] for one in found)
     means = torch.stack([one.sums for one in found]).double().sum(0) / terms
     right = [one.right for one in found if one.right is not None]
@@ -57,42 +55,37 @@ def evaluate(
 
 
 def train_population(
-    model: Any,
-    task: Task,
-    starts: Sequence[Mapping[str, Start]],
-    members: Sequence[Member],
-    recipe: Recipe,
-    adapter: Any = Lora,
+    population: Population, task: Task, members: Sequence[Member], recipe: Recipe
 ) -> list[Result]:
-    """Fine-tune ``members`` from ``starts`` side by side, and test them.
+    """Fine-tune a population from where it is, ``members`` saying how, and test it.
 
-    ``model`` is frozen and comes back as it was. Members of one seed see the same batches in the
-    same order. Deterministic on the same machine.
+    Members of one seed see the same batches in the same order.
     """
-    device, count = next(model.parameters()).device, len(members)
+    if len(members) != population.members:
+        raise ValueError(f"{len(members)} members; expected {population.members}, the population's")
     orders = {
         seed: order(task.train, seed, recipe.batch_size, recipe.steps)
         for seed in {member.seed for member in members}
     }
     curve: list[Tensor] = []
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
+    middle: list[float] = []
+    with warnings.catch_warnings():
         # The parameters are rows of a few large tensors, and so are their gradients.
         warnings.filterwarnings("ignore", "grad and param do not obey")
-        stack.enter_context(fused(model))
-        layers = stack.enter_context(populated(model, starts, adapter))
-        optimizer = Optimizer(layers, members, recipe)
-        middle: list[float] = []
+        optimizer = Optimizer(population, members, recipe)
         for step in range(recipe.steps):
             rows = [row for member in members for row in orders[member.seed][step]]
-            losses = task.losses(model, task.batch(rows, device), count, False).means
+            inputs, labels = task.batch(rows, population.device)
+            output = population.run(task, inputs)
+            losses = task.losses(population.model, output, labels, len(members), False).means
             losses.sum().backward()
             optimizer.step()
             curve.append(losses.detach())
             if step + 1 == max(1, recipe.steps * 2 // 5):
-                middle, _ = evaluate(model, task, task.test, count)
-        loss, accuracy = evaluate(model, task, task.test, count, asked=True)
-        general = evaluate(model, task, task.general, count)[0] if task.general else None
+                middle, _ = evaluate(population, task, task.test, recipe.batch_size)
+    size = recipe.batch_size
+    loss, accuracy = evaluate(population, task, task.test, size, asked=True)
+    general = evaluate(population, task, task.general, size)[0] if task.general else None
     by_member = torch.stack(curve, 1).tolist()
     return [
         Result(
@@ -102,5 +95,5 @@ def train_population(
             None if accuracy is None else accuracy[k],
             by_member[k],
         )
-        for k in range(count)
+        for k in range(len(members))
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -31,9 +32,19 @@ class Task(Protocol):
     test: list[Row]
     general: list[Row]
 
-    def batch(self, rows: Sequence[Row], device: torch.device) -> dict[str, Any]: ...
+    def batch(self, rows: Sequence[Row], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs on the device, and labels on the CPU."""
+        ...
 
-    def losses(self, model: Any, batch: dict[str, Any], members: int, asked: bool) -> Losses: ...
+    def run(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """What the losses are computed from."""
+        ...
+
+    def losses(
+        self, model: Any, output: Tensor, labels: Tensor, members: int, asked: bool
+    ) -> Losses:
+        """Of every member; how many are right where ``asked``."""
+        ...
 
 
 @dataclass
@@ -45,6 +56,7 @@ class CausalTask:
 
     Attributes:
         options: token ids by which a multiple choice is told, () for a free answer.
+        multiple: lengths of batches are padded to one of it.
     """
 
     name: str
@@ -54,19 +66,29 @@ class CausalTask:
     keep: list[Row] = field(default_factory=list)
     options: tuple[int, ...] = ()
     pad: int = 0
+    multiple: int = 1
 
-    def batch(self, rows: Sequence[Row], device: torch.device) -> dict[str, Any]:
-        ids = pad_sequence([ids for ids, _ in rows], True, self.pad)
-        labels = pad_sequence([labels for _, labels in rows], True, IGNORED)
-        return {"input_ids": ids.to(device, non_blocking=True), "labels": labels}
-
-    def losses(self, model: Any, batch: dict[str, Any], members: int, asked: bool) -> Losses:
-        hidden = model.get_decoder()(input_ids=batch["input_ids"], use_cache=False)[0]
-        options = (
-            torch.tensor(self.options, device=hidden.device) if asked and self.options else None
+    def batch(self, rows: Sequence[Row], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+        # Few lengths: each is captured once.
+        longest = max(len(ids) for ids, _ in rows)
+        room = -longest % self.multiple
+        ids = F.pad(
+            pad_sequence([ids for ids, _ in rows], True, self.pad), (0, room), value=self.pad
         )
-        head = model.get_output_embeddings()
-        return token_losses(hidden, batch["labels"], head, members, options)
+        labels = pad_sequence([labels for _, labels in rows], True, IGNORED)
+        labels = F.pad(labels, (0, room), value=IGNORED)
+        return {"input_ids": ids.to(device, non_blocking=True)}, labels
+
+    def run(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        return model.get_decoder()(**inputs, use_cache=False)[0]
+
+    def losses(
+        self, model: Any, output: Tensor, labels: Tensor, members: int, asked: bool
+    ) -> Losses:
+        options = (
+            torch.tensor(self.options, device=output.device) if asked and self.options else None
+        )
+        return token_losses(output, labels, model.get_output_embeddings(), members, options)
 
 
 def order(rows: Sequence[Row], seed: int, batch_size: int, steps: int) -> list[list[Row]]:

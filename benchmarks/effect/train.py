@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
-from effect.population import PopulationLinear
+from effect.population import Flat, Population
 
 __all__ = ["Member", "Optimizer", "Recipe"]
 
@@ -54,61 +53,43 @@ class Recipe:
 class Optimizer:
     """torch's AdamW and clip_grad_norm_ for K members at once, each with a rate of its own.
 
-    The members' parameters become views of a few (K, D) tensors, and so do their gradients: what
-    differs from member to member is then one factor a row.
+    A population's parameters are rows of a few (K, D) tensors: what differs from member to member
+    is one factor a row.
     """
 
-    def __init__(
-        self, layers: Mapping[str, PopulationLinear], members: Sequence[Member], recipe: Recipe
-    ) -> None:
+    def __init__(self, population: Population, members: Sequence[Member], recipe: Recipe) -> None:
         self.recipe = recipe
-        self.parts: list[_Part] = []
-        column = {"dtype": torch.float32, "device": next(iter(layers.values())).weight.device}
-        rates = torch.tensor([[m.rate] for m in members], **column)
-        ratios = torch.tensor([[m.ratio] for m in members], **column)
-        decays = torch.tensor([[m.decay] for m in members], **column)
-        for group in ("A", "B"):
-            found = [p for layer in layers.values() for p in layer.adapter.groups.get(group, ())]
-            if found:
-                self.parts.append(_Part(found, rates * ratios if group == "B" else rates, decays))
+        self.parts = [_Part(flat, members, group == "B") for group, flat in population.flat.items()]
         self.done = 0
 
     @torch.no_grad()
     def step(self) -> None:
         """Clip, move every parameter, and leave gradients of 0."""
         beta1, beta2 = self.recipe.betas
-        squares = [torch.linalg.vector_norm(p.gradient, dim=1).square_() for p in self.parts]
+        squares = [torch.linalg.vector_norm(p.flat.gradient, dim=1).square_() for p in self.parts]
         norm = torch.stack(squares).sum(0).sqrt_()
         clip = (self.recipe.clip / (norm + 1e-6)).clamp_(max=1).unsqueeze(1)
         factor = self.recipe.factor(self.done)
         self.done += 1
         first, second = 1 - beta1**self.done, math.sqrt(1 - beta2**self.done)
         for part in self.parts:
-            g = part.gradient.mul_(clip)
+            values, g = part.flat.values, part.flat.gradient.mul_(clip)
             part.mean.lerp_(g, 1 - beta1)
             part.square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             rate = part.rates * factor
-            part.values.mul_(1 - rate * part.decays)
+            values.mul_(1 - rate * part.decays)
             update = part.square.sqrt().div_(second).add_(self.recipe.eps)
             torch.div(part.mean, update, out=update)
-            part.values.sub_(update.mul_(rate / first))
+            values.sub_(update.mul_(rate / first))
             g.zero_()
 
 
 class _Part:
-    """Parameters of one kind, flat, with what AdamW keeps of them."""
+    """What AdamW knows of parameters of one kind: two averages, and of every member a rate."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], rates: Tensor, decays: Tensor) -> None:
-        parameters = list(parameters)
-        members = len(rates)
-        width = sum(p[0].numel() for p in parameters)
-        self.values = rates.new_empty(members, width)
-        self.gradient, self.mean, self.square = (torch.zeros_like(self.values) for _ in range(3))
-        self.rates, self.decays = rates, decays
-        start = 0
-        for p in parameters:
-            part = slice(start, start + p[0].numel())
-            self.values[:, part] = p.detach().reshape(members, -1)
-            p.data = self.values[:, part].view(p.shape)
-            p.grad = self.gradient[:, part].view(p.shape)
-            start = part.stop
+    def __init__(self, flat: Flat, members: Sequence[Member], faster: bool) -> None:
+        self.flat = flat
+        self.mean, self.square = torch.zeros_like(flat.values), torch.zeros_like(flat.values)
+        rates = [[m.rate * m.ratio if faster else m.rate] for m in members]
+        self.rates = torch.tensor(rates).to(flat.values)
+        self.decays = torch.tensor([[m.decay] for m in members]).to(flat.values)

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from effect.population import Population
 from effect.runs import train_population
 from effect.start import Start, scaled
 from effect.tasks import CausalTask, order
@@ -88,13 +89,12 @@ def alone(member: Member, dtype, device) -> list[float]:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, RECIPE.factor)
     data, losses = task(), []
     for rows in order(data.train, member.seed, RECIPE.batch_size, RECIPE.steps):
-        batch = data.batch(rows, torch.device(device))
-        mask = torch.zeros_like(batch["input_ids"])
+        inputs, labels = data.batch(rows, torch.device(device))
+        mask = torch.zeros_like(inputs["input_ids"])
         for i, (ids, _) in enumerate(rows):
             mask[i, : len(ids)] = 1
         with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            labels = batch["labels"].to(device)
-            loss = model(input_ids=batch["input_ids"], attention_mask=mask, labels=labels).loss
+            loss = model(**inputs, attention_mask=mask, labels=labels.to(device)).loss
         loss.backward()
         nn.utils.clip_grad_norm_([p for _, p in named], RECIPE.clip)
         optimizer.step()
@@ -115,7 +115,12 @@ def test_a_population_is_as_many_separate_runs(dtype, tolerance, device):
     members = [m for m in MEMBERS if dtype == torch.float32 or m.method == "lora"]
     model = base(dtype, device)
     before = copy.deepcopy(model.state_dict())
-    results = train_population(model, task(), [start_of(m) for m in members], members, RECIPE)
+    starts = [start_of(m) for m in members]
+    population = Population(model, starts[::-1])  # of others of those shapes first
+    train_population(population, task(), members, Recipe(steps=2, batch_size=16, warmup=1))
+    population.load(starts)
+    results = train_population(population, task(), members, RECIPE)
+    population.close()
     for member, result in zip(members, results, strict=True):
         expected = alone(member, dtype, device)
         worst = max(abs(a / b - 1) for a, b in zip(result.losses, expected, strict=True))
