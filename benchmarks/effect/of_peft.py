@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import EvaConfig, LoraGAConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import eva
-from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.config import CordaConfig, KasaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 
@@ -21,33 +21,38 @@ from effect.start import Start
 
 __all__ = ["BY_PEFT", "adapted", "starts_of"]
 
-# Name → LoRA's settings, and whether B A is taken out of the base.
-_OF_WEIGHTS: dict[str, tuple[Any, bool]] = {
-    "lora": (True, False),
-    "gaussian": ("gaussian", False),
-    "orthogonal": ("orthogonal", False),  # neither A nor B is 0, but B A is
-    "pissa": ("pissa", True),
-    "olora": ("olora", True),
+# LoRA's settings of what PEFT makes of the weights alone.
+_OF_WEIGHTS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},  # neither A nor B is 0, but B A is
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+}
+# Adapters of another kind, see :mod:`effect.variants`.
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "kasa": {"kasa_config": KasaConfig()},
 }
 BY_PEFT = (*_OF_WEIGHTS, "eva", "corda-kpm", "corda-ipm", "lora-ga")
+_SUBTRACTING = ("pissa", "olora", "corda-kpm", "corda-ipm", "lora-ga")
 
 
 def starts_of(context: Context, method: str) -> dict[str, Start]:
     """What PEFT makes of the layers, one of :data:`BY_PEFT`."""
-    model = adapted(context, method)
-    subtracts = method in ("corda-kpm", "corda-ipm", "lora-ga") or (
-        method in _OF_WEIGHTS and _OF_WEIGHTS[method][1]
-    )
     found = {}
-    for name, layer in model.base_model.model.named_modules():
+    for name, layer in adapted(context, method).base_model.model.named_modules():
         if hasattr(layer, "lora_A"):
             A, B = (x["default"].weight.detach().clone() for x in (layer.lora_A, layer.lora_B))
-            found[name] = Start(A, B, A, B) if subtracts else Start(A, B)
+            found[name] = Start(A, B, A, B) if method in _SUBTRACTING else Start(A, B)
     return found
 
 
 def adapted(context: Context, method: str) -> Any:
-    """PEFT's model at the start of ``method``, which depends on the seed; nothing else does."""
+    """PEFT's model at the start of ``method``: of :data:`BY_PEFT`, or "dora" or "kasa".
+
+    The same for the same seed; the random state comes back as it was.
+    """
     device = next(context.base.parameters()).device
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -56,9 +61,9 @@ def adapted(context: Context, method: str) -> Any:
         # Of EVA's memory, and of the first layer's hook in LoRA-GA, whose weight has its gradient.
         warnings.filterwarnings("ignore", "lora with eva initialization|Full backward hook")
         torch.manual_seed(context.seed)
-        if method in _OF_WEIGHTS:
-            init = _OF_WEIGHTS[method][0]
-            return get_peft_model(context.load(), context.config(init_lora_weights=init))
+        settings = {**_OF_WEIGHTS, **_VARIANTS}.get(method)
+        if settings is not None:
+            return get_peft_model(context.load(), context.config(**settings))
         if method == "eva":
             return _eva(context)
         if method == "lora-ga":
