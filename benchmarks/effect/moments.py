@@ -26,8 +26,10 @@ __all__ = [
     "as_one_sample",
     "counted_tokens",
     "input_moments",
+    "joined",
     "mean_loss",
     "task_moments",
+    "without_labels",
 ]
 
 Batch = Mapping[str, Tensor]
@@ -58,6 +60,33 @@ def counted_tokens(batch: Batch) -> Tensor | None:
     """(samples, tokens) bool of the tokens that count, None for all of them."""
     mask = batch.get("attention_mask")
     return None if mask is None else mask.bool()
+
+
+def without_labels(batch: Batch) -> dict[str, Tensor]:
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def joined(batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """All samples as one batch. Sequences of different lengths are padded on the right."""
+    longest = max(batch["input_ids"].shape[1] for batch in batches) if _uneven(batches) else 0
+    parts: dict[str, list[Tensor]] = {key: [] for key in batches[0]}
+    for batch in batches:
+        whole = dict(batch)
+        if longest:
+            ids = batch["input_ids"]
+            whole.setdefault("attention_mask", torch.ones_like(ids))
+            missing = longest - ids.shape[1]
+            for key, value in whole.items():
+                if value.shape[:2] == ids.shape:
+                    fill = _IGNORED if key == "labels" else 0
+                    whole[key] = nn.functional.pad(value, (0, missing), value=fill)
+        for key, value in whole.items():
+            parts.setdefault(key, []).append(value)
+    return {key: torch.cat(values) for key, values in parts.items()}
+
+
+def _uneven(batches: Sequence[Batch]) -> bool:
+    return len({batch["input_ids"].shape[1] for batch in batches if "input_ids" in batch}) > 1
 
 
 def _rows(x: Tensor, counted: Tensor | None) -> Tensor:
@@ -171,7 +200,7 @@ def input_moments(
     with _hooked(sums.handles):
         for batch in batches:
             sums.batch(batch)
-            model(**{key: value for key, value in batch.items() if key != "labels"})
+            model(**without_labels(batch))
     found = sums.input_moments()
     return {name: found[name] for name in layers}
 

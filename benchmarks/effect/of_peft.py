@@ -5,6 +5,9 @@ Where PEFT takes B A out of the base weight, W_res = W − B A, the start subtra
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import io
 import warnings
 from typing import Any
 
@@ -14,9 +17,10 @@ from peft.tuners.lora import eva
 from peft.tuners.lora.config import CordaConfig, KasaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
+from torch import Tensor
 
 from effect.context import Context
-from effect.moments import Batch, as_one_sample, counted_tokens
+from effect.moments import Batch, as_one_sample, counted_tokens, joined, without_labels
 from effect.start import Start
 
 __all__ = ["BY_PEFT", "adapted", "starts_of"]
@@ -76,6 +80,11 @@ def _eva(context: Context) -> Any:
 
     rho=1 redistributes no ranks. Of a language model the labelled tokens alone are looked at, which
     is PEFT's default; of text with one label, those that are no padding; of images all.
+
+    PEFT goes over the batches until no component of any layer turns from one to the next, which of
+    two small ones took five minutes. Here all samples are one batch, so that they do not turn. Less
+    than r tokens come before it: PEFT hashes every layer's inputs of the first batch in Python, and
+    leaves a batch out of the components that has less rows than those.
     """
     batch = context.batches[0]
     tokens = "input_ids" in batch
@@ -84,15 +93,27 @@ def _eva(context: Context) -> Any:
     model = get_peft_model(
         context.load(), context.config(init_lora_weights="eva", eva_config=config)
     )
-    # PEFT hashes every layer's inputs of the first batch in Python: the smallest one takes least.
-    batches = sorted(map(dict, context.batches), key=lambda b: next(iter(b.values())).numel())
-    initialize_lora_eva_weights(
-        model,
-        batches,
-        prepare_model_inputs_fn=eva.prepare_model_inputs_fn_language_modeling if tokens else None,
-        prepare_layer_inputs_fn=eva.prepare_layer_inputs_fn_language_modeling if tokens else None,
-        show_progress_bar=False,
-    )
+    first = {key: value[:1] for key, value in batch.items()}
+    # Where a model can do without logits, those of all samples are not made.
+    free = "logits_to_keep" in inspect.signature(context.base.forward).parameters
+    more: dict[str, Any] = {"logits_to_keep": 1} if free else {}
+
+    def counted(batch: Batch, config: Any) -> Tensor:
+        found = eva.prepare_model_inputs_fn_language_modeling(batch, config)
+        is_first = batch["input_ids"] is first["input_ids"]
+        return found[: context.rank - 1] if is_first else found
+
+    with contextlib.redirect_stdout(io.StringIO()):  # on which it says what it leaves out
+        initialize_lora_eva_weights(
+            model,
+            [first, joined(context.batches)],
+            forward_fn=lambda model, batch: model(**without_labels(batch), **more),
+            prepare_model_inputs_fn=counted if tokens else None,
+            prepare_layer_inputs_fn=(
+                eva.prepare_layer_inputs_fn_language_modeling if tokens else None
+            ),
+            show_progress_bar=False,
+        )
     return model
 
 
@@ -132,4 +153,4 @@ def _corda(context: Context, mode: str) -> Any:
 
 def _forward(context: Context, model: Any, batch: Batch) -> None:
     with as_one_sample(context.layers_of(model), counted_tokens(batch)):
-        model(**{key: value for key, value in batch.items() if key != "labels"})
+        model(**without_labels(batch))

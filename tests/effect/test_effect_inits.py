@@ -121,7 +121,7 @@ def test_random_starts_are_of_the_seed_alone(name):
 
 
 def test_eva_looks_at_inputs_of_labelled_tokens(one_thread):
-    """Over and over the same data until it converges: nearly their principal components."""
+    """Their principal components, to what PEFT's subspace iterations reach."""
     found = START["eva"](context("llama"))
     _, x, _ = exact("llama")[0]["model.layers.0.self_attn.q_proj"]
     rows = torch.cat([s["labels"] for s in task("llama").samples]) != -100
@@ -130,8 +130,7 @@ def test_eva_looks_at_inputs_of_labelled_tokens(one_thread):
     values = torch.linalg.eigvalsh(centred.T @ centred).flip(0)
     A = found["model.layers.0.self_attn.q_proj"].A.double()
     close(A @ A.T, torch.eye(RANK, dtype=torch.float64), 1e-5)
-    # tau=0.99 stops early: what the components explain, not which they are.
-    assert (centred @ A.T).square().sum() > 0.97 * values[:RANK].sum()
+    assert (centred @ A.T).square().sum() > 0.995 * values[:RANK].sum()
 
 
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])

@@ -10,7 +10,7 @@ import torch
 from contexts import KINDS, RANK, batches, context, kept, task
 
 import oracle
-from effect.moments import as_one_sample, counted_tokens, task_moments
+from effect.moments import as_one_sample, counted_tokens, joined, task_moments
 from filet_kernels import fisher_energies
 from models import case, observe, weight_of
 
@@ -97,6 +97,28 @@ def test_as_one_sample_the_model_computes_the_same(kind):
     for hook in hooks:
         hook.remove()
     assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers.values())
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_all_samples_are_one_batch(masked):
+    its = task("llama")
+    cut = batches(its.samples)
+    if not masked:
+        cut = [{k: v for k, v in batch.items() if k != "attention_mask"} for batch in cut]
+    whole = joined(cut)
+    assert whole["input_ids"].shape == whole["labels"].shape == (12, 9)
+    mask = whole["attention_mask"].bool()
+    widths = [batch["input_ids"].shape[1] for batch in cut for _ in range(4)]
+    assert len(set(widths)) > 1
+    for row, sample in enumerate(its.samples):
+        length = len(sample["input_ids"]) if masked else widths[row]
+        assert mask[row].nonzero().flatten().tolist() == list(range(length))
+        size = len(sample["labels"])
+        assert torch.equal(whole["input_ids"][row, :size], sample["input_ids"])
+        assert torch.equal(whole["labels"][row, :size], sample["labels"])
+        assert (whole["labels"][row, size:] == -100).all()
+    images = joined(batches(task("vit").samples))
+    assert torch.equal(images["pixel_values"][5], task("vit").samples[5]["pixel_values"])
 
 
 def test_targets_are_endings_of_names():
