@@ -19,6 +19,7 @@ from filet.model.targets import find_targets
 
 __all__ = [
     "AsWritten",
+    "dash_choice",
     "dash_directions",
     "filet_as_written",
     "milora",
@@ -59,8 +60,15 @@ def dash_directions(W: Tensor, delta: Tensor, count: int = 8) -> tuple[Tensor, T
 
     Returns their left (m, count) and right (count, n) singular vectors.
     """
-    U, sigma, Vh = torch.linalg.svd(W.float(), full_matrices=False)
-    change = torch.diag(U.T @ delta.float() @ Vh.T)
+    return dash_choice(torch.linalg.svd(W.float(), full_matrices=False), delta, count)
+
+
+def dash_choice(
+    svd: tuple[Tensor, Tensor, Tensor], delta: Tensor, count: int = 8
+) -> tuple[Tensor, Tensor]:
+    """:func:`dash_directions` by W's singular value decomposition U, σ, Vᵀ."""
+    U, sigma, Vh = svd
+    change = torch.diag(U.T @ delta.to(U.dtype) @ Vh.T)
     top = torch.topk(change.abs() / sigma.abs(), count).indices
     return U[:, top], Vh[top]
 

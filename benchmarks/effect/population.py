@@ -40,7 +40,7 @@ class Adapter(Protocol):
         ...
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A (K, R, n), B (K, m, R), and gain (K, m) or None, differentiable by the parameters.
+        """A (K, R, n), B (K, m, R), and gain (K, m) float32 or None, differentiable.
 
         y_k = gain_k ⊙ (W x_k) + B_k A_k x_k + b.
         """
@@ -125,7 +125,8 @@ class PopulationLinear(nn.Module):
         if gain is None:
             y = _Product.apply(rows, self.weight, self.bias, A, B)
         else:
-            base = F.linear(rows, self.weight) * gain.unsqueeze(1)
+            # In float32: near 1, bfloat16 has steps of 2⁻⁷, more than a gain moves in training.
+            base = (F.linear(rows, self.weight) * gain.unsqueeze(1)).to(rows.dtype)
             y = torch.baddbmm(base, torch.bmm(rows, A.mT), B.mT)
             y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], -1)
