@@ -174,6 +174,7 @@ class Population:
         self.layers: dict[str, PopulationLinear] = {}
         self._bases: dict[str, nn.Linear] = {}
         self._captured: dict[Any, _Captured] = {}
+        self._graphs: _Graphs | None = None
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(fused(model))
         for name in names:
@@ -206,12 +207,20 @@ class Population:
             return task.run(self.model, inputs)
         key = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
         if key not in self._captured:
-            pool = next(iter(self._captured.values())).pool if self._captured else None
-            self._captured[key] = _Captured(lambda x: task.run(self.model, x), inputs, pool)
+            if self._graphs is None:
+                self._graphs = _Graphs()
+            self._captured[key] = _Captured(lambda x: task.run(self.model, x), inputs, self._graphs)
         return self._captured[key](inputs)
+
+    def expect(self, task: Any, rows: Sequence[Any]) -> None:
+        """Capture the largest batch first, in whose room all others fit: of ``rows``' longest."""
+        if self.device.type == "cuda":
+            longest = max(rows, key=lambda row: row[0].numel())
+            self.run(task, task.batch(len(rows) * [longest], self.device)[0])
 
     def close(self) -> None:
         self._captured.clear()
+        self._graphs = None
         self._stack.close()
         for name, base in self._bases.items():
             self.model.set_submodule(name, base)
@@ -227,26 +236,40 @@ def _names(starts: Sequence[Mapping[str, Start]]) -> list[str]:
     return names
 
 
+class _Graphs:
+    """What all graphs of a population share: one stream, and the memory that they run in."""
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.memory = torch.cuda.MemPool()
+
+
 class _Captured:
     """A function of tensors and its backward, as two CUDA graphs over places of their own."""
 
     def __init__(
-        self, function: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor], pool: Any
+        self,
+        function: Callable[[dict[str, Tensor]], Tensor],
+        inputs: dict[str, Tensor],
+        graphs: _Graphs,
     ) -> None:
         self.inputs = {name: x.clone() for name, x in inputs.items()}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.enable_grad():  # what the first calls set up
-            output = function(self.inputs)
+        graphs.stream.wait_stream(torch.cuda.current_stream())
+        # Once without capturing: kernels are compiled, and libraries choose theirs. In the graphs'
+        # memory, for beside it there is no room for another batch's activations.
+        with torch.cuda.stream(graphs.stream), torch.enable_grad():
+            with torch.cuda.use_mem_pool(graphs.memory):
+                output = function(self.inputs)
             output.backward(torch.zeros_like(output))
             del output
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(graphs.stream)
+        torch.cuda.empty_cache()
+        place: Any = {"pool": graphs.memory.id, "stream": graphs.stream}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, pool=pool), torch.enable_grad():
+        with torch.enable_grad(), torch.cuda.graph(self.forward, **place):
             self.output = function(self.inputs)
-        self.pool = self.forward.pool()
         self.gradient = torch.zeros_like(self.output)
-        with torch.cuda.graph(self.backward, pool=self.pool):
+        with torch.cuda.graph(self.backward, **place):
             self.output.backward(self.gradient)
         self.output = self.output.detach()
         self._needed = torch.zeros((), device=self.output.device, requires_grad=True)

@@ -73,6 +73,8 @@ def train_population(
         # The parameters are rows of a few large tensors, and so are their gradients.
         warnings.filterwarnings("ignore", "grad and param do not obey")
         optimizer = Optimizer(population, members, recipe)
+        longest = max((*task.train, *task.test, *task.general), key=lambda row: len(row[0]))
+        population.expect(task, len(members) * recipe.batch_size * [longest])
         for step in range(recipe.steps):
             rows = [row for member in members for row in orders[member.seed][step]]
             inputs, labels = task.batch(rows, population.device)

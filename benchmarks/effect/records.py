@@ -1,0 +1,80 @@
+"""Runs and what became of them, in CSV files: what is there has been done."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from effect.train import Member
+
+__all__ = ["Record", "Run", "append", "read"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A member, and what it is trained on."""
+
+    task: str
+    member: Member
+    rank: int = 32
+    samples: int = 320
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of a file: a run, and its result. NaN where there is none."""
+
+    task: str
+    method: str
+    scale: float
+    rate: float
+    ratio: float
+    decay: float
+    seed: int
+    rank: int
+    samples: int
+    steps: int
+    loss: float
+    middle: float
+    general: float
+    accuracy: float
+    device: str
+
+    @property
+    def run(self) -> Run:
+        m = Member(self.method, self.rate, self.scale, self.ratio, self.decay, self.seed)
+        return Run(self.task, m, self.rank, self.samples)
+
+    @property
+    def reached(self) -> float:
+        """The loss, infinite where the run diverged."""
+        return self.loss if math.isfinite(self.loss) else math.inf
+
+
+def read(folder: Path) -> list[Record]:
+    """All lines of all CSV files in a folder. ValueError for a file of other columns."""
+    hints = get_type_hints(Record)
+    names = [field.name for field in fields(Record)]
+    found: list[Record] = []
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != names:
+                raise ValueError(f"{path} has the columns {reader.fieldnames}; expected {names}")
+            found += [Record(**{k: hints[k](v) for k, v in row.items()}) for row in reader]
+    return found
+
+
+def append(path: Path, records: Iterable[Record]) -> None:
+    """Add lines to a file, all of them or none, with the header where it is new."""
+    lines: list[dict[str, Any]] = [asdict(record) for record in records]
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Record)])
+        if new:
+            writer.writeheader()
+        writer.writerows(lines)
