@@ -1,6 +1,6 @@
 """Trains what a round still lacks, population by population, and appends it to a CSV file.
 
-    python benchmarks/effect/run.py --model DIR --data DIR --output FOLDER --round first --tasks gsm8k
+    python benchmarks/effect/run.py --model DIR --data DIR --output FOLDER --round first
 
 Stopped and called again, it goes on where it was: the files in the folder are all it knows. With
 several GPUs, a process each: --part 0/2 and --part 1/2.
