@@ -1,0 +1,158 @@
+"""The tables of docs/evidence.md, from the CSV files alone.
+
+    python benchmarks/effect/tables.py benchmarks/results/effect
+
+A method is compared at its own best rate: that of the least mean loss over the seeds it has. The
+differences are paired, seed by seed, to LoRA and to LoRA at its own best magnitude; intervals are
+Student's, of the mean of the pairs, at 95%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called as a script
+
+from scipy.stats import t as student
+
+from effect.plan import Variant, step
+from effect.records import Record, read
+
+__all__ = ["Interval", "Tuned", "compared", "paired", "tuned"]
+
+LORA: Variant = ("lora", 1.0, 1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean difference of so many pairs, and half the width of its interval at 95%."""
+
+    mean: float
+    half: float
+    pairs: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.half:.4f}"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A variant on a task at its best rate.
+
+    Attributes:
+        inside: a rate on either side was tried, and is no better.
+        band: rates within 1% of the best loss, the largest over the smallest.
+        seeds: seed → its record.
+    """
+
+    variant: Variant
+    rate: float
+    inside: bool
+    band: float
+    seeds: dict[int, Record]
+
+    @property
+    def loss(self) -> float:
+        return sum(r.loss for r in self.seeds.values()) / len(self.seeds)
+
+    @property
+    def general(self) -> float:
+        return sum(r.general for r in self.seeds.values()) / len(self.seeds)
+
+
+def variant_of(record: Record) -> Variant:
+    return (record.method, record.scale, record.ratio, record.decay)
+
+
+def tuned(records: Iterable[Record], task: str) -> dict[Variant, Tuned]:
+    """Every variant at its best rate, by the rates that have all the seeds it has at any rate.
+
+    Where only some rates were run with all seeds, those of seed 0 say which is best and whether it
+    is inside; the differences take all seeds of that rate.
+    """
+    by: dict[Variant, dict[float, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        if record.task == task:
+            by[variant_of(record)][record.rate][record.seed] = record
+    found = {}
+    for variant, rates in by.items():
+        most = max(map(len, rates.values()))
+        full = {rate: of for rate, of in rates.items() if len(of) == most}
+        means = {rate: sum(r.reached for r in of.values()) / most for rate, of in full.items()}
+        rate = min(means, key=lambda r: (means[r], r))
+        first = {r: of[0].reached for r, of in rates.items() if 0 in of}
+        sides = [first.get(step(rate, side), math.nan) for side in (-1, 1)]
+        near = [r for r, loss in first.items() if loss <= first.get(rate, math.nan) * 1.01]
+        inside = all(side >= first.get(rate, math.nan) for side in sides)
+        band = max(near) / min(near) if near else math.nan
+        found[variant] = Tuned(variant, rate, inside, band, rates[rate])
+    return found
+
+
+def paired(one: Tuned, other: Tuned, key: str = "loss") -> Interval:
+    """``one`` less ``other``, over the seeds that both have."""
+    seeds = sorted(one.seeds.keys() & other.seeds.keys())
+    pairs = [getattr(one.seeds[s], key) - getattr(other.seeds[s], key) for s in seeds]
+    if len(pairs) < 2:
+        return Interval(pairs[0] if pairs else math.nan, math.nan, len(pairs))
+    mean = sum(pairs) / len(pairs)
+    spread = math.sqrt(sum((x - mean) ** 2 for x in pairs) / (len(pairs) - 1) / len(pairs))
+    return Interval(mean, float(student.ppf(0.975, len(pairs) - 1)) * spread, len(pairs))
+
+
+def compared(found: dict[Variant, Tuned], least: int = 1) -> list[list[str]]:
+    """Rows of a table, the best loss first, of the variants with at least so many seeds."""
+    reference = found[LORA]
+    loras = [one for v, one in found.items() if v[0] == "lora" and len(one.seeds) >= least]
+    best = min(loras, key=lambda one: one.loss)
+    rows = []
+    for one in sorted(found.values(), key=lambda one: one.loss):
+        if len(one.seeds) < least:
+            continue
+        method, scale, ratio, decay = one.variant
+        name = method + (f" ×{scale:g}" if scale != 1 else "")
+        name += (f", B {ratio:g}×" if ratio != 1 else "") + (f", decay {decay:g}" if decay else "")
+        rate = f"{one.rate:.2g}" + ("" if one.inside else " (edge)")
+        rows.append([name, rate, f"{one.loss:.4f}", f"{one.general:.3f}"])
+        if least > 1:
+            rows[-1] += [str(paired(one, reference)), str(paired(one, best))]
+            rows[-1] += [str(paired(one, reference, "general")), str(len(one.seeds))]
+        else:
+            rows[-1] += [f"{one.band:.3g}"]
+    return rows
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, default=5, help="what the second table asks for")
+    options = parser.parse_args()
+    records = read(options.folder)
+    for task in dict.fromkeys(record.task for record in records):
+        found = tuned(records, task)
+        print(f"\n## {task}: at least {options.seeds} paired seeds\n")
+        print(table(_PAIRED, compared(found, options.seeds)))
+        first = tuned([r for r in records if r.seed == 0], task)
+        print(f"\n## {task}: one seed, every rate\n")
+        print(table(_FIRST, compared(first)))
+
+
+_FIRST = ["start", "rate", "loss", "general", "band"]
+_PAIRED = [
+    *("start", "rate", "loss", "general", "loss to LoRA", "loss to the best LoRA"),
+    *("general to LoRA", "seeds"),
+]
+
+if __name__ == "__main__":
+    main()
