@@ -93,7 +93,7 @@ def limited(eigh: Any, most: int) -> Any:
 
 def test_eigenvalues_that_are_close_at_the_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """λ_8 … λ_11 within 1e-5: the iteration tells the eighth from the ninth."""
-    n = 600
+    n = 300
     monkeypatch.setattr(contrast, "_FULL", 0)
     Q = torch.linalg.qr(normal(n, n, seed=3))[0]
     spectrum = torch.linspace(1.0, 0.1, n, dtype=F64)
@@ -108,11 +108,11 @@ def test_eigenvalues_that_are_close_at_the_cut(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_cannot_be_iterated_is_computed_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task of 30 tokens: a basis of the iteration has no 240 directions to find."""
+    """A task of 30 tokens: a basis of the iteration has no 168 directions to find."""
     monkeypatch.setattr(contrast, "_FULL", 0)
-    x, x0 = inputs(600, 1)[:30], inputs(600, 5)
+    x, x0 = inputs(400, 1)[:30], inputs(400, 5)
     rows, values = oracle(x, x0)
-    A, found = contrast_directions(torch.ones(1, 600), moment(x), moment(x0), 20)
+    A, found = contrast_directions(torch.ones(1, 400), moment(x), moment(x0), 20)
     torch.testing.assert_close(found, values[:20], rtol=1e-9, atol=0)
     assert angle(A, rows[:20]) < 1e-8
 
