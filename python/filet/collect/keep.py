@@ -110,7 +110,7 @@ class _Run:
 
     Attributes:
         drops_labels: the model needs none. An encoder-decoder makes its decoder's input of them,
-            and what a forward_fn does is not known.
+            and what a forward_fn, or a model that is not of transformers, does is not known.
     """
 
     def __init__(
@@ -123,7 +123,8 @@ class _Run:
         base_model = peft_model.base_model.model
         self.inputs = Inputs(base_model, forward_fn)
         self.batch: Prepared | None = None
-        self.drops_labels = forward_fn is None and not self.inputs.is_encoder_decoder
+        inputs = self.inputs
+        self.drops_labels = inputs.asked and inputs.known and not inputs.is_encoder_decoder
         self._loss = BatchLoss(config, peft_model, self.inputs, forward_fn)
         self._hooks = hooks
         self._token_mask = config.token_mask

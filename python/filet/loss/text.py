@@ -16,6 +16,9 @@ __all__ = ["SELF_TOKENS", "check_samples_text", "sampled_text"]
 SELF_TOKENS = 256
 """Of a sample of the model's own text, the one it begins with included."""
 
+# What the models of transformers call it, and those of before 5.24.
+_CACHES = ("cache", "past_key_values")
+
 _TOGETHER = 32  # samples drawn at a time, and in a batch
 _DEFAULT_SAMPLES = 320  # where ``config.samples`` sets no end
 
@@ -70,13 +73,13 @@ def _continued(model: Any, ids: Tensor, shares: Tensor) -> Tensor:
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None) or model.config.get_text_config().eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    cache: Any = None
+    cache: dict[str, Any] = {}
     for share in shares.to(ids.device).split(1, dim=1):
         # A model without a cache (or whose checkpointing forbids one) is given all of it anew.
-        given = ids if cache is None else ids[:, -1:]
-        output = model(input_ids=given, past_key_values=cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
+        output = model(input_ids=ids[:, -1:] if cache else ids, use_cache=True, **cache)
+        cache = next(({name: output[name]} for name in _CACHES if output.get(name)), {})
         logits = output.logits[:, -1].float()
-        logits[:, ends] = -torch.inf
+        if ends:
+            logits[:, ends] = -torch.inf
         ids = torch.cat([ids, drawn(logits, share.to(logits.device)).unsqueeze(1).to(ids)], 1)
     return ids
