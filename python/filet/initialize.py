@@ -72,11 +72,17 @@ def initialize_lora_filet_weights(
         As :func:`filet.collect_statistics` and :func:`filet.apply_statistics`.
     """
     config = checked_config(config)
+    if keep is not None and config.select not in ("auto", "contrast"):
+        raise ValueError(
+            f"keep= has no effect with select={config.select!r}; expected select='auto' or "
+            "'contrast', or no keep"
+        )
     # What is refused is refused before the pass.
     with named_shortage("checks", _checks):
         targets, unsupported = check_applicable(peft_model, adapter_name)
-        _check_choice(config, keep, targets)
-        check_keep(keep, peft_model)
+        config = _with_choice(config, keep is not None, targets)
+        if keep is not None:
+            check_keep(keep, peft_model)
     statistics = statistics_of(
         peft_model, targets, dataloader, config, adapter_name, forward_fn, show_progress_bar, keep
     )
@@ -108,22 +114,18 @@ def apply_statistics(
         )
     with named_shortage("checks", _checks):
         targets, unsupported = check_applicable(peft_model, adapter_name)
-        if resolved(config, statistics.keep is not None).select == "contrast":
-            check_contrast_rank(targets)
+        config = _with_choice(config, statistics.keep is not None, targets)
         check_statistics(statistics, targets)
     with named_shortage("selection", _selection):
         return _apply(peft_model, targets, unsupported, statistics, config, adapter_name)
 
 
-def _check_choice(config: FiletConfig, keep: Any, targets: dict[str, Target]) -> None:
-    """ValueError where the selection has no use for ``keep``, or no directions to choose."""
-    if keep is not None and config.select not in ("auto", "contrast"):
-        raise ValueError(
-            f"keep= has no effect with select={config.select!r}; expected select='auto' or "
-            "'contrast', or no keep"
-        )
-    if resolved(config, keep is not None).select == "contrast":
+def _with_choice(config: FiletConfig, keep: bool, targets: dict[str, Target]) -> FiletConfig:
+    """The settings with the selection decided, which has directions enough for the targets."""
+    config = resolved(config, keep)
+    if config.select == "contrast":
         check_contrast_rank(targets)
+    return config
 
 
 def _checks() -> str:
@@ -159,7 +161,6 @@ def _apply(
     adapter_name: str,
 ) -> FiletReport:
     start = time.perf_counter()
-    config = resolved(config, statistics.keep is not None)
     choice = choose(
         targets,
         statistics.moments,
