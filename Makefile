@@ -23,6 +23,7 @@ DEMO := build/demo
 PEFT_TESTS := build/.peft-tests
 
 .PHONY: help demo test bench bench-methods bench-model bench-syrk bench-quadform bench-blockwise
+.PHONY: bench-contrast
 .PHONY: accuracy bench-training lint sanitize clean test-peft
 .DELETE_ON_ERROR:
 
@@ -56,6 +57,9 @@ bench-syrk: $(INSTALLED)  ## compare the second moments with the library's produ
 
 bench-quadform: $(INSTALLED)  ## compare the quadratic forms with the library's product, on a GPU
 	$(BIN)/python benchmarks/bench_quadform.py --output build/bench
+
+bench-contrast: $(INSTALLED)  ## time the directions of task against keep for a model's layers
+	$(BIN)/python benchmarks/bench_contrast.py --output build/bench $(BENCH_ARGS)
 
 bench-training: $(INSTALLED)  ## what the frozen half of an adapter costs in training
 	$(BIN)/python benchmarks/bench_training.py --output build/bench $(BENCH_ARGS)

@@ -19,7 +19,7 @@ LOUD = {"scaling": "singular"}
 
 def initialized(peft_model: PeftModel, batches: Any = None, **config: Any) -> FiletReport:
     adapter = config.pop("adapter_name", "default")
-    forward_fn = config.pop("forward_fn", None)
+    forward_fn, keep = config.pop("forward_fn", None), config.pop("keep", None)
     return initialize_lora_filet_weights(
         peft_model,
         loader(case("llama").samples) if batches is None else batches,
@@ -27,6 +27,7 @@ def initialized(peft_model: PeftModel, batches: Any = None, **config: Any) -> Fi
         adapter_name=adapter,
         forward_fn=forward_fn,
         show_progress_bar=False,
+        keep=keep,
     )
 
 

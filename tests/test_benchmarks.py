@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import bench_blockwise
+import bench_contrast
 import bench_methods
 import bench_model
 import recipes
@@ -343,6 +344,21 @@ def test_a_method_that_fails_or_takes_too_long_says_so():
     assert bench_methods.attempt(fails, case, 60) == "ValueError: no such thing"
     stopped = bench_methods.attempt(hangs, case, 0.01)
     assert stopped == "TimeLimit: stopped at the limit of 0.01 s"
+
+
+def test_contrast_against_all_eigenvectors(tmp_path, capsys, one_thread):
+    bench_contrast.main(["--shape", "tiny", "--rank", "8", "--output", str(tmp_path)])
+    assert re.search(r"tiny, .*, 2 blocks, rank 8: \d+\.\d\d s", capsys.readouterr().out)
+    with open(tmp_path / "contrast.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["layers"] for row in rows] == ["q, k, v", "o", "gate, up", "down"]
+    assert [row["space"] for row in rows] == ["x", "x", "x", "y"]
+    for row in rows:
+        assert row["size"] == "64" and float(row["first eigenvalue"]) > float(
+            row["last eigenvalue"]
+        )
+        # Both in float64; the eigenvalues at the cut are some percent apart.
+        assert float(row["angle"]) < 1e-7 and float(row["eigenvalues"]) < 1e-8
 
 
 @pytest.mark.parametrize("script", [bench_model, bench_methods])

@@ -405,6 +405,13 @@ def test_groups_divide_every_device() -> None:
     ]
 
 
+def moments_of(peft_model: Any, c: Any) -> Any:
+    """Those of a pass: what there really is."""
+    return filet.collect_statistics(
+        peft_model, loader(c.samples), FiletConfig(passes=1), show_progress_bar=False
+    ).moments
+
+
 def test_passes_are_found_for_a_gpu_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     c = case("llama")
     peft_model = peft_of(c)
@@ -413,15 +420,24 @@ def test_passes_are_found_for_a_gpu_that_is_full(monkeypatch: pytest.MonkeyPatch
     gpu = FakeGpu(monkeypatch, peft_model, free=10**9)
     monkeypatch.setattr(plan_module, "selection_bytes", lambda *_: 0)
 
-    def passes() -> int:
+    def passes(keep: bool = False) -> int:
         with filet.model.isolation.preserved(peft_model, "default", targets):
-            return plan_module.passes_that_fit(peft_model, targets, batch, FiletConfig(), None)
+            return plan_module.passes_that_fit(
+                peft_model, targets, batch, FiletConfig(), None, keep
+            )
 
     [on] = filet.estimate(peft_model, batch).devices
     gpu.sizes.clear()
     assert passes() == 1 and gpu.sizes == []  # plenty: nothing is measured
     gpu.free = on.moments + on.fixed + 4 * on.per_sample
     assert passes() == 1 and gpu.sizes == [1, 2]
+    assert passes(keep=True) == 2  # the inputs' moments are there twice
+    [more] = filet.estimate(peft_model, batch, keep=True).devices
+    gpu.free += more.moments - on.moments
+    assert passes(keep=True) == 1
+    inputs = {id(m.input): m.input for m in moments_of(peft_model, c).values()}
+    assert more.moments - on.moments == sum(4 * len(m.sum) ** 2 for m in inputs.values())
+    gpu.free -= more.moments - on.moments
     gpu.free -= 1
     assert passes() == 2
     gpu.free = on.moments // 2 + on.fixed + 2 * on.per_sample

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from filet_kernels.energy import Normalization
 from filet_kernels.lora import Scaling, Selection
 
-__all__ = ["FiletConfig", "Fisher", "LossReduction", "checked_config"]
+__all__ = ["Choices", "FiletConfig", "Fisher", "LossReduction", "checked_config", "resolved"]
+
+Choices = Literal["auto", "contrast", Selection]
 
 Fisher = Literal["empirical", "sampled"]
 
@@ -22,7 +25,10 @@ class FiletConfig:
 
     Attributes:
         select: which directions become the adapter: the "min" Fisher energies (the paper's main
-            method), the "max", or "random" ones.
+            method), the "max", or "random" ones; or "contrast", those of largest task over data to
+            keep (:func:`filet_kernels.contrast_directions`), which needs ``keep``. "auto" is
+            "contrast" where there is data to keep, else "min".
+        damping: of "contrast", over the mean eigenvalue of the moment to keep.
         scaling: of A and B: "fisher", "singular", "constant_min" or "constant_max", see
             :func:`filet_kernels.lora_factors`.
         normalization: "mean" (the paper's) takes g as the gradient of the mean loss over the whole
@@ -54,7 +60,8 @@ class FiletConfig:
             batch every time.
     """
 
-    select: Selection = "min"
+    select: Choices = "auto"
+    damping: float = 1e-2
     scaling: Scaling = "fisher"
     normalization: Normalization = "mean"
     fisher: Fisher = "empirical"
@@ -73,6 +80,8 @@ class FiletConfig:
             if allowed and all(isinstance(choice, str) for choice in allowed):
                 if value not in allowed:
                     raise ValueError(f"{field.name}={value!r}; expected one of {allowed}")
+        if not isinstance(self.damping, (int, float)) or not 0 < self.damping < math.inf:
+            raise ValueError(f"damping={self.damping!r}; expected a positive number")
         if self.samples is not None and (type(self.samples) is not int or self.samples < 1):
             raise ValueError(f"samples={self.samples!r}; expected an integer ≥ 1, or None for all")
         if self.token_mask is not None and not isinstance(self.token_mask, str):
@@ -97,3 +106,31 @@ def checked_config(config: Any) -> FiletConfig:
             f"config is {what}; expected a filet.FiletConfig, FiletConfig(samples=320) say"
         )
     return config
+
+
+# What has no meaning for directions that are chosen by energy, and for those that are not.
+_OF_CONTRAST, _OF_ENERGIES = ("damping",), ("scaling", "normalization")
+
+
+def resolved(config: FiletConfig, keep: bool) -> FiletConfig:
+    """The settings with ``select`` decided; ``keep``: whether there are moments of data to keep.
+
+    ValueError for "contrast" without them, and for a setting that the selection would ignore.
+    """
+    select = config.select
+    if select == "auto":
+        select = "contrast" if keep else "min"
+    if select == "contrast" and not keep:
+        raise ValueError(
+            "select='contrast' without moments of data to keep; expected keep=, batches of what is "
+            "not to be forgotten or 'self', or statistics that were collected with it"
+        )
+    ignored = _OF_ENERGIES if select == "contrast" else _OF_CONTRAST
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in ignored and value != field.default:
+            raise ValueError(
+                f"{field.name}={value!r} has no effect with select={select!r}; expected "
+                f"{field.default!r}, or another selection"
+            )
+    return replace(config, select=select)

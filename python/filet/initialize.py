@@ -16,13 +16,14 @@ from filet.adapter.saved import write_folder
 from filet.adapter.write import commit, materialise_rest
 from filet.blockwise.engine import blockwise_run
 from filet.blockwise.folder import Engine, checked_folder_arguments, choose_engine
+from filet.collect.keep import Keep, check_keep
 from filet.collect.statistics import Statistics, check_statistics, statistics_of
-from filet.config import FiletConfig, checked_config
+from filet.config import FiletConfig, checked_config, resolved
 from filet.loss.batch import ForwardFn
 from filet.model.folder import load_adapted
 from filet.model.targets import Target, checked_targets
 from filet.report.report import FiletReport
-from filet.select import check_rank, choose, warn_of
+from filet.select import check_contrast_rank, check_rank, choose, warn_of
 from filet.system.memory import named_shortage, peak_memory
 from filet.system.transfer import values
 
@@ -41,6 +42,7 @@ def initialize_lora_filet_weights(
     adapter_name: str = "default",
     forward_fn: ForwardFn | None = None,
     show_progress_bar: bool = True,
+    keep: Keep | None = None,
 ) -> FiletReport:
     """Initialise a LoRA adapter with FILet (arXiv 2605.01046, Algorithm 1), in place.
 
@@ -59,6 +61,9 @@ def initialize_lora_filet_weights(
         dataloader, forward_fn, show_progress_bar: see :func:`filet.collect_statistics`.
         config: :class:`FiletConfig`, the paper's settings by default.
         adapter_name: which adapter.
+        keep: batches of what is not to be forgotten, or "self", as in
+            :func:`filet.collect_statistics`. With it the directions are those of largest task over
+            data to keep instead (``select="contrast"``, docs/keep.md).
 
     Returns:
         :class:`FiletReport`: energies, choices and errors by module, times, peak memory.
@@ -67,11 +72,19 @@ def initialize_lora_filet_weights(
         As :func:`filet.collect_statistics` and :func:`filet.apply_statistics`.
     """
     config = checked_config(config)
+    if keep is not None and config.select not in ("auto", "contrast"):
+        raise ValueError(
+            f"keep= has no effect with select={config.select!r}; expected select='auto' or "
+            "'contrast', or no keep"
+        )
     # What is refused is refused before the pass.
     with named_shortage("checks", _checks):
         targets, unsupported = check_applicable(peft_model, adapter_name)
+        config = _with_choice(config, keep is not None, targets)
+        if keep is not None:
+            check_keep(keep, peft_model)
     statistics = statistics_of(
-        peft_model, targets, dataloader, config, adapter_name, forward_fn, show_progress_bar
+        peft_model, targets, dataloader, config, adapter_name, forward_fn, show_progress_bar, keep
     )
     with named_shortage("selection", _selection):
         return _apply(peft_model, targets, unsupported, statistics, config, adapter_name)
@@ -101,9 +114,18 @@ def apply_statistics(
         )
     with named_shortage("checks", _checks):
         targets, unsupported = check_applicable(peft_model, adapter_name)
+        config = _with_choice(config, statistics.keep is not None, targets)
         check_statistics(statistics, targets)
     with named_shortage("selection", _selection):
         return _apply(peft_model, targets, unsupported, statistics, config, adapter_name)
+
+
+def _with_choice(config: FiletConfig, keep: bool, targets: dict[str, Target]) -> FiletConfig:
+    """The settings with the selection decided, which has directions enough for the targets."""
+    config = resolved(config, keep)
+    if config.select == "contrast":
+        check_contrast_rank(targets)
+    return config
 
 
 def _checks() -> str:
@@ -140,7 +162,12 @@ def _apply(
 ) -> FiletReport:
     start = time.perf_counter()
     choice = choose(
-        targets, statistics.moments, statistics.shared_input, statistics.fingerprints, config
+        targets,
+        statistics.moments,
+        statistics.shared_input,
+        statistics.fingerprints,
+        config,
+        statistics.keep,
     )
     if not choice.layers:
         raise ValueError(
@@ -185,6 +212,7 @@ def initialize_folder(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     show_progress_bar: bool = True,
+    keep: Keep | None = None,
 ) -> FiletReport:
     """Initialise a LoRA adapter with FILet for the model in a folder, and write it to another.
 
@@ -202,8 +230,8 @@ def initialize_folder(
         output: folder to create, with the adapter and ``filet_report.safetensors``.
         lora_config: rank, alpha, patterns, rslora, targets. The blockwise engine takes layers
             inside the blocks only, and nothing to save besides.
-        config: the paper's settings by default. ``loss_reduction`` has no use for the blockwise
-            engine, which computes the loss itself, the cross-entropy of the next token.
+        config: the paper's settings by default. The blockwise engine has no use for
+            ``loss_reduction``: its loss is the cross-entropy of the next token.
         engine: "memory" loads the whole model onto ``device``; "blockwise" never does; "auto" takes
             "memory" where weights and statistics fit there with room to spare.
         dtype: of the weights in memory, "auto" for what the folder says.
@@ -214,13 +242,13 @@ def initialize_folder(
         trust_remote_code: run Python code that lies in the model's folder.
         overwrite: replace an adapter that is at ``output``.
         show_progress_bar: also says the plan beforehand: GPU and host memory, disk, time.
+        keep: as in :func:`filet.initialize_lora_filet_weights`; the blockwise engine takes none.
 
     Raises:
-        TypeError: ``batches`` are none.
-        ValueError: an argument or a batch that does not fit; before any block is computed, a model
-            of another task, with a weight that no file has, or that the blockwise engine does not
-            do (quantised, no safetensors, blocks that hand on more than one tensor or share
-            weights, targets outside them); a run folder of other data or settings: what differs.
+        TypeError, ValueError: an argument or a batch that does not fit; before any block is
+            computed, a model of another task, with a weight that no file has, or that the blockwise
+            engine does not do (quantised, no safetensors, blocks that hand on more than one tensor
+            or share weights, targets outside them); a run folder of other data or settings.
         FloatingPointError: NaN or infinity, naming the module.
         OutOfMemoryError: naming what was asked for and what to change.
         OSError: a full disk, say. What was finished stays, and the same call goes on there.
@@ -230,15 +258,22 @@ def initialize_folder(
         batches, output, lora_config, config, engine, device, host_memory, overwrite
     )
     how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    if engine == "auto":
-        engine = choose_engine(folder, lora_config, **how)
+    engine = choose_engine(folder, lora_config, **how) if engine == "auto" else engine
+    what = (folder, batches, output, lora_config, config, show_progress_bar)
     if engine == "memory":
-        return _in_memory(folder, batches, output, lora_config, config, show_progress_bar, **how)
-    with blockwise_run(
-        folder, batches, output, lora_config, config, show_progress_bar, host_memory, scratch, **how
-    ) as run:
+        return _in_memory(*what, keep, **how)
+    _check_no_keep(keep)
+    with blockwise_run(*what, host_memory, scratch, **how) as run:
         run.sweep()
         return run.write(output)
+
+
+def _check_no_keep(keep: Any) -> None:
+    if keep is not None:
+        raise ValueError(
+            "keep= is not taken by the blockwise engine; expected engine='memory', on a device "
+            "that holds the model, or no keep"
+        )
 
 
 def _in_memory(
@@ -248,6 +283,7 @@ def _in_memory(
     lora_config: LoraConfig,
     config: FiletConfig,
     show_progress_bar: bool,
+    keep: Keep | None,
     *,
     dtype: torch.dtype | Literal["auto"],
     device: torch.device,
@@ -262,7 +298,7 @@ def _in_memory(
         trust_remote_code=trust_remote_code,
     )
     report = initialize_lora_filet_weights(
-        peft_model, batches, config, show_progress_bar=show_progress_bar
+        peft_model, batches, config, show_progress_bar=show_progress_bar, keep=keep
     )
     write_folder(peft_model, report, output)
     return report

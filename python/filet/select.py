@@ -19,9 +19,19 @@ from filet.model.targets import Target
 from filet.report.modules import ModuleReport
 from filet.system.text import some
 from filet.system.transfer import values
-from filet_kernels import Moments, SecondMoment, fisher_energies, lora_factors, select
+from filet_kernels import (
+    Moments,
+    SecondMoment,
+    contrast_directions,
+    fisher_energies,
+    lora_factors,
+    select,
+)
 
-__all__ = ["Choice", "Layer", "check_rank", "choose", "warn_of"]
+__all__ = ["Choice", "Layer", "check_contrast_rank", "check_rank", "choose", "warn_of"]
+
+# c of every direction that is chosen by contrast: its rows of A are as long as those of LoRA's own.
+_OF_CONTRAST = 1 / 3
 
 _AHEAD = 7  # modules whose energies a GPU computes while the host chooses: a block's
 
@@ -56,15 +66,20 @@ def choose(
     shared_input: Mapping[str, str],
     fingerprints: Mapping[str, str],
     config: FiletConfig,
+    keep: Mapping[str, SecondMoment] | None = None,
 ) -> Choice:
-    """The r directions of every target by :func:`filet_kernels.fisher_energies`, and A0, B0.
+    """The r directions of every target, and A0, B0.
+
+    By :func:`filet_kernels.fisher_energies`, or :func:`filet_kernels.contrast_directions`.
 
     Args:
         targets: layers with their weights, which are read.
         moments: of their names. A target without any saw no token (an expert, say).
         shared_input: module → the module whose input moment it shares, for the report.
         fingerprints: module → hash of its weight.
-        config: uses ``normalization``, ``select``, ``scaling`` and ``seed``.
+        config: uses ``normalization``, ``select`` (no "auto" any more), ``scaling``, ``damping``
+            and ``seed``.
+        keep: of "contrast", the input moments of data to keep.
 
     Returns:
         :class:`Choice`; A0 and B0 on the weights' devices, energies and indices on the CPU.
@@ -73,13 +88,13 @@ def choose(
     tokens = _tokens(targets, moments)
     choice.left_default = {name: why for name, both in tokens.items() if (why := _unseen(*both))}
     seen = {name: target for name, target in targets.items() if name not in choice.left_default}
-    weights = {name: target.weight for name, target in seen.items()}
-    for name, energies in _energies(weights, moments, config):
+    if config.select == "contrast":
+        assert keep is not None  # said by resolved()
+        chosen = _by_contrast(seen, moments, keep, config)
+    else:
+        chosen = _by_energy(seen, moments, config)
+    for name, energies, indices, A0, B0 in chosen:
         target, its = targets[name], moments[name]
-        indices = select(energies, target.rank, config.select, seed=config.seed)
-        A0, B0 = lora_factors(
-            weights[name], energies, indices, scaling=config.scaling, dtype=target.dtype
-        )
         choice.layers[name] = Layer(A0, B0, fingerprints[name])
         choice.reports[name] = ModuleReport(
             name=name,
@@ -87,6 +102,7 @@ def choose(
             rank=target.rank,
             energies=energies,
             indices=indices,
+            kind="contrast" if config.select == "contrast" else "energy",
             input_space=its.input.space,
             output_space=its.output.space,
             input_tokens=tokens[name][0],
@@ -94,6 +110,61 @@ def choose(
             shared_input=shared_input.get(name),
         )
     return choice
+
+
+# Of a module: its name, energies and indices for the report, and A0, B0.
+_Chosen = tuple[str, Tensor, Tensor, Tensor, Tensor]
+
+
+def _by_energy(
+    targets: Mapping[str, Target], moments: Mapping[str, Moments], config: FiletConfig
+) -> Iterator[_Chosen]:
+    """The candidate directions of W by their Fisher energies."""
+    assert config.select != "auto" and config.select != "contrast"
+    weights = {name: target.weight for name, target in targets.items()}
+    for name, energies in _energies(weights, moments, config):
+        target = targets[name]
+        indices = select(energies, target.rank, config.select, seed=config.seed)
+        A0, B0 = lora_factors(
+            weights[name], energies, indices, scaling=config.scaling, dtype=target.dtype
+        )
+        yield name, energies, indices, A0, B0
+
+
+def _by_contrast(
+    targets: Mapping[str, Target],
+    moments: Mapping[str, Moments],
+    keep: Mapping[str, SecondMoment],
+    config: FiletConfig,
+) -> Iterator[_Chosen]:
+    """Directions of task against keep, solved once for modules that share both moments.
+
+    A = √c · rows of length 1, B = √c · columns of W Aᵀ of length 1, with one c for all.
+    """
+    solved: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+    for name, target in targets.items():
+        task, rank, weight = moments[name].input, target.rank, target.weight
+        key = (id(task), id(keep[name]), rank)
+        # What is solved in space "y" is W's own; nobody shares it.
+        if key not in solved:
+            try:
+                rows, values = contrast_directions(
+                    weight,
+                    _side_on(task, weight.device),
+                    _side_on(keep[name], weight.device),
+                    rank,
+                    damping=config.damping,
+                )
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            solved = {key: (rows, values.cpu())}  # who shares it comes next
+        rows, values = solved[key]
+        root = _OF_CONTRAST**0.5
+        columns = weight.double() @ rows.to(weight.device).T
+        lengths = torch.linalg.vector_norm(columns, dim=0)
+        B0 = columns * (root / torch.where(lengths > 0, lengths, 1))
+        A0 = (root * rows).to(weight.device, target.dtype)
+        yield name, values, torch.arange(rank), A0, B0.to(target.dtype)
 
 
 def _tokens(
@@ -155,11 +226,16 @@ def _moved(moments: Moments, device: torch.device) -> Moments:
     if moments.input.sum.device == device == moments.output.sum.device:
         return moments
 
-    def moved(side: SecondMoment) -> SecondMoment:
-        return dataclasses.replace(side, sum=side.sum.to(device), count=side.count.to(device))
+    return Moments(
+        _side_on(moments.input, device),
+        _side_on(moments.output, device),
+        moments.shape,
+        moments.loss_terms.to(device),
+    )
 
-    loss_terms = moments.loss_terms.to(device)
-    return Moments(moved(moments.input), moved(moments.output), moments.shape, loss_terms)
+
+def _side_on(side: SecondMoment, device: torch.device) -> SecondMoment:
+    return dataclasses.replace(side, sum=side.sum.to(device), count=side.count.to(device))
 
 
 def check_rank(target: Target, candidates: int) -> None:
@@ -176,6 +252,17 @@ def check_rank(target: Target, candidates: int) -> None:
             f"(non-zero columns of W {shape}); expected a smaller r, or rank_pattern for this "
             "module"
         )
+
+
+def check_contrast_rank(targets: Mapping[str, Target]) -> None:
+    """ValueError for a rank above the smaller side of W: a product B A has no more."""
+    for name, target in targets.items():
+        if target.rank > min(target.shape):
+            raise ValueError(
+                f"{name}: rank {target.rank} exceeds the {min(target.shape)} that a product B A "
+                f"of W's shape {target.shape} can have; expected a smaller r, or rank_pattern for "
+                "this module"
+            )
 
 
 def warn_of(left_default: Mapping[str, str], layers: Mapping[str, Layer]) -> None:

@@ -46,7 +46,7 @@ from filet.blockwise.sweeps import Reverse, capture, check_candidates, forward
 from filet.blockwise.weights import ShardedWeights, WeightSource
 from filet.blockwise.work import Work
 from filet.collect.padding import warn_of_padding
-from filet.config import FiletConfig
+from filet.config import FiletConfig, resolved
 from filet.model.isolation import preserved
 from filet.report.report import FiletReport
 from filet.select import Choice, warn_of
@@ -87,7 +87,7 @@ class Blockwise:
         if device.type == "cuda":
             torch.cuda.init()  # what preserved() makes deterministic depends on it
             device = torch.device("cuda", device.index or 0)
-        self.config = config
+        self.config = config = resolved(config, keep=False)
         self.device = device
         self.scratch = scratch
         self.host_memory = host_memory or available_on_host() // 2

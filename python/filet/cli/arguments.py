@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from pathlib import Path
 
@@ -153,9 +154,17 @@ def _add_lora(group: argparse._ArgumentGroup) -> None:
 def _add_choice(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--select",
-        choices=("min", "max", "random"),
-        default="min",
-        help="which energies to choose (default: min)",
+        choices=("auto", "min", "max", "random", "contrast"),
+        default="auto",
+        help="which energies to choose; or contrast: directions of largest task over data to keep "
+        "(default: auto, contrast with data to keep, else min)",
+    )
+    group.add_argument(
+        "--damping",
+        type=_positive_float,
+        default=1e-2,
+        metavar="X",
+        help="of contrast, over the mean eigenvalue of what is kept (default: 0.01)",
     )
     group.add_argument(
         "--scaling",
@@ -220,6 +229,12 @@ def _add_data(
         type=Path,
         metavar="FILE",
         help=".txt (blocks between blank lines, else lines), .jsonl, .jsonl.gz or .parquet",
+    )
+    group.add_argument(
+        "--keep",
+        metavar="FILE",
+        help="data of what is not to be forgotten, a file as for --data (fields found by "
+        "themselves); or 'self', text drawn from the model",
     )
     group.add_argument(
         "--samples",
@@ -328,6 +343,16 @@ def _positive(text: str) -> int:
     return value
 
 
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return value
+
+
 def _seed(text: str) -> int:
     try:
         value = int(text)
@@ -361,6 +386,10 @@ def _positive_or_auto(text: str) -> int | str:
 def _check_init(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.statistics is not None and args.save_statistics is not None:
         parser.error("init: --save-statistics has nothing to save with --statistics")
+    if args.statistics is not None and args.keep is not None:
+        parser.error("init: --keep is for 'filet stats'; the statistics have it or have it not")
+    if args.keep is not None and args.engine == "blockwise":
+        parser.error("init: --engine blockwise takes no --keep; --engine memory does")
     if args.statistics is not None or args.save_statistics is not None:
         if args.engine == "blockwise":
             parser.error("init: --engine blockwise keeps no statistics of the whole model")
@@ -376,8 +405,8 @@ def _check_stats(args: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         missing = [f"--{name}" for name in ("model", "data") if getattr(args, name) is None]
         if missing:
             parser.error(f"stats: {' and '.join(missing)} required (or --merge)")
-    elif args.model is not None or args.data is not None:
-        parser.error("stats: --merge excludes --model and --data")
+    elif any(given is not None for given in (args.model, args.data, args.keep)):
+        parser.error("stats: --merge excludes --model, --data and --keep")
     elif len(args.merge) < 2:
         parser.error("stats: --merge needs at least two files")
     _check_names(args, parser)

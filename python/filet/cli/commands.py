@@ -15,6 +15,7 @@ from filet.cli.model import (
     device_of,
     dtype_of,
     load_data,
+    load_keep,
     load_peft_model,
     lora_config_of,
     own_code,
@@ -35,21 +36,32 @@ def init(args: argparse.Namespace) -> None:
     check_model_folder(args)
     config = _config(args)
     encoded = None if args.data is None else load_data(args)
+    keep = load_keep(args)
     if _engine(args) == "blockwise":
+        if keep is not None:
+            raise ValueError(
+                "--keep is not taken by the blockwise engine, which this model needs here; "
+                "expected a device that holds the model (--engine memory), or no --keep"
+            )
         report = _init_blockwise(args, encoded, config)
     else:
-        report = _init_in_memory(args, encoded, config)
+        report = _init_in_memory(args, encoded, keep, config)
     say(report.table())
     say_entry("written", args.output)
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
-    inputs = [args.model, args.data, args.statistics]
+    inputs = [args.model, args.data, args.statistics, _kept_file(args)]
     check_folder_output(args.output, args.overwrite, inputs)
     if args.save_statistics is not None:
         check_file_output(args.save_statistics, args.overwrite, inputs, option="--save-statistics")
         if inside(args.save_statistics, args.output):
             raise ValueError("--save-statistics must not lie in the folder that --output creates")
+
+
+def _kept_file(args: argparse.Namespace) -> Path | None:
+    """The file of data to keep, where there is one."""
+    return None if args.keep in (None, "self") else Path(args.keep)
 
 
 def _init_blockwise(args: argparse.Namespace, encoded: Any, config: Any) -> Any:
@@ -74,7 +86,7 @@ def _init_blockwise(args: argparse.Namespace, encoded: Any, config: Any) -> Any:
         )
 
 
-def _init_in_memory(args: argparse.Namespace, encoded: Any, config: Any) -> Any:
+def _init_in_memory(args: argparse.Namespace, encoded: Any, keep: Any, config: Any) -> Any:
     """The report of an adapter that was made of a whole model and is written."""
     import filet
     from filet.adapter.saved import write_folder
@@ -89,20 +101,20 @@ def _init_in_memory(args: argparse.Namespace, encoded: Any, config: Any) -> Any:
         assert statistics is not None  # --data or --statistics, says the parser
         report = filet.apply_statistics(peft_model, statistics, config=config)
     elif args.save_statistics is not None:
-        statistics = _run(args, peft_model, encoded, config, filet.collect_statistics)
+        statistics = _run(args, peft_model, encoded, keep, config, filet.collect_statistics)
         # Before they are applied: an error in that does not cost the pass.
         with staged(args.save_statistics) as place:
             statistics.save(place)
         report = filet.apply_statistics(peft_model, statistics, config=config)
     else:
-        report = _run(args, peft_model, encoded, config, filet.initialize_lora_filet_weights)
+        report = _run(args, peft_model, encoded, keep, config, filet.initialize_lora_filet_weights)
     write_folder(peft_model, report, args.output)
     return report
 
 
 def stats(args: argparse.Namespace) -> None:
     """Collect the statistics of a model, or merge several files of them, into one file."""
-    inputs = args.merge or [args.model, args.data]
+    inputs = args.merge or [args.model, args.data, _kept_file(args)]
     if args.output.suffix != ".safetensors":
         raise ValueError(f"--output must be a .safetensors file, got {args.output}")
     check_file_output(args.output, args.overwrite, inputs, option="--output")
@@ -114,13 +126,13 @@ def stats(args: argparse.Namespace) -> None:
 
 def _collected(args: argparse.Namespace) -> Any:
     check_model_folder(args)
-    encoded = load_data(args)
+    encoded, keep = load_data(args), load_keep(args)
 
     import filet
 
     # The rank does not enter the statistics: 1 costs least.
     peft_model = load_peft_model(args, rank=1, alpha=1)
-    return _run(args, peft_model, encoded, _config(args), filet.collect_statistics)
+    return _run(args, peft_model, encoded, keep, _config(args), filet.collect_statistics)
 
 
 def _merged(files: Sequence[Path]) -> Any:
@@ -150,6 +162,7 @@ def _run(
     args: argparse.Namespace,
     peft_model: Any,
     encoded: Any,
+    keep: Any,
     config: Any,
     function: Callable[..., Any],
 ) -> Any:
@@ -164,6 +177,7 @@ def _run(
         dataclasses.replace(config, samples=len(encoded)),
         batch_size=args.batch_size,
         tokens=encoded.tokens,
+        keep=keep is not None,
     )
     say(str(plan))
     config = dataclasses.replace(config, passes=plan.passes)
@@ -174,7 +188,11 @@ def _run(
         say_entry("padding", f"{padding:.1%} of {len(loader)} batches")
         try:
             return function(
-                peft_model, loader, config=config, show_progress_bar=not args.no_progress
+                peft_model,
+                loader,
+                config=config,
+                show_progress_bar=not args.no_progress,
+                keep=keep if keep in (None, "self") else _kept_batches(encoded, keep, size),
             )
         except filet.OutOfMemoryError as error:
             if args.batch_size != "auto" or size == 1 or error.phase != "pass":
@@ -185,6 +203,12 @@ def _run(
         warnings.warn(f"{message}. Starting again with --batch-size {size}", stacklevel=1)
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _kept_batches(encoded: Any, keep: Any, size: int) -> list[dict[str, Any]]:
+    """The data to keep, in batches of no more tokens than those of the task."""
+    longest, its_longest = (max(len(ids) for ids, _ in each.rows) for each in (encoded, keep))
+    return list(keep.batches(max(1, size * longest // its_longest), by_length=True))
 
 
 def _micro_batches(args: argparse.Namespace, encoded: Any) -> list[dict[str, Any]]:
@@ -205,6 +229,7 @@ def _config(args: argparse.Namespace) -> Any:
     }
     if args.command == "init":
         chosen["select"] = args.select
+        chosen["damping"] = args.damping
         chosen["scaling"] = args.scaling.replace("-", "_")
         chosen["normalization"] = args.normalization
     return FiletConfig(**chosen)

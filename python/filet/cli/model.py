@@ -13,6 +13,7 @@ __all__ = [
     "device_of",
     "dtype_of",
     "load_data",
+    "load_keep",
     "load_peft_model",
     "lora_config_of",
     "own_code",
@@ -65,6 +66,19 @@ def load_data(args: argparse.Namespace) -> Any:
         settings_of(args.model, trust_remote_code=args.trust_remote_code)
         tokenizer = _tokenizer(args)
     return encode(samples, tokenizer, max_length=args.max_length, mask_prompt=args.mask_prompt)
+
+
+def load_keep(args: argparse.Namespace) -> Any:
+    """The data to keep, read and tokenised; "self" as it is, and None where there are none."""
+    if args.keep is None or args.keep == "self":
+        return args.keep
+    from filet.data.samples import read_samples
+    from filet.data.tokens import encode
+
+    samples = read_samples(args.keep, limit=args.samples)
+    with own_code(args):
+        tokenizer = _tokenizer(args)
+    return encode(samples, tokenizer, max_length=args.max_length)
 
 
 def _tokenizer(args: argparse.Namespace) -> Any:

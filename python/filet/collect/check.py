@@ -67,6 +67,7 @@ class FiniteCheck:
         # The first module of the forward, then the first of the backward, is where it began.
         checks = [(name, moments[name].input) for name in names]
         checks += [(name, moments[name].output) for name in reversed(names)]
+        checks = [check for check in checks if not check[1].sum.is_meta]  # those that are counted
         alike: dict[tuple[torch.device, int], dict[int, int]] = {}
         for position, (_, moment) in enumerate(checks):
             of_kind = alike.setdefault((moment.sum.device, moment.sum.shape[0]), {})

@@ -54,6 +54,7 @@ def estimate(
     *,
     batch_size: int | Literal["auto"] = "auto",
     tokens: int | None = None,
+    keep: bool = False,
 ) -> Plan:
     """What :func:`filet.collect_statistics` will need on data like this batch, and how it would go.
 
@@ -67,6 +68,7 @@ def estimate(
         batch: one batch; memory is estimated for samples as long as these.
         batch_size: samples in a batch; "auto" finds the largest that fits.
         tokens: of the whole run; ``config.samples`` as long as these by default.
+        keep: whether moments of data to keep are taken too (their pass is not in the time).
 
     Returns:
         :class:`Plan`. Sizes of moments are exact (an expert that no token reaches takes less); the
@@ -84,7 +86,7 @@ def estimate(
     batch = Inputs(peft_model.base_model.model, forward_fn).checked(batch, 0)
     targets, _ = checked_targets(peft_model, adapter_name)
     with preserved(peft_model, adapter_name, targets):
-        return _plan(peft_model, targets, batch, config, forward_fn, batch_size, tokens)
+        return _plan(peft_model, targets, batch, config, forward_fn, batch_size, tokens, keep)
 
 
 def passes_that_fit(
@@ -93,13 +95,14 @@ def passes_that_fit(
     batch: Any,
     config: FiletConfig,
     forward_fn: ForwardFn | None,
+    keep: bool,
 ) -> int:
     """The smallest number of passes over batches like this one that fits; a warning if none does.
 
     The model must be inside :func:`preserved`. Nothing is measured where the moments are small
     beside the free memory: then more passes would hardly make room for anything.
     """
-    moments = moment_bytes(targets, {})
+    moments = moment_bytes(targets, {}, keep)
     small = [
         sum(sum(moments[name]) for name, t in targets.items() if t.base.weight.device == device)
         <= _SMALL * available(device)
@@ -108,7 +111,7 @@ def passes_that_fit(
     if all(small):
         return 1
     size = samples_in(batch)
-    plan = _plan(peft_model, targets, batch, config, forward_fn, size, None)
+    plan = _plan(peft_model, targets, batch, config, forward_fn, size, None, keep)
     for d in plan.devices:
         least = min(d.moments_at_a_time.values()) + (d.fixed or 0) + (d.per_sample or 0)
         if d.free is not None and d.total is not None and least > d.free + _RESERVE * d.total:
@@ -133,16 +136,17 @@ def _plan(
     forward_fn: ForwardFn | None,
     batch_size: int | Literal["auto"],
     tokens: int | None,
+    keep: bool,
 ) -> Plan:
     gpus = gpus_of(peft_model)
     free = {device: available(device) for device in gpus}
     probe = probed(peft_model, targets, batch, config, forward_fn, gpus)
-    moments = moment_bytes(targets, probe.shared_input)
+    moments = moment_bytes(targets, probe.shared_input, keep)
     length = _length(batch)
     choices = _choices(targets, config)
     parts = {passes: groups(targets, passes) for passes in choices}
     devices = [
-        _device_plan(peft_model, targets, device, free.get(device), moments, parts, probe)
+        _device_plan(peft_model, targets, device, free.get(device), moments, parts, probe, keep)
         for device in gpus or [torch.device("cpu")]
     ]
     cap = max(1, (MOST_TOKENS if gpus else CPU_TOKENS) // length)
@@ -187,6 +191,7 @@ def _device_plan(
     moments: Mapping[str, tuple[int, int]],
     parts: Mapping[int, list[list[str]]],
     probe: Probe,
+    keep: bool,
 ) -> DevicePlan:
     """``free``: of a GPU, before anything was measured. ``parts``: groups by number of passes."""
     mine = [target for target in targets.values() if target.base.weight.device == device]
@@ -210,7 +215,7 @@ def _device_plan(
         },
         fixed=fixed,
         per_sample=per_sample,
-        selection=selection_bytes(mine, probe.shared_input),
+        selection=selection_bytes(mine, probe.shared_input, keep),
     )
 
 

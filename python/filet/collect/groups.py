@@ -8,6 +8,7 @@ what is finished goes to host memory.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from filet.loss.batch import ForwardFn
 from filet.model.blocks import blocks
 from filet.model.targets import Target
 from filet.system.transfer import background_copies
-from filet_kernels import Moments
+from filet_kernels import Moments, SecondMoment
 
-__all__ = ["collect_in_passes", "groups"]
+__all__ = ["collect_in_passes", "groups", "moved_to_host"]
 
 
 def groups(targets: dict[str, Target], passes: int) -> list[list[str]]:
@@ -88,17 +89,22 @@ def collect_in_passes(
     return moments, shared_input, counts
 
 
-def _moved_to_host(moments: dict[str, Moments]) -> dict[str, Moments]:
-    """The same moments on the CPU, those of shared inputs still shared."""
-    sides = {id(side): side for m in moments.values() for side in (m.input, m.output)}
+def moved_to_host(moments: Iterable[SecondMoment]) -> dict[int, SecondMoment]:
+    """By the ``id`` of each of these moments the same one on the CPU."""
+    sides = {id(side): side for side in moments}
     sums = {str(key): side.sum for key, side in sides.items() if side.sum.is_cuda}
     with background_copies(sums) as copied:
-        moved = {
+        return {
             key: dataclasses.replace(side, sum=copied(str(key)), count=side.count.cpu())
             if side.sum.is_cuda
             else side
             for key, side in sides.items()
         }
+
+
+def _moved_to_host(moments: dict[str, Moments]) -> dict[str, Moments]:
+    """The same moments on the CPU, those of shared inputs still shared."""
+    moved = moved_to_host(side for m in moments.values() for side in (m.input, m.output))
     return {
         name: Moments(moved[id(m.input)], moved[id(m.output)], m.shape, m.loss_terms.cpu())
         for name, m in moments.items()

@@ -9,7 +9,7 @@ formed once more. Weights stay frozen, so no weight gradient is ever computed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -83,6 +83,25 @@ class MomentHooks:
     @counting.setter
     def counting(self, counting: bool) -> None:
         self.rows.counting = counting
+
+    def follow(self, moments: Mapping[str, Moments], shared_input: Mapping[str, str]) -> None:
+        """Count inputs alone, in new moments of the spaces, and shared as, in these of other data.
+
+        ``moments``: of every counted module.
+        """
+        new: dict[int, SecondMoment] = {}
+        for name in self.counted:
+            its = moments[name].input
+            if id(its) not in new:
+                weight = self.targets[shared_input.get(name, name)].weight
+                new[id(its)] = SecondMoment.zeros(
+                    its.space, its.sum.shape[0], dtype=its.sum.dtype, device=weight.device
+                )
+            self.moments[name] = Moments.zeros(
+                moments[name].shape, device="meta", input=new[id(its)]
+            )
+            if name in shared_input:
+                self.shared_input[name] = shared_input[name]
 
     def __enter__(self) -> MomentHooks:
         with contextlib.ExitStack() as stack:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -22,7 +22,7 @@ from filet.model.inputs import Inputs, Prepared
 from filet.model.targets import Target
 from filet.system.memory import named_shortage
 
-__all__ = ["check_terms", "collect_moments"]
+__all__ = ["BatchRun", "check_terms", "collect_moments", "input_device", "over_batches"]
 
 
 def collect_moments(
@@ -46,7 +46,45 @@ def collect_moments(
     _check_outputs(base_model, forward_fn)
     hooks = MomentHooks(targets, config, counted)
     run = _Run(peft_model, config, forward_fn, hooks, gradient_scale)
-    batches = PreparedBatches(dataloader, config, run.inputs, lambda: run.loss.summed.shift)
+    counts = over_batches(run, hooks, dataloader, config, title, show_progress_bar)
+    check_terms(counts["samples"], counts["loss_terms"])
+    hooks.finish()
+    for moments in hooks.moments.values():
+        # Of the whole run, also for a module (an expert) that only later batches reached.
+        moments.loss_terms.fill_(counts["loss_terms"])
+    warn_of_padding(with_padding(base_model, hooks.unmasked))
+    return hooks, counts
+
+
+class BatchRun(Protocol):
+    """Takes batches through the model under hooks.
+
+    Attributes:
+        inputs: what the model takes.
+        batch: that is under way, or was last.
+    """
+
+    inputs: Inputs
+    batch: Prepared | None
+
+    def shift(self) -> bool:
+        """Whether a label is predicted by the token before its own."""
+
+    def through(self, prepared: Prepared) -> int:
+        """One batch; returns the terms of its loss."""
+
+
+def over_batches(
+    run: BatchRun,
+    hooks: MomentHooks,
+    dataloader: Iterable[Any],
+    config: FiletConfig,
+    title: str,
+    show_progress_bar: bool,
+    name: str = "dataloader",
+) -> dict[str, int]:
+    """Every batch through the model under the hooks; returns "samples", "tokens", "loss_terms"."""
+    batches = PreparedBatches(dataloader, config, run.inputs, run.shift)
     counts = {"samples": 0, "tokens": 0, "loss_terms": 0}
     with (
         _Progress(dataloader, config.samples, title, show_progress_bar) as progress,
@@ -63,14 +101,8 @@ def collect_moments(
         hooks.add_left_out()
         progress.end(counts["samples"])
     if counts["samples"] == 0:
-        raise ValueError("the dataloader gave no sample; expected at least one")
-    check_terms(counts["samples"], counts["loss_terms"])
-    hooks.finish()
-    for moments in hooks.moments.values():
-        # Of the whole run, also for a module (an expert) that only later batches reached.
-        moments.loss_terms.fill_(counts["loss_terms"])
-    warn_of_padding(with_padding(base_model, hooks.unmasked))
-    return hooks, counts
+        raise ValueError(f"the {name} gave no sample; expected at least one")
+    return counts
 
 
 class _Run:
@@ -96,7 +128,10 @@ class _Run:
         self.batch: Prepared | None = None
         self._hooks = hooks
         self._token_mask = config.token_mask
-        self._device = _input_device(base_model)
+        self._device = input_device(base_model)
+
+    def shift(self) -> bool:
+        return self.loss.summed.shift
 
     def through(self, prepared: Prepared) -> int:
         """One batch forward and backward; returns the terms of its loss."""
@@ -186,7 +221,7 @@ def _place(hooks: MomentHooks, index: int, batch: Prepared | None) -> str:
     return f"{place} (counted from 0, {samples} sample{'s' * (samples != 1)}{length})"
 
 
-def _input_device(model: nn.Module) -> torch.device:
+def input_device(model: nn.Module) -> torch.device:
     """Where the batch goes: the device of the first parameter (the embedding's, as a rule)."""
     return next(
         (p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu")

@@ -13,13 +13,16 @@ __all__ = ["moment_bytes", "relative_cost", "selection_bytes", "weight_bytes"]
 
 
 def moment_bytes(
-    targets: dict[str, Target], shared_input: Mapping[str, str]
+    targets: dict[str, Target], shared_input: Mapping[str, str], keep: bool = False
 ) -> dict[str, tuple[int, int]]:
-    """Bytes of each module's moments: input, output. A shared input moment counts once."""
+    """Bytes of each module's moments: input, output. A shared input moment counts once.
+
+    ``keep``: with a second input moment, of data to keep.
+    """
     sizes = {}
     for name, target in targets.items():
         side = min(target.shape) ** 2 * _item(target)
-        sizes[name] = (0 if name in shared_input else side, side)
+        sizes[name] = (0 if name in shared_input else side * (1 + keep), side)
     return sizes
 
 
@@ -29,19 +32,24 @@ def weight_bytes(model: nn.Module, device: torch.device) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def selection_bytes(targets: Sequence[Target], shared_input: Mapping[str, str]) -> int:
+def selection_bytes(
+    targets: Sequence[Target], shared_input: Mapping[str, str], keep: bool = False
+) -> int:
     """Bytes of :func:`filet_kernels.fisher_energies`, the largest layer's, and of A and B.
 
     On a GPU four matrices of a moment's size, the weight's float16 parts and two slices of 64 MiB;
     else Gram matrices and copies of the weight in float64. A and B need less after that, one copy
-    of the weight.
+    of the weight. ``keep``: of :func:`filet_kernels.contrast_directions` instead, six matrices of
+    a moment's size in float64, and slices of the weight.
     """
     most = factors = 0
     for target in targets:
         m, n = target.shape
         item = _item(target)
         d = n if target.name in shared_input else min(m, n)
-        if item == 8 or not target.base.weight.is_cuda:
+        if keep:
+            energies = 8 * (6 * d**2 + m * max(m, n // 4))
+        elif item == 8 or not target.base.weight.is_cuda:
             energies = 8 * (4 * m * n + 2 * d**2)
         else:
             energies = 16 * d**2 + 4 * m * n + 2**27

@@ -18,6 +18,7 @@ from filet.collect.batches import Batches
 from filet.collect.estimate import passes_that_fit
 from filet.collect.groups import collect_in_passes
 from filet.collect.hooks import empty_moments
+from filet.collect.keep import Keep, check_keep, collect_keep
 from filet.config import FiletConfig, checked_config
 from filet.loss.batch import ForwardFn
 from filet.model.fingerprint import check_fingerprint, fingerprints_of
@@ -43,6 +44,9 @@ class Statistics:
         samples, tokens, loss_terms: how much data they saw.
         fisher: "empirical" or "sampled" labels.
         seconds, peak_memory: of the pass that took them.
+        keep: module → the moment of its input on data that is not to be forgotten, in the space of
+            its input moment and shared as that is; None where there was no such data.
+        keep_samples, keep_tokens: how much of that they saw.
     """
 
     moments: dict[str, Moments]
@@ -55,6 +59,22 @@ class Statistics:
     seconds: float = 0.0
     peak_memory: int = 0
     path: str | None = field(default=None, repr=False)
+    keep: dict[str, SecondMoment] | None = None
+    keep_samples: int = 0
+    keep_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.keep is None:
+            return
+        if self.keep.keys() != self.moments.keys():
+            raise ValueError("keep has moments of other modules; expected one for each")
+        for name, moment in self.keep.items():
+            mine = self.moments[name].input
+            if moment.space != mine.space or moment.sum.shape != mine.sum.shape:
+                raise ValueError(
+                    f"{name}: keep is in space {moment.space!r} of size {len(moment.sum)}; "
+                    f"expected {mine.space!r} of size {len(mine.sum)}, as the task's input moment"
+                )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; complete, or not there at all.
@@ -70,13 +90,15 @@ class Statistics:
                 moment: SecondMoment = getattr(moments, side)
                 owner = self.shared_input.get(name, name) if side == "input" else name
                 keys[side] = f"{owner}.{moment.space}"
-                tensors[f"{keys[side]}.sum"] = moment.sum
-                tensors[f"{keys[side]}.count"] = moment.count
+                tensors |= _parts(keys[side], moment)
             modules[name] = {**keys, "shape": moments.shape, "weight": self.fingerprints[name]}
+            if self.keep is not None:
+                kept = self.keep[name]
+                tensors |= _parts(f"{_KEEP}{keys['input']}", kept)
         header = {
             "modules": modules,
             "shared_input": self.shared_input,
-            **{key: getattr(self, key) for key in _COUNTS},
+            **{key: getattr(self, key) for key in (*_COUNTS, *_OF_KEEP)},
         }
         metadata = {"format": _FORMAT, "statistics": json.dumps(header)}
         write_tensors(path, tensors, metadata, _lower)
@@ -98,16 +120,18 @@ class Statistics:
         header = json.loads(metadata["statistics"])
         loaded: dict[str, SecondMoment] = {}
         moments = {}
+
+        def of(key: str) -> SecondMoment:
+            if key not in loaded:
+                space: Any = key.rpartition(".")[2]
+                loaded[key] = SecondMoment(space, tensors[f"{key}.sum"], tensors[f"{key}.count"])
+            return loaded[key]
+
         for name, module in header["modules"].items():
-            for key in (module["input"], module["output"]):
-                if key not in loaded:
-                    loaded[key] = SecondMoment(
-                        key.rpartition(".")[2], tensors[f"{key}.sum"], tensors[f"{key}.count"]
-                    )
             m, n = module["shape"]
             moments[name] = Moments(
-                loaded[module["input"]],
-                loaded[module["output"]],
+                of(module["input"]),
+                of(module["output"]),
                 (m, n),
                 torch.tensor(header["loss_terms"], device=device),
             )
@@ -117,10 +141,17 @@ class Statistics:
             header["shared_input"],
             **{key: header[key] for key in _COUNTS},
             path=str(path),
+            keep={name: of(_KEEP + module["input"]) for name, module in header["modules"].items()}
+            if header.get("keep_samples")
+            else None,
+            keep_samples=header.get("keep_samples", 0),  # files of 0.1 have neither
+            keep_tokens=header.get("keep_tokens", 0),
         )
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics over both data sets, as if one run had seen them all (to rounding).
+
+        Data to keep adds up as the task's does; it may be that of one of the two only.
 
         ValueError, with the first difference named, where they are of different models or kinds.
         """
@@ -156,13 +187,33 @@ class Statistics:
             for name, leader in self.shared_input.items()
             if moments[name].input is moments[leader].input
         }
-        counts = {key: getattr(self, key) + getattr(other, key) for key in _SUMS}
+        keep = None
+        if self.keep is not None or other.keep is not None:
+            keep = {}
+            for name in self.moments:
+                # Of a module that never saw a token of the task there may be one in another space.
+                theirs_too = [
+                    s.keep[name]
+                    for s in (self, other)
+                    if s.keep is not None and s.keep[name].space == moments[name].input.space
+                ]
+                keep[name] = (
+                    both(theirs_too[0], theirs_too[-1]) if theirs_too[1:] else theirs_too[0]
+                )
+        counts = {key: getattr(self, key) + getattr(other, key) for key in (*_SUMS, *_OF_KEEP)}
         counts |= {"fisher": self.fisher, "peak_memory": max(self.peak_memory, other.peak_memory)}
-        return Statistics(moments, self.fingerprints, shared, **counts)
+        return Statistics(moments, self.fingerprints, shared, **counts, keep=keep)
 
 
 _SUMS = ("samples", "tokens", "loss_terms", "seconds")
 _COUNTS = (*_SUMS, "fisher", "peak_memory")
+_OF_KEEP = ("keep_samples", "keep_tokens")
+_KEEP = "keep:"  # before the name of a moment in a file: no module's begins so
+
+
+def _parts(key: str, moment: SecondMoment) -> dict[str, Tensor]:
+    """What a file has of a moment."""
+    return {f"{key}.sum": moment.sum, f"{key}.count": moment.count}
 
 
 def collect_statistics(
@@ -172,6 +223,7 @@ def collect_statistics(
     adapter_name: str = "default",
     forward_fn: ForwardFn | None = None,
     show_progress_bar: bool = True,
+    keep: Keep | None = None,
 ) -> Statistics:
     """Take the second moments of an adapter's target modules on data.
 
@@ -192,6 +244,10 @@ def collect_statistics(
         forward_fn: ``forward_fn(model, batch)`` → an output with ``.loss``, the loss, or
             ``(loss, terms)``; ``model(**batch)`` by default.
         show_progress_bar: samples, tokens a second, time left.
+        keep: batches of what is not to be forgotten, read as ``dataloader`` is; labels are not
+            needed. They go through the model once more, forward only, for the moments of the
+            targets' inputs. "self" is text drawn from the model itself: as many samples, of 256
+            tokens. See docs/keep.md.
 
     Returns:
         :class:`Statistics`, on the devices of the modules, or in host memory where it took several
@@ -218,7 +274,7 @@ def collect_statistics(
     config = checked_config(config)
     targets, _ = checked_targets(peft_model, adapter_name)
     return statistics_of(
-        peft_model, targets, dataloader, config, adapter_name, forward_fn, show_progress_bar
+        peft_model, targets, dataloader, config, adapter_name, forward_fn, show_progress_bar, keep
     )
 
 
@@ -230,8 +286,10 @@ def statistics_of(
     adapter_name: str,
     forward_fn: ForwardFn | None,
     show_progress_bar: bool,
+    keep: Keep | None,
 ) -> Statistics:
     """:func:`collect_statistics` for an adapter whose targets are found and checked."""
+    check_keep(keep, peft_model)
     with named_shortage("checks", lambda: "the hashing of the weights"):
         weights = fingerprints_of(targets)
     devices = {place for t in targets.values() if (place := t.base.weight.device).type == "cuda"}
@@ -246,19 +304,25 @@ def statistics_of(
             passes = (
                 1
                 if first is None
-                else passes_that_fit(peft_model, targets, first, config, forward_fn)
+                else passes_that_fit(
+                    peft_model, targets, first, config, forward_fn, keep is not None
+                )
             )
-        moments, shared_input, counts = collect_in_passes(
+        found, shared_input, counts = collect_in_passes(
             peft_model, targets, batches, config, forward_fn, show_progress_bar, passes
         )
+        moments = _of_all(targets, found, passes, counts["loss_terms"])
+        kept, kept_counts = None, {"samples": 0, "tokens": 0}
+        if keep is not None:
+            del batches  # they may be in host memory
+            kept, kept_counts = collect_keep(
+                peft_model, targets, keep, config, forward_fn, show_progress_bar, moments,
+                shared_input, passes,
+            )  # fmt: skip
     for device in devices:
         torch.cuda.synchronize(device)
-    for name, target in targets.items():
-        if name not in moments:  # an expert that no token was routed to
-            moments[name] = empty_moments(target.weight, device="cpu" if passes > 1 else None)
-            moments[name].loss_terms.fill_(counts["loss_terms"])
     return Statistics(
-        {name: moments[name] for name in targets},
+        moments,
         weights,
         shared_input,
         samples=counts["samples"],
@@ -267,7 +331,23 @@ def statistics_of(
         fisher=config.fisher,
         seconds=time.perf_counter() - start,
         peak_memory=peak_memory(devices),
+        keep=kept,
+        keep_samples=kept_counts["samples"],
+        keep_tokens=kept_counts["tokens"],
     )
+
+
+def _of_all(
+    targets: dict[str, Target], found: dict[str, Moments], passes: int, loss_terms: int
+) -> dict[str, Moments]:
+    """The moments of every target, in their order: empty for an expert that no token went to."""
+    moments = {}
+    for name, target in targets.items():
+        if name not in found:
+            found[name] = empty_moments(target.weight, device="cpu" if passes > 1 else None)
+            found[name].loss_terms.fill_(loss_terms)
+        moments[name] = found[name]
+    return moments
 
 
 def _lower(tensor: Tensor) -> None:

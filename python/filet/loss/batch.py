@@ -50,6 +50,13 @@ class BatchLoss:
             once_more()
         return self.summed(self.forward(self.peft_model, given), batch)
 
+    def alone(self, given: Any) -> None:
+        """A batch forward for what happens on the way; no loss is made where there need be none."""
+        if self.head.why_not is None and "labels" not in given:
+            self.head.hidden_alone(given)
+        else:
+            self.forward(self.peft_model, given)
+
 
 def _own_forward(model: Any, batch: Any) -> Any:
     return model(**batch)

@@ -230,6 +230,11 @@ class HeadLoss:
         numbers = [uniform(self.config, host, index, n) for index, n in enumerate(counts)]
         return ChunkedLoss(self.head, hidden, predicts, None, torch.cat(numbers))
 
+    def hidden_alone(self, batch: Any) -> None:
+        """Forward of a batch without labels, for what happens on the way to the head."""
+        with self._without_head():
+            self.peft_model(**batch)
+
     def _differs(self, batch: Any) -> str | None:
         """Run the model, and see that its loss is the shifted cross-entropy of its head's output.
 

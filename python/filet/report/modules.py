@@ -29,6 +29,8 @@ class ModuleReport:
         input_tokens: positions counted in the input side's moment.
         output_tokens: positions counted in the output side's moment.
         shared_input: module whose input second moment this one shares, or None.
+        kind: ``"energy"``, or ``"contrast"``: then ``energies`` are the eigenvalues of the chosen
+            directions alone, of task against keep, and ``indices`` count them.
     """
 
     name: str
@@ -41,6 +43,7 @@ class ModuleReport:
     input_tokens: int
     output_tokens: int
     shared_input: str | None
+    kind: str = "energy"  # reports of 0.1 do not say it
 
     def chosen(self) -> torch.Tensor:
         """Energies of the chosen directions, (rank,) float64, in the order of ``indices``."""

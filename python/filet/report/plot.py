@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _TITLE = "FILet: sensitivity of the loss to each direction"
+_TITLE_OF_CONTRAST = "FILet: the task against what is kept, along each chosen direction"
 
 # Colours: text, then lines, then bands from the widest to the narrowest, then marks.
 _INK, _MUTED, _GRID = "#1f2933", "#616e7c", "#e4e7eb"
@@ -60,9 +61,11 @@ def picture(modules: Sequence[ModuleReport], caption: str) -> bytes:
     layout = _Layout(len(panels))
     figure = Figure(figsize=(layout.width, layout.height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)  # without pyplot, whose backend is the user's
-    _draw_panels(figure, layout, panels, log_range(modules))
-    _draw_title(figure, layout, caption)
-    _draw_legend(figure, layout)
+    contrast = any(module.kind == "contrast" for module in modules)
+    label = "eigenvalue" if contrast else "Fisher energy"
+    _draw_panels(figure, layout, panels, log_range(modules), label)
+    _draw_title(figure, layout, _TITLE_OF_CONTRAST if contrast else _TITLE, caption)
+    _draw_legend(figure, layout, contrast)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -72,7 +75,12 @@ def caption_of(modules: Sequence[ModuleReport], select: str, samples: int, token
     """What the picture shows: how many modules and directions, which ones, from how much data."""
     ranks = sorted({module.rank for module in modules})
     rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    which = {"min": "lowest energies", "max": "highest energies", "random": "random choice"}
+    which = {
+        "min": "lowest energies",
+        "max": "highest energies",
+        "random": "random choice",
+        "contrast": "largest task over data to keep",
+    }
     choice = which.get(select, "chosen directions")
     text = f"{plural(len(modules), 'module')}, rank {rank}, {choice}"
     if samples:
@@ -190,7 +198,7 @@ class _Layout:
 
 
 def _draw_panels(
-    figure: Figure, layout: _Layout, panels: Sequence[Panel], limits: LogRange
+    figure: Figure, layout: _Layout, panels: Sequence[Panel], limits: LogRange, label: str
 ) -> None:
     width, height = layout.width, layout.height
     grid = figure.subplots(layout.rows, layout.columns, sharey=True, squeeze=False)
@@ -212,14 +220,32 @@ def _draw_panels(
             axes.set_xlabel(panels[index].x_label, fontsize=8.5, color=_INK)
     _label_decades(grid[0][0], limits)
     for axes in grid[:, 0]:
-        axes.set_ylabel("Fisher energy", fontsize=8.5, color=_INK)
+        axes.set_ylabel(label, fontsize=8.5, color=_INK)
 
 
 def _draw_panel(axes: Axes, panel: Panel, floor: float) -> None:
-    """Bands, median and chosen marks of one panel."""
+    """Bands, median and chosen marks of one panel; marks alone where nothing else is known."""
+    x = panel.positions
+    width = 1.0 if len(x) > 12 else 0.86
+    if not any(module.kind == "contrast" for modules in panel.columns for module in modules):
+        _draw_bands(axes, panel, floor, width)
+    marks_x, marks_y = _marks(panel, floor)
+    axes.hlines(
+        marks_y,
+        [position - 0.32 * width for position in marks_x],
+        [position + 0.32 * width for position in marks_x],
+        colors=_CHOSEN,
+        linewidths=0.7,
+        alpha=0.9,
+        zorder=3,
+    )
+    _draw_axes(axes, panel)
+
+
+def _draw_bands(axes: Axes, panel: Panel, floor: float, width: float) -> None:
+    """Where the energies of all directions lie, and their median."""
     x = panel.positions
     band = _quantiles(panel, floor).numpy()
-    width = 1.0 if len(x) > 12 else 0.86
     edge: dict[str, Any] = {"linewidth": 0.0}
     if len(x) <= 48:
         edge = {"edgecolor": "white", "linewidth": 0.4}
@@ -234,17 +260,6 @@ def _draw_panel(axes: Axes, panel: Panel, floor: float) -> None:
         colors=_MEDIAN,
         linewidths=1.5,
     )
-    marks_x, marks_y = _marks(panel, floor)
-    axes.hlines(
-        marks_y,
-        [position - 0.32 * width for position in marks_x],
-        [position + 0.32 * width for position in marks_x],
-        colors=_CHOSEN,
-        linewidths=0.7,
-        alpha=0.9,
-        zorder=3,
-    )
-    _draw_axes(axes, panel)
 
 
 def _quantiles(panel: Panel, floor: float) -> torch.Tensor:
@@ -311,11 +326,11 @@ def _label_decades(axes: Axes, limits: LogRange) -> None:
     axes.set_yticks(ticks, labels)
 
 
-def _draw_title(figure: Figure, layout: _Layout, caption: str) -> None:
+def _draw_title(figure: Figure, layout: _Layout, title: str, caption: str) -> None:
     figure.text(
         layout.left,
         1 - 0.2 / layout.height,
-        _TITLE,
+        title,
         fontsize=12.5,
         fontweight="bold",
         color=_INK,
@@ -325,18 +340,19 @@ def _draw_title(figure: Figure, layout: _Layout, caption: str) -> None:
     figure.text(layout.left, y, caption, fontsize=8.5, color=_MUTED, va="top")
 
 
-def _draw_legend(figure: Figure, layout: _Layout) -> None:
+def _draw_legend(figure: Figure, layout: _Layout, contrast: bool) -> None:
     """Beside the title where there is room, else below it."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles = [
-        Line2D([], [], color=_CHOSEN, lw=1.6, label="chosen"),
+    handles: list[Any] = [Line2D([], [], color=_CHOSEN, lw=1.6, label="chosen")]
+    others = [
         Line2D([], [], color=_MEDIAN, lw=1.6, label="median"),
         Patch(facecolor=_INNER, label="25-75 %"),
         Patch(facecolor=_OUTER, label="5-95 %"),
         Patch(facecolor=_WHOLE, label="all directions"),
     ]
+    handles += [] if contrast else others
     anchor = (layout.left, 1 - 0.68 / layout.height)
     if layout.wide:
         anchor = (1 - 0.14 / layout.width, 1 - 0.16 / layout.height)

@@ -61,6 +61,8 @@ def summary(
     if config:
         entries.append(("config", ", ".join(f"{key}={value}" for key, value in config.items())))
     excluded = [number for module in modules if (number := int(module.energies.isnan().sum()))]
+    if any(module.kind == "contrast" for module in modules):
+        entries.append(("chosen", "eigenvalues of task against data to keep (select='contrast')"))
     if excluded:
         columns, where = plural(sum(excluded), "zero column"), plural(len(excluded), "module")
         entries.append(("excluded", f"{columns} of W in {where}"))
@@ -88,7 +90,9 @@ def _cells(module: ModuleReport) -> tuple[str, ...]:
     """What a module has in the columns of ``_HEADER``."""
     low, high = _extent(module.chosen())
     candidates = module.candidates()
-    median = float(candidates.median()) if candidates.numel() else float("nan")
+    # By contrast there are no others than those that were chosen.
+    others = candidates.numel() and module.kind == "energy"
+    median = float(candidates.median()) if others else float("nan")
     tokens = count(module.input_tokens)
     if module.output_tokens != module.input_tokens:
         tokens += "/" + count(module.output_tokens)

@@ -1,0 +1,144 @@
+"""A pass over data that is not to be forgotten: forward only, the input moments of every target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+
+from filet.collect.batches import Batches
+from filet.collect.groups import groups, moved_to_host
+from filet.collect.hooks import MomentHooks
+from filet.collect.padding import warn_of_padding, with_padding
+from filet.collect.run import input_device, over_batches
+from filet.config import FiletConfig
+from filet.loss.batch import BatchLoss, ForwardFn
+from filet.loss.text import check_samples_text, sampled_text
+from filet.model.inputs import Inputs, Prepared, check_dataloader
+from filet.model.targets import Target
+from filet_kernels import Moments, SecondMoment
+
+__all__ = ["Keep", "check_keep", "collect_keep"]
+
+Keep = Iterable[Any] | Literal["self"]
+
+
+def check_keep(keep: Any, peft_model: PeftModel) -> None:
+    """TypeError or ValueError for what is neither None, nor batches, nor "self" of this model."""
+    if keep is None:
+        return
+    if not isinstance(keep, str):
+        check_dataloader(keep, "keep")
+    elif keep == "self":
+        check_samples_text(peft_model.base_model.model)
+    else:
+        raise ValueError(f"keep={keep!r}; expected batches, or 'self' for the model's own text")
+
+
+def collect_keep(
+    peft_model: PeftModel,
+    targets: dict[str, Target],
+    keep: Keep,
+    config: FiletConfig,
+    forward_fn: ForwardFn | None,
+    show_progress_bar: bool,
+    moments: Mapping[str, Moments],
+    shared_input: Mapping[str, str],
+    passes: int,
+) -> tuple[dict[str, SecondMoment], dict[str, int]]:
+    """Input moments of data to keep, and how many "samples" and "tokens" they saw.
+
+    The model must be inside :func:`filet.model.isolation.preserved`.
+
+    Args:
+        keep: batches, of which ``config.samples`` samples are read, or "self".
+        moments, shared_input: of the task, of every target. Those of the data to keep are in their
+            spaces and shared alike. One that saw no token of the task gets none of these either:
+            its space would be a guess.
+        passes: as for the task; with more than one the moments are in host memory.
+    """
+    if isinstance(keep, str):
+        keep = sampled_text(peft_model, config)
+    batches = Batches(keep)
+    batches.keep = passes > 1
+    parts = groups(targets, passes) if passes > 1 else [list(targets)]
+    found: dict[str, SecondMoment] = {}
+    counts: dict[str, int] = {}
+    for number, part in enumerate(parts, start=1):
+        seen = [name for name in part if int(moments[name].input.count)]
+        title = "FILet, data to keep"
+        title += f", pass {number} of {len(parts)}" if len(parts) > 1 else ""
+        hooks = MomentHooks(targets, config, frozenset(seen))
+        hooks.follow(moments, shared_input)
+        run = _Run(peft_model, config, forward_fn, hooks)
+        data = _Unlabelled(batches) if run.drops_labels else batches
+        counts = over_batches(run, hooks, data, config, title, show_progress_bar, "data to keep")
+        hooks.finish()
+        inputs = {name: its.input for name, its in hooks.moments.items()}
+        on_host = moved_to_host(inputs.values()) if passes > 1 else {}
+        found |= {name: on_host.get(id(side), side) for name, side in inputs.items()}
+        if number == 1:
+            warn_of_padding(with_padding(peft_model.base_model.model, hooks.unmasked))
+    for name in targets.keys() - found.keys():
+        found[name] = _empty(moments[name].input)
+    del counts["loss_terms"]
+    return {name: found[name] for name in targets}, counts
+
+
+def _empty(like: SecondMoment) -> SecondMoment:
+    return SecondMoment(like.space, torch.zeros_like(like.sum), torch.zeros_like(like.count))
+
+
+class _Unlabelled:
+    """Batches without their labels: no loss is asked for, and whether they fit does not matter."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.dataset = batches.dataset
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            if isinstance(batch, Mapping):
+                batch = {key: value for key, value in batch.items() if key != "labels"}
+            yield batch
+
+
+class _Run:
+    """Takes batches forward under the hooks.
+
+    Attributes:
+        drops_labels: the model needs none. An encoder-decoder makes its decoder's input of them,
+            and what a forward_fn, or a model that is not of transformers, does is not known.
+    """
+
+    def __init__(
+        self,
+        peft_model: PeftModel,
+        config: FiletConfig,
+        forward_fn: ForwardFn | None,
+        hooks: MomentHooks,
+    ) -> None:
+        base_model = peft_model.base_model.model
+        self.inputs = Inputs(base_model, forward_fn)
+        self.batch: Prepared | None = None
+        inputs = self.inputs
+        self.drops_labels = inputs.asked and inputs.known and not inputs.is_encoder_decoder
+        self._loss = BatchLoss(config, peft_model, self.inputs, forward_fn)
+        self._hooks = hooks
+        self._token_mask = config.token_mask
+        self._device = input_device(base_model)
+
+    def shift(self) -> bool:
+        return self.inputs.shift
+
+    @torch.no_grad()
+    def through(self, prepared: Prepared) -> int:
+        self.batch = prepared
+        given = self.inputs.given(prepared.batch, self._device, self._token_mask)[1]
+        self._hooks.start_batch(prepared.masks)
+        self._hooks.phase = "forward"
+        self._loss.alone(given)
+        self._hooks.phase = "idle"
+        return 0

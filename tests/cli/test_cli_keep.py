@@ -1,0 +1,104 @@
+"""The command line with data to keep: files, the model's own text, statistics, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cli_cases import adapter_weights, arguments, error_of, sentence
+
+import filet
+from filet.cli.main import main
+from filet.report.report import FiletReport
+
+pytestmark = pytest.mark.usefixtures("no_picture")
+
+
+@pytest.fixture
+def keep(tmp_path: Path) -> Path:
+    """Plain text, a line a sample."""
+    path = tmp_path / "keep.txt"
+    path.write_text("".join(sentence(n) + "\n" for n in range(100, 113)))
+    return path
+
+
+def test_a_file_to_keep(
+    init: list[str], stats: list[str], data: Path, keep: Path, tmp_path: Path
+) -> None:
+    """At once, with statistics saved on the way, and from statistics: the same adapter."""
+    saved, file = tmp_path / "saved.safetensors", tmp_path / "stats.safetensors"
+    outs = [tmp_path / name for name in ("one", "two", "three")]
+    assert main([*init, "--keep", str(keep), "--output", str(outs[0])]) == 0
+    assert main(
+        [*init, *arguments("--keep", keep, "--save-statistics", saved, "--output", outs[1])]
+    ) == 0  # fmt: skip
+    assert main([*stats, *arguments("--data", data, "--keep", keep, "--output", file)]) == 0
+    plain = [arg for arg in init if arg not in ("--data", str(data))]
+    assert main([*plain, *arguments("--statistics", file, "--output", outs[2])]) == 0
+    reports = [FiletReport.load(out) for out in outs]
+    assert [report.config["select"] for report in reports] == 3 * ["contrast"]
+    statistics = [filet.Statistics.load(path) for path in (saved, file)]
+    assert [each.keep_samples for each in statistics] == [13, 13]
+    assert statistics[0].keep_tokens == statistics[1].keep_tokens > 13
+    weights = [adapter_weights(out) for out in outs]
+    for name, weight in weights[0].items():
+        for other in weights[1:]:
+            torch.testing.assert_close(other[name].abs(), weight.abs(), rtol=1e-3, atol=1e-4)
+    # What is kept decides: without it the adapter is another.
+    assert main([*init, "--output", str(tmp_path / "four")]) == 0
+    assert FiletReport.load(tmp_path / "four").config["select"] == "min"
+
+
+def test_damping_and_fields_of_the_data_alone(init: list[str], keep: Path, tmp_path: Path) -> None:
+    data = tmp_path / "named.jsonl"
+    data.write_text("".join(json.dumps({"body": sentence(n)}) + "\n" for n in range(9)))
+    argv = arguments("--data", data, "--text-field", "body", "--keep", keep, "--damping", 0.5)
+    assert main([*init, *argv, "--select", "contrast"]) == 0
+    report = FiletReport.load(tmp_path / "out" / "adapter")
+    assert report.config["damping"] == 0.5 and report.samples == 9
+    # λ is at most 1 / δ times what a unit vector can have of a moment of mean 1.
+    assert all(float(m.energies.max()) <= 16 / 0.5 for m in report.modules.values())
+
+
+def test_the_models_own_text(init: list[str], model_folder: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.safetensors"
+    argv = arguments("--keep", "self", "--samples", 3, "--save-statistics", saved)
+    assert main([*init, *argv]) == 0
+    statistics = filet.Statistics.load(saved)
+    assert statistics.keep_samples == 3 and statistics.keep_tokens > 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--keep", "self", "--select", "min"], "keep= has no effect with select='min'"),
+        (["--select", "contrast"], "select='contrast' without moments of data to keep"),
+        (["--keep", "nowhere.txt"], "no data file at nowhere.txt"),
+        (["--damping", "0.1"], "damping=0.1 has no effect with select='min'"),
+    ],
+)
+def test_what_is_refused(
+    argv: list[str], message: str, init: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in error_of(capsys, [*init, *argv])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            "init --model m --data d.txt --output o --engine blockwise --keep k.txt",
+            "takes no --keep",
+        ),
+        ("init --model m --statistics s --output o --keep self", "--keep is for 'filet stats'"),
+        ("init --model m --data d.txt --output o --damping 0", "must be a positive number"),
+        ("stats --merge a b --output o --keep self", "--merge excludes --model, --data and --keep"),
+    ],
+)
+def test_wrong_usage(argv: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv.split())
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
