@@ -24,7 +24,7 @@ PEFT_TESTS := build/.peft-tests
 
 .PHONY: help demo test bench bench-methods bench-model bench-syrk bench-quadform bench-blockwise
 .PHONY: bench-contrast
-.PHONY: accuracy bench-training lint sanitize clean test-peft
+.PHONY: accuracy bench-effect bench-training lint sanitize clean test-peft
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -66,6 +66,10 @@ bench-training: $(INSTALLED)  ## what the frozen half of an adapter costs in tra
 
 bench-blockwise: $(INSTALLED)  ## a block of Llama-3-70B, in and out of a GPU
 	$(BIN)/python benchmarks/bench_blockwise.py $(BENCH_ARGS)
+
+bench-effect: $(INSTALLED) $(MODEL)  ## compare starts by fine-tuning; BENCH_ARGS names data and round
+	$(BIN)/python benchmarks/effect/run.py --model $(FILET_SMOLLM2) --output build/effect $(BENCH_ARGS)
+	$(BIN)/python benchmarks/effect/tables.py build/effect
 
 accuracy: $(INSTALLED) $(MODEL)  ## print the table of docs/accuracy.md
 	$(BIN)/python benchmarks/accuracy.py --model $(FILET_SMOLLM2)
