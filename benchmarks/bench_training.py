@@ -41,7 +41,7 @@ def adapted(kind: str, args: argparse.Namespace) -> PeftModel:
         model, shapes.lora_config(args.rank), autocast_adapter_dtype=args.autocast
     )
     if kind == "FILet":
-        config = FiletConfig(scaling="singular")
+        config = FiletConfig(start="untouched", scaling="singular", normalization="mean")
         filet.apply_statistics(peft_model, random_statistics(peft_model), config)
     if kind == "a second adapter":
         peft_model.add_adapter("second", shapes.lora_config(args.rank))

@@ -108,13 +108,15 @@ def methods(
     """The three starting points, one at a time; the first one's configuration rules all three."""
     model = filet.load(load_base(), adapter)
     chosen = model.peft_config["default"]
+    # Of what trains: PEFT's rank counts the frozen half of one that starts "untouched", too.
+    rank = next(p for name, p in model.named_parameters() if ".lora_A." in name).shape[0]
     yield "FILet", model
     del model
     for method, init in {"LoRA": True, "PiSSA": "pissa_niter_16"}.items():
         config = LoraConfig(
             task_type="CAUSAL_LM",
-            r=chosen.r // 2,  # half of FILet's is frozen
-            lora_alpha=chosen.lora_alpha / 2,
+            r=rank,
+            lora_alpha=chosen.lora_alpha * rank / chosen.r,
             target_modules=chosen.target_modules,
             init_lora_weights=init,
         )

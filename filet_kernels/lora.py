@@ -2,11 +2,13 @@
 
 FILet (arXiv 2605.01046, Algorithm 1, equations 13-19): with I the chosen directions,
     A = diag(c)^½ V̂_Iᵀ (r, n),   B = Û_I diag(c)^½ (m, r),   W_res = W − s B A,
-where c = E_I in the paper's main method and s is the LoRA scaling of the layer.
+where c = E_I in the paper's main method and s is the LoRA scaling of the layer. With γ given, c is
+taken over its mean, times γ: the proportions stay, the magnitude is γ's.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -25,6 +27,12 @@ __all__ = [
 
 Selection = Literal["min", "max", "random"]
 Scaling = Literal["fisher", "singular", "constant_min", "constant_max"]
+
+# Of γ, below which no c falls: a row of A that is zero would never train beside a B of zero. It is
+# far below what energies do. On SmolLM2-135M (r = 32, 32 samples of GSM8K) the smallest of the 32
+# over their mean is 0.22 in the layer where that is least, of the largest energies 0.016, and of 32
+# random ones 5e-4.
+_LEAST = 1e-4
 
 
 def select(energies: Tensor, rank: int, how: Selection = "min", *, seed: int = 0) -> Tensor:
@@ -76,6 +84,7 @@ def lora_factors(
     indices: Tensor,
     *,
     scaling: Scaling = "fisher",
+    gamma: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """LoRA factors A = diag(c)^½ V̂_Iᵀ and B = Û_I diag(c)^½ of the chosen directions.
@@ -88,6 +97,10 @@ def lora_factors(
         scaling: c, one factor a direction. "fisher": c_i = E_i, the paper's main method; "singular"
             (FILet-SVD): c_i = ‖W v̂_i‖, so that B A = W V̂_I V̂_Iᵀ; "constant_min" and
             "constant_max" (equation 10): the smallest or largest E over I for all of them.
+        gamma: γ > 0 takes c over its mean over I, times γ, so that c does not depend on the unit of
+            the energies. At γ = 1/3 the mean of ‖A_i‖² is that of LoRA's default, whose entries
+            have the variance 1/(3n). No c is then below 1e-4 γ, and where all are 0 each is γ.
+            None leaves c as it is.
         dtype: of the returned factors, to which they are rounded once.
 
     Returns:
@@ -97,7 +110,8 @@ def lora_factors(
     precision. W is copied to that dtype.
 
     Raises:
-        ValueError: shapes that do not fit, an index that is no candidate, an unknown scaling.
+        ValueError: shapes that do not fit, an index that is no candidate, an unknown scaling, a γ
+            that is not positive.
     """
     n = W.shape[1]
     if energies.shape != (n,):
@@ -110,21 +124,40 @@ def lora_factors(
         raise ValueError(
             f"scaling={scaling!r}; expected 'fisher', 'singular', 'constant_min' or 'constant_max'"
         )
+    if gamma is not None and not 0 < gamma < math.inf:
+        raise ValueError(f"gamma={gamma!r}; expected a positive number, or None")
     c = energies.index_select(0, indices).double()
     if c.isnan().any():
         raise ValueError("indices names a zero column of W, which has no direction")
     if scaling.startswith("constant"):
         c = (c.min() if scaling == "constant_min" else c.max()).expand_as(c)
     # The few numbers on the host cost less than a launch each.
-    root, indices = (x.to(W.device, non_blocking=True) for x in (c.sqrt(), indices))
+    root, indices = (x.to(W.device, non_blocking=True) for x in (_root(c, gamma), indices))
     compute = torch.float32 if W.is_cuda and W.dtype != torch.float64 else torch.float64
-    return _factors(W, indices, None if scaling == "singular" else root, compute, dtype)
+    return _factors(W, indices, None if scaling == "singular" else root, compute, dtype, gamma)
+
+
+def _root(c: Tensor, gamma: float | None) -> Tensor:
+    """diag(c)^½; with γ that of c over its mean, times γ."""
+    if gamma is None:
+        return c.sqrt()
+    # Where all are 0 this is not a number, and then each is γ. Nothing waits for a GPU.
+    relative = (c / c.mean()).nan_to_num(nan=1.0)
+    return (gamma * relative.clamp_min(_LEAST)).sqrt()
 
 
 def _factors(
-    W: Tensor, indices: Tensor, root: Tensor | None, compute: torch.dtype, dtype: torch.dtype
+    W: Tensor,
+    indices: Tensor,
+    root: Tensor | None,
+    compute: torch.dtype,
+    dtype: torch.dtype,
+    gamma: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A and B by products in ``compute``; ``root`` is diag(c)^½, None for the singular scaling."""
+    """A and B by products in ``compute``.
+
+    ``root`` is diag(c)^½; None for the singular scaling, whose c comes from the products, with γ.
+    """
     W = W.detach().to(compute)
     with exact_float32(), torch.autocast(W.device.type, enabled=False):
         V = W.T @ W.index_select(1, indices)
@@ -132,7 +165,7 @@ def _factors(
     # Neither is normalised before, and squares of a small column's are out of float32's range.
     of_V, of_WV = (torch.linalg.vector_norm(x, dim=0, dtype=torch.float64) for x in (V, WV))
     if root is None:
-        root = (of_WV / of_V).sqrt()
+        root = _root(of_WV / of_V, gamma)
     A, B = (V.new_empty(shape, dtype=dtype) for shape in (V.T.shape, WV.shape))
     torch.mul(V.T, (root / of_V).unsqueeze(1), out=A)
     torch.mul(WV, root / of_WV, out=B)

@@ -1,8 +1,8 @@
 """Small models with LoRA, initialised and trained, and what they compute.
 
-The start is made large (scaling="singular": B0 A0 = W V̂ V̂ᵀ), so that a start that was lost, or one
-of a wrong sign or scaling, changes the logits by their own size. Statistics of a model that is made
-here more than once are taken once.
+The start has a frozen half and is large (scaling="singular": B0 A0 = W V̂ V̂ᵀ), so that one that was
+lost, or is of a wrong sign or scaling, changes the logits by their own size. Statistics of a model
+that is made here more than once are taken once.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 import filet
 from filet import FiletConfig, FiletReport, Statistics
+from initialised import LOUD
 
 VOCAB = 31
 TARGETS = ["q_proj", "k_proj", "gate_proj", "down_proj"]
@@ -124,7 +125,7 @@ def wrap(model: nn.Module, name: str = "default", **lora: Any) -> PeftModel:
 
 def initialise(model: PeftModel, name: str = "default", **config: Any) -> FiletReport:
     """The whole of it, with the pass."""
-    settings: dict[str, Any] = {"scaling": "singular", "samples": None, **config}
+    settings: dict[str, Any] = {**LOUD, "samples": None, **config}
     with warnings.catch_warnings():  # that an embedding or an inactive adapter is left alone
         warnings.simplefilter("ignore")
         return filet.initialize_lora_filet_weights(
@@ -148,7 +149,7 @@ def start(
     model: PeftModel, name: str = "default", make: Callable[[], Any] = llama, **config: Any
 ) -> PeftModel:
     """Initialise an adapter of what ``make`` makes, from its statistics."""
-    settings: dict[str, Any] = {"scaling": "singular", **config}
+    settings: dict[str, Any] = {**LOUD, **config}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         filet.apply_statistics(model, statistics_of(make), FiletConfig(**settings), name)

@@ -1,8 +1,9 @@
 """A pytest plugin: PEFT's own tests with FILet after every ``get_peft_model`` (see peft_suite.py).
 
-Each LoRA adapter that is made starts from FILet, by statistics of random vectors, with factors as
-large as the weights ("singular"), so that whatever forgets a half of them shows. Random states stay
-what they were. What FILet refuses stays PEFT's, and so does all without ``--with-filet``.
+Each LoRA adapter that is made starts from FILet, by statistics of random vectors: with a frozen
+half, and factors as large as the weights ("singular"), so that whatever forgets one of them shows.
+Random states stay what they were. What FILet refuses stays PEFT's, and so does all without
+``--with-filet``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _with_filet(
         warnings.simplefilter("ignore")
         try:
             statistics = random_statistics(peft_model, adapter_name)
-            config = FiletConfig(scaling="singular")
+            config = FiletConfig(start="untouched", scaling="singular", normalization="mean")
             filet.apply_statistics(peft_model, statistics, config, adapter_name)
         except (
             TypeError,

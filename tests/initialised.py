@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from filet import FiletConfig, FiletReport, initialize_lora_filet_weights
 from models import case, collate, loader
 
+# A0 and B0 as the paper writes them, with a frozen half that subtracts their product.
+UNTOUCHED = {"start": "untouched", "normalization": "mean"}
+
 # Factors this large change the function by its own size: a wrong s or sign cannot hide.
-LOUD = {"scaling": "singular"}
+LOUD = {**UNTOUCHED, "scaling": "singular"}
 
 
 def initialized(peft_model: PeftModel, batches: Any = None, **config: Any) -> FiletReport:

@@ -22,6 +22,7 @@ from filet import (
 )
 from initialised import (
     LOUD,
+    UNTOUCHED,
     assert_bitwise,
     base_weights,
     halves_of,
@@ -59,7 +60,9 @@ def test_factors_and_residual(kind: str, normalization: str, device: torch.devic
     """Selection, A, B and W − s B0 A0 of Algorithm 1, from energies that are the oracle's own."""
     c = case(kind)
     peft_model = peft_of(c, device)
-    report = initialized(peft_model, loader(c.samples), normalization=normalization)
+    report = initialized(
+        peft_model, loader(c.samples), start="untouched", normalization=normalization
+    )
     factor = report.loss_terms**2 if normalization == "sum" else 1
     for name, energies in truth(kind).items():
         layer, W = layer_of(peft_model, name), weight_of(c.model, name)
@@ -128,7 +131,7 @@ def test_function_and_base_are_preserved(
 ) -> None:
     peft_model = peft_of(case("llama"), device, dtype)
     before, original = logits_of(peft_model), base_weights(peft_model)
-    report = initialized(peft_model, scaling=scaling)
+    report = initialized(peft_model, **{**LOUD, "scaling": scaling})
     after = logits_of(peft_model)
     # Two layers of seven roundings each, in front of a head.
     assert (after - before).abs().max() <= 40 * rounding * before.abs().max()
@@ -176,7 +179,8 @@ def test_variants(device: torch.device) -> None:
 
     def apply(**config: Any) -> tuple[FiletReport, PeftModel]:
         peft_model = peft_of(c, device)
-        return apply_statistics(peft_model, statistics, FiletConfig(**config)), peft_model
+        settings: dict[str, Any] = {**UNTOUCHED, **config}
+        return apply_statistics(peft_model, statistics, FiletConfig(**settings)), peft_model
 
     name = c.targets[0]
     order = torch.argsort(truth("llama")[name], stable=True)
@@ -353,7 +357,14 @@ def test_nothing_is_written_before_all_has_succeeded(monkeypatch: pytest.MonkeyP
 
 def test_invalid_config() -> None:
     for wrong in (
+        {"start": "residual"},
         {"select": "least"},
+        {"normalization": "none"},
+        {"gamma": 0.0},
+        {"gamma": float("inf")},
+        {"gamma": float("nan")},
+        {"gamma": "1/3"},
+        {"gamma": 0.5, "normalization": "sum"},
         {"scaling": None},
         {"samples": 0},
         {"samples": 2.5},

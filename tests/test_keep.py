@@ -180,7 +180,7 @@ def test_directions_are_the_generalised_eigenvectors(device: torch.device) -> No
     """Against LAPACK's, of activations that hooks captured in float64."""
     c = case("llama")
     peft_model = peft_of(c, device)
-    report = initialized(peft_model, keep=batches_of(c), damping=0.1)
+    report = initialized(peft_model, keep=batches_of(c), damping=0.1, start="untouched")
     task, keep = (observe(c.model, c.targets, s, c.shift)[0] for s in (c.samples, kept(c)))
     assert report.config["select"] == "contrast"
     for name, module in report.modules.items():

@@ -14,7 +14,7 @@ from typing import Any
 import peft.peft_model
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
 import filet
 from adapted import (
@@ -208,12 +208,19 @@ def test_load_that_fails_late_leaves_the_base_alone(
     assert torch.equal(logits(filet.load(again, tmp_path)), logits(model))
 
 
-def test_load_refuses_what_is_no_filet_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no filet\.json; expected a folder that filet\.save"):
+def test_load_refuses_what_is_no_adapter_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no adapter_config\.json; expected a folder"):
         filet.load(llama(), tmp_path)
-    wrap(llama()).save_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match=r"has no filet\.json"):
-        filet.load(llama(), tmp_path / "plain")
+    other = IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"])
+    get_peft_model(llama(), other).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"has a IA3Config; expected a LoRA adapter"):
+        filet.load(llama(), tmp_path / "other")
+    wrap(llama(), init_lora_weights="olora").save_pretrained(tmp_path / "olora")
+    base = llama()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"init_lora_weights='olora', by which PEFT changes the"):
+        filet.load(base, tmp_path / "olora")
+    assert_unchanged(base, before)
     filet.save_as_lora(initialised(), tmp_path)
     description = json.loads((tmp_path / "filet.json").read_text())
     (tmp_path / "filet.json").write_text(json.dumps({**description, "format": "filet-adapter-1"}))

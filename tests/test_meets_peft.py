@@ -30,6 +30,7 @@ import filet
 import models
 from filet import FiletConfig
 from filet.model.factors import StartedFactor
+from initialised import LOUD
 from pictures import qwen2_vl, with_images
 
 pytestmark = [
@@ -238,7 +239,7 @@ def outcome(name: str, option: str, scaling: str, folder: Path) -> tuple[str, st
     except (ValueError, TypeError, AttributeError, ImportError):
         return NOT_PEFTS, ""
     parameters = {key: value.clone() for key, value in model.state_dict().items()}
-    config = FiletConfig(scaling=scaling, samples=None)  # type: ignore[arg-type]
+    config = FiletConfig(**{**LOUD, "scaling": scaling}, samples=None)  # type: ignore[arg-type]
     try:
         filet.initialize_lora_filet_weights(model, kind.batches, config, show_progress_bar=False)
     except ValueError as error:

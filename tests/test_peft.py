@@ -222,10 +222,9 @@ def test_weighted_adapters(kind: str, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("filet.json"))
     plain = PeftModel.from_pretrained(llama(), str(tmp_path / "alone"))
     torch.testing.assert_close(logits(plain), expected["default"], rtol=1e-4, atol=1e-4)
-    with pytest.raises(
-        ValueError, match=r"'alone' is not one that FILet initialised; expected one"
-    ):
-        filet.save_as_lora(model, tmp_path / "new", "alone")
+    filet.save_as_lora(model, tmp_path / "new", "alone")
+    assert not (tmp_path / "new" / "filet.json").exists()
+    assert torch.equal(logits(filet.load(llama(), tmp_path / "new")), logits(plain))
 
 
 # Deleting and adding.
@@ -428,8 +427,8 @@ def test_the_users_config_stays_as_it_is() -> None:
     again = get_peft_model(llama(), config)
     assert {layer.r["default"] for layer in lora_layers(again).values()} == {2, 4}
     assert not any(isinstance(module, StartedFactor) for module in again.modules())
-    with pytest.raises(ValueError, match="is not one that FILet initialised"):
-        filet.save_as_lora(again, "nowhere")
+    with pytest.raises(ValueError, match="has no frozen half"):
+        filet.write_residual(again)
 
 
 def test_a_scaling_that_was_set_by_hand(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ from adapted import (
 from adapter_cases import CASES, FILES, base_of, contents
 from filet import FiletConfig
 from filet.model.factors import StartedFactor
+from initialised import LOUD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -294,7 +295,7 @@ def test_what_is_not_initialised_is_named_once_and_saved(case: str, tmp_path: Pa
         report = filet.initialize_lora_filet_weights(
             model,
             batches(),
-            FiletConfig(scaling="singular", samples=None, loss_reduction="mean"),
+            FiletConfig(**LOUD, samples=None, loss_reduction="mean"),
             show_progress_bar=False,
         )
     (said,) = [str(w.message) for w in found if "keep PEFT's default" in str(w.message)]
@@ -319,16 +320,15 @@ def test_what_is_not_initialised_is_named_once_and_saved(case: str, tmp_path: Pa
         torch.testing.assert_close(logits(again), logits(model), **tolerance)
 
 
-def test_only_initialised_adapters_are_saved(tmp_path: Path) -> None:
+def test_what_is_no_lora_on_its_base_is_not_saved(tmp_path: Path) -> None:
     model = initialised()
-    model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("olora", LoraConfig(target_modules=["q_proj"], init_lora_weights="olora"))
     with pytest.raises(
-        ValueError,
-        match=r"'plain' is not one that FILet initialised; expected one of \['default'\]",
+        ValueError, match=r"adapter 'olora' has init_lora_weights='olora', by which PEFT changes"
     ):
-        filet.save_as_lora(model, tmp_path / "new", adapter_name="plain")
-    with pytest.raises(ValueError, match=r"'default' is not one that FILet .* one of \[\]"):
-        filet.save_as_lora(wrap(llama()), tmp_path / "new")
+        filet.save_as_lora(model, tmp_path / "new", adapter_name="olora")
+    model.delete_adapter("olora")
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"adapter_name='other'; expected one of \['default', "):
         filet.save_as_lora(model, tmp_path / "new", adapter_name="other")
     with pytest.raises(TypeError, match="expected the PeftModel"):

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import filet
 from filet import FiletConfig
 from filet.model.factors import StartedFactor
+from initialised import LOUD
 from models import case, collate, loader, peft_of
 
 pytestmark = [
@@ -45,7 +46,7 @@ def initialised() -> PeftModel:
     filet.initialize_lora_filet_weights(
         model,
         loader(case("llama").samples),
-        FiletConfig(scaling="singular", samples=None),
+        FiletConfig(**LOUD, samples=None),
         show_progress_bar=False,
     )
     return model.eval()  # no dropout
@@ -117,7 +118,7 @@ def _rank_of_two(rank: int, folder: str) -> None:
     filet.initialize_lora_filet_weights(
         model,
         batches[rank::2],
-        FiletConfig(scaling="singular", samples=None),
+        FiletConfig(**LOUD, samples=None),
         show_progress_bar=False,
     )
     model.eval()

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import filet
 from adapted import VOCAB, llama, logits, trainable
 from filet import FiletConfig
+from initialised import LOUD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,7 +41,7 @@ def initialised(device: torch.device, name: str = "default", **more: Any) -> Pef
     filet.initialize_lora_filet_weights(
         model,
         [batch],
-        FiletConfig(scaling="singular", samples=None, **more),
+        FiletConfig(**LOUD, samples=None, **more),
         adapter_name=name,
         show_progress_bar=False,
     )

@@ -173,7 +173,7 @@ def test_write_residual(dtype: torch.dtype, tmp_path: Path, device: torch.device
     residual.load_state_dict(base_state(model))
     again = PeftModel.from_pretrained(residual, str(tmp_path))
     assert torch.equal(logits(again), logits(model))
-    with pytest.raises(ValueError, match="'default' is not one that FILet initialised"):
+    with pytest.raises(ValueError, match="'default' has no frozen half"):
         filet.write_residual(model)
 
 
@@ -201,7 +201,7 @@ REFUSED: dict[str, tuple[Callable[[], PeftModel], str]] = {
     "shared": (_shared, r"lm_head is shared \(.*embed_tokens.*; expected target_modules without"),
     "another adapter": (_with_another, r"down_proj also has the adapter 'other'.* deleted first"),
     "merged": (_merged, r"an adapter is merged into its weight; .*unmerge_adapter"),
-    "plain": (lambda: wrap(llama()), r"'default' is not one that FILet initialised"),
+    "plain": (lambda: wrap(llama()), r"'default' has no frozen half"),
 }
 
 

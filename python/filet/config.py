@@ -10,9 +10,22 @@ from typing import Any, Literal, get_args, get_type_hints
 from filet_kernels.energy import Normalization
 from filet_kernels.lora import Scaling, Selection
 
-__all__ = ["Choices", "FiletConfig", "Fisher", "LossReduction", "checked_config", "resolved"]
+__all__ = [
+    "Choices",
+    "FiletConfig",
+    "Fisher",
+    "LossReduction",
+    "Magnitude",
+    "Start",
+    "checked_config",
+    "resolved",
+]
 
 Choices = Literal["auto", "contrast", Selection]
+
+Magnitude = Literal["relative", Normalization]
+
+Start = Literal["zero", "untouched"]
 
 Fisher = Literal["empirical", "sampled"]
 
@@ -24,6 +37,11 @@ class FiletConfig:
     """Settings of :func:`filet.initialize_lora_filet_weights` (FILet, arXiv 2605.01046).
 
     Attributes:
+        start: "zero" gives A the scaled directions and leaves B at 0, so that the adapter is plain
+            LoRA from the first moment and nothing is subtracted. "untouched" has the paper's A0 and
+            B0, with their product subtracted by a frozen half of the adapter, beside a W that
+            nobody changes (docs/adapters.md); :func:`filet.write_residual` makes of that the
+            paper's W_res.
         select: which directions become the adapter: the "min" Fisher energies (the paper's main
             method), the "max", or "random" ones; or "contrast", those of largest task over data to
             keep (:func:`filet_kernels.contrast_directions`), which needs ``keep``. "auto" is
@@ -31,8 +49,12 @@ class FiletConfig:
         damping: of "contrast", over the mean eigenvalue of the moment to keep.
         scaling: of A and B: "fisher", "singular", "constant_min" or "constant_max", see
             :func:`filet_kernels.lora_factors`.
-        normalization: "mean" (the paper's) takes g as the gradient of the mean loss over the whole
-            minibatch, "sum" of the summed loss. It scales the energies, not their order.
+        normalization: of c, by which A and B are scaled; it changes no choice. "relative" is c over
+            its mean over the chosen directions, times ``gamma``: the paper's proportions, whatever
+            the loss's reduction, the batch and the dtype. "mean" is the paper's own c, with g the
+            gradient of the mean loss over the whole minibatch; "sum" that of the summed loss.
+        gamma: γ of "relative", and c of every direction of "contrast". At 1/3, with an alpha that
+            makes PEFT's scaling 1, ‖A‖ is as large as that of LoRA's default.
         fisher: labels from the data ("empirical", the paper's) or drawn from the model's own
             predictions ("sampled", the true Fisher; needs ``outputs.logits`` and labels that say
             which positions count).
@@ -60,10 +82,12 @@ class FiletConfig:
             batch every time.
     """
 
+    start: Start = "zero"
     select: Choices = "auto"
     damping: float = 1e-2
     scaling: Scaling = "fisher"
-    normalization: Normalization = "mean"
+    normalization: Magnitude = "relative"
+    gamma: float = 1 / 3
     fisher: Fisher = "empirical"
     samples: int | None = 320
     token_mask: str | None = "attention_mask"
@@ -80,8 +104,15 @@ class FiletConfig:
             if allowed and all(isinstance(choice, str) for choice in allowed):
                 if value not in allowed:
                     raise ValueError(f"{field.name}={value!r}; expected one of {allowed}")
-        if not isinstance(self.damping, (int, float)) or not 0 < self.damping < math.inf:
-            raise ValueError(f"damping={self.damping!r}; expected a positive number")
+        for name in ("damping", "gamma"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name}={value!r}; expected a positive number")
+        if self.normalization != "relative" and self.gamma != type(self).gamma:
+            raise ValueError(
+                f"gamma={self.gamma!r} has no effect with normalization={self.normalization!r}; "
+                "expected normalization='relative', or no gamma"
+            )
         if self.samples is not None and (type(self.samples) is not int or self.samples < 1):
             raise ValueError(f"samples={self.samples!r}; expected an integer ≥ 1, or None for all")
         if self.token_mask is not None and not isinstance(self.token_mask, str):
@@ -97,7 +128,7 @@ class FiletConfig:
 
 
 def checked_config(config: Any) -> FiletConfig:
-    """The settings, the paper's for None; TypeError for anything else."""
+    """The settings, the defaults for None; TypeError for anything else."""
     if config is None:
         return FiletConfig()
     if not isinstance(config, FiletConfig):

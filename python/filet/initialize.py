@@ -47,19 +47,23 @@ def initialize_lora_filet_weights(
     """Initialise a LoRA adapter with FILet (arXiv 2605.01046, Algorithm 1), in place.
 
     Runs ``config.samples`` samples forward and backward, and gives every target module the r
-    directions of least Fisher energy,
-        A0 = diag(E_I)^½ V̂_Iᵀ,  B0 = Û_I diag(E_I)^½,
-    from which A and B train, the layer being W x + s (B A − B0 A0) x with PEFT's scaling s. So the
-    model's function stays what it was, and its base weights do, to the bit: the paper's W_res = W −
-    s B0 A0 is left in two parts (:func:`filet.write_residual` joins them).
+    directions of least Fisher energy E as A, with B = 0:
+        A = diag(c_I)^½ V̂_Iᵀ,  c = γ E / mean(E_I).
+    So the adapter is plain LoRA with another A. With ``config.start="untouched"`` it is the paper's
+        A0 = diag(c_I)^½ V̂_Iᵀ,  B0 = Û_I diag(c_I)^½,
+    from which A and B train, the layer being W x + s (B A − B0 A0) x with PEFT's scaling s: the
+    paper's W_res = W − s B0 A0 is left in two parts (:func:`filet.write_residual` joins them).
+    Either way the model's function stays what it was, and its base weights do, to the bit.
 
     Args:
         peft_model: what ``get_peft_model(model, LoraConfig(...))`` returned (any rank, alpha,
             patterns, rslora; A and B may be on the meta device). Its adapter is overwritten once
-            everything has succeeded; on an exception or Ctrl-C the model is what it was. To PEFT
-            the adapter is of rank 2r then, one half of it frozen (docs/adapters.md).
+            everything has succeeded; on an exception or Ctrl-C the model is what it was. With
+            "untouched" the adapter is of rank 2r to PEFT, one half of it frozen
+            (docs/adapters.md).
         dataloader, forward_fn, show_progress_bar: see :func:`filet.collect_statistics`.
-        config: :class:`FiletConfig`, the paper's settings by default.
+        config: :class:`FiletConfig`. ``FiletConfig(start="untouched", normalization="mean")`` has
+            the paper's own magnitudes.
         adapter_name: which adapter.
         keep: batches of what is not to be forgotten, or "self", as in
             :func:`filet.collect_statistics`. With it the directions are those of largest task over
@@ -230,8 +234,8 @@ def initialize_folder(
         output: folder to create, with the adapter and ``filet_report.safetensors``.
         lora_config: rank, alpha, patterns, rslora, targets. The blockwise engine takes layers
             inside the blocks only, and nothing to save besides.
-        config: the paper's settings by default. The blockwise engine has no use for
-            ``loss_reduction``: its loss is the cross-entropy of the next token.
+        config: as in :func:`filet.initialize_lora_filet_weights`. The blockwise engine has no use
+            for ``loss_reduction``: its loss is the cross-entropy of the next token.
         engine: "memory" loads the whole model onto ``device``; "blockwise" never does; "auto" takes
             "memory" where weights and statistics fit there with room to spare.
         dtype: of the weights in memory, "auto" for what the folder says.

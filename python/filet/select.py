@@ -30,9 +30,6 @@ from filet_kernels import (
 
 __all__ = ["Choice", "Layer", "check_contrast_rank", "check_rank", "choose", "warn_of"]
 
-# c of every direction that is chosen by contrast: its rows of A are as long as those of LoRA's own.
-_OF_CONTRAST = 1 / 3
-
 _AHEAD = 7  # modules whose energies a GPU computes while the host chooses: a block's
 
 
@@ -41,7 +38,7 @@ class Layer:
     """What was chosen for a layer: its factors, in the dtype in which the adapter stores them."""
 
     A0: Tensor  # (r, n)
-    B0: Tensor  # (m, r)
+    B0: Tensor | None  # (m, r); None where B starts at 0
     fingerprint: str  # of the base weight
 
 
@@ -68,7 +65,7 @@ def choose(
     config: FiletConfig,
     keep: Mapping[str, SecondMoment] | None = None,
 ) -> Choice:
-    """The r directions of every target, and A0, B0.
+    """The r directions of every target, and A0, B0; no B0 for ``config.start="zero"``.
 
     By :func:`filet_kernels.fisher_energies`, or :func:`filet_kernels.contrast_directions`.
 
@@ -77,8 +74,8 @@ def choose(
         moments: of their names. A target without any saw no token (an expert, say).
         shared_input: module → the module whose input moment it shares, for the report.
         fingerprints: module → hash of its weight.
-        config: uses ``normalization``, ``select`` (no "auto" any more), ``scaling``, ``damping``
-            and ``seed``.
+        config: uses ``start``, ``normalization``, ``gamma``, ``select`` (no "auto" any more),
+            ``scaling``, ``damping`` and ``seed``.
         keep: of "contrast", the input moments of data to keep.
 
     Returns:
@@ -113,7 +110,7 @@ def choose(
 
 
 # Of a module: its name, energies and indices for the report, and A0, B0.
-_Chosen = tuple[str, Tensor, Tensor, Tensor, Tensor]
+_Chosen = tuple[str, Tensor, Tensor, Tensor, Tensor | None]
 
 
 def _by_energy(
@@ -126,9 +123,15 @@ def _by_energy(
         target = targets[name]
         indices = select(energies, target.rank, config.select, seed=config.seed)
         A0, B0 = lora_factors(
-            weights[name], energies, indices, scaling=config.scaling, dtype=target.dtype
+            weights[name],
+            energies,
+            indices,
+            scaling=config.scaling,
+            gamma=config.gamma if config.normalization == "relative" else None,
+            dtype=target.dtype,
         )
-        yield name, energies, indices, A0, B0
+        # B0 is one of two thin products; what it costs to choose lies in the energies.
+        yield name, energies, indices, A0, None if config.start == "zero" else B0
 
 
 def _by_contrast(
@@ -139,8 +142,9 @@ def _by_contrast(
 ) -> Iterator[_Chosen]:
     """Directions of task against keep, solved once for modules that share both moments.
 
-    A = √c · rows of length 1, B = √c · columns of W Aᵀ of length 1, with one c for all.
+    A = √γ · rows of length 1, B = √γ · columns of W Aᵀ of length 1.
     """
+    root = config.gamma**0.5
     solved: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
     for name, target in targets.items():
         task, rank, weight = moments[name].input, target.rank, target.weight
@@ -159,12 +163,12 @@ def _by_contrast(
                 raise ValueError(f"{name}: {error}") from error
             solved = {key: (rows, values.cpu())}  # who shares it comes next
         rows, values = solved[key]
-        root = _OF_CONTRAST**0.5
-        columns = weight.double() @ rows.to(weight.device).T
-        lengths = torch.linalg.vector_norm(columns, dim=0)
-        B0 = columns * (root / torch.where(lengths > 0, lengths, 1))
-        A0 = (root * rows).to(weight.device, target.dtype)
-        yield name, values, torch.arange(rank), A0, B0.to(target.dtype)
+        A0, B0 = (root * rows).to(weight.device, target.dtype), None
+        if config.start == "untouched":
+            columns = weight.double() @ rows.to(weight.device).T
+            lengths = torch.linalg.vector_norm(columns, dim=0)
+            B0 = (columns * (root / torch.where(lengths > 0, lengths, 1))).to(target.dtype)
+        yield name, values, torch.arange(rank), A0, B0
 
 
 def _tokens(
@@ -206,7 +210,9 @@ def _energies(
 
     for name, weight in weights.items():
         energies = fisher_energies(
-            weight, _moved(moments[name], weight.device), normalization=config.normalization
+            weight,
+            _moved(moments[name], weight.device),
+            normalization="sum" if config.normalization == "sum" else "mean",
         )
         event = None
         if energies.is_cuda:
@@ -273,12 +279,19 @@ def warn_of(left_default: Mapping[str, str], layers: Mapping[str, Layer]) -> Non
             f"{len(left_default)} modules keep PEFT's default LoRA initialisation: {some(shown)}",
             stacklevel=4,
         )
-    alive = values([(x.A0.any(1) | x.B0.any(0)).all() for x in layers.values()])
+    alive = values([_alive(layer) for layer in layers.values()])
     dead = [name for name, flag in zip(layers, alive, strict=True) if not flag]
     if dead:
         warnings.warn(
             f"{some(dead)}: some chosen directions have no energy at all (or less than the "
             "adapter's dtype can hold), so their rows of A and columns of B are zero and will not "
-            "train; expected more samples, a float32 adapter, or another scaling",
+            "train; expected normalization='relative', more samples, a float32 adapter, or another "
+            "scaling",
             stacklevel=4,
         )
+
+
+def _alive(layer: Layer) -> Tensor:
+    """Whether every direction can train: () bool on the layer's device."""
+    rows = layer.A0.any(1)
+    return (rows if layer.B0 is None else rows | layer.B0.any(0)).all()

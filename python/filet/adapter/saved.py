@@ -1,7 +1,7 @@
 """An initialised adapter's ways to disk and back, to go on training at rank r.
 
-On disk it is a plain LoRA of rank 2r and ``filet.json`` (:mod:`filet.adapter.state`); a
-report and a picture are put beside them by :func:`write_folder`.
+On disk it is a plain LoRA; of rank 2r and with ``filet.json`` where one half of it is frozen
+(:mod:`filet.adapter.state`). A report and a picture are put beside it by :func:`write_folder`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ from filet.adapter.state import (
     WEIGHTS_FILE,
     describe,
     key_of,
-    started,
     starts_of,
 )
 from filet.model.factors import StartedFactor, StartedLinear
 from filet.model.fingerprint import check_fingerprint, fingerprints
-from filet.model.targets import find_targets, weight_of
+from filet.model.targets import check_init, check_peft_model, find_targets, weight_of
 from filet.report.names import PLOT_FILE, can_draw
 from filet.report.report import FiletReport
 from filet.system.files import replaced_together, staged
@@ -44,23 +43,24 @@ __all__ = ["load", "save_as_lora", "write_folder"]
 def save_as_lora(
     peft_model: PeftModel, folder: str | os.PathLike[str], adapter_name: str = "default"
 ) -> None:
-    """Save an adapter that FILet initialised: what PEFT saves, into ``folder`` itself.
+    """Save a LoRA adapter: what PEFT saves, into ``folder`` itself.
 
-    That is a plain LoRA of rank 2r for the base model as it is,
+    One that started at B = 0 is a plain LoRA of rank r. One with a frozen half is a plain LoRA of
+    rank 2r for the base model as it is,
         A' = [A; A0],  B' = [B, −B0],  alpha' = 2r s,
-    with A and B to the bit. It loads in any PEFT, without this package; ``filet.json`` beside it
-    lets :func:`load` go on training at rank r. ``peft_model.save_pretrained``, a Trainer's
+    with A and B to the bit. Both load in any PEFT, without this package; ``filet.json`` beside the
+    second lets :func:`load` go on training at rank r. ``peft_model.save_pretrained``, a Trainer's
     checkpoints and uploads write the same files.
 
     All files are in place, or on an exception those that were there before. Killed while they are
     renamed, the folder has no ``adapter_config.json``, so nothing loads what belongs to two saves.
 
-    Raises ValueError for an adapter that FILet did not initialise.
+    Raises ValueError for an adapter for whose initialisation PEFT changed the base weights.
     """
-    started(peft_model, adapter_name)
+    config = check_peft_model(peft_model, adapter_name).peft_config[adapter_name]
+    check_init(config, f"adapter {adapter_name!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = peft_model.peft_config[adapter_name]
     with tempfile.TemporaryDirectory(prefix=".filet.", dir=folder) as beside:
         try:
             describe(peft_model, adapter_name)  # with scalings that somebody changed, for now
@@ -76,6 +76,8 @@ def load(
 ) -> PeftModel:
     """Load what :func:`save_as_lora` wrote, ready to go on training at rank r.
 
+    A folder without ``filet.json`` is loaded as the plain LoRA that it is.
+
     Args:
         base_model: with the very weights that the adapter was made for; they stay as they are.
         folder: what :func:`save_as_lora`, ``save_pretrained`` or a Trainer wrote.
@@ -86,13 +88,21 @@ def load(
 
     Raises:
         ValueError: no such adapter in the folder, or a base model of other weights (the first
-            module that differs is named); ``base_model`` is then as it was.
+            module that differs is named), as ``filet.json`` tells; ``base_model`` is then as it
+            was.
     """
     if isinstance(base_model, PeftModel):
         raise ValueError("base_model is a PeftModel; expected the model without adapters")
     folder = Path(folder)
-    layers, tensors = _described(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{folder} has no {CONFIG_FILE}; expected a folder that filet.save_as_lora wrote"
+        )
     config = LoraConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{folder} has a {type(config).__name__}; expected a LoRA adapter")
+    check_init(config, str(folder))
+    layers, tensors = _described(folder)
     replicated = bool(config.layer_replication)
     if not replicated:  # else its layers are not there yet
         _check_base(base_model, layers, folder)
@@ -147,19 +157,17 @@ def _kept_on_error(base_model: nn.Module, tensors: Mapping[str, Tensor]) -> Iter
 
 
 def _described(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """The layers of the adapter in a folder that have a start, and all its tensors."""
+    """The layers of the adapter in a folder that have a frozen half, and all its tensors."""
+    tensors = load_peft_weights(str(folder), device="cpu")
     try:
         description = json.loads((folder / FILET_FILE).read_text())
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder} has no {FILET_FILE}; expected a folder that filet.save_as_lora wrote"
-        ) from error
+    except FileNotFoundError:
+        return {}, tensors
     if description.get("format") != FORMAT:
         raise ValueError(
             f"{folder / FILET_FILE}: format {description.get('format')!r}; expected {FORMAT!r}"
         )
     layers: dict[str, dict[str, Any]] = description["layers"]
-    tensors = load_peft_weights(str(folder), device="cpu")
     for name, layer in layers.items():
         starts = {key: layer[key] for key in ("A0", "B0")}
         key = key_of(name, "A")

@@ -1,8 +1,9 @@
 """What an initialised adapter is: its config, its files, and which half of its factors is frozen.
 
-Its layers hold [A; A0] and [B, −B0] (:mod:`filet.model.factors`), a plain LoRA of rank 2r over the
-base as it was, and its config says so. What PEFT saves of it loads in any PEFT; ``filet.json``
-beside it says which half is frozen.
+One that started at B = 0 is PEFT's plain LoRA, and nothing here is about it but its config. The
+layers of another hold [A; A0] and [B, −B0] (:mod:`filet.model.factors`), a plain LoRA of rank 2r
+over the base as it was, and its config says so. What PEFT saves of it loads in any PEFT;
+``filet.json`` beside it says which half is frozen.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import WEIGHTS_NAME, load_peft_weights
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,10 +39,10 @@ __all__ = [
     "describe",
     "factors_of",
     "key_of",
+    "made_by",
     "set_rank",
     "started",
     "starts_of",
-    "whole_number",
 ]
 
 WEIGHTS_FILE = "adapter_model.safetensors"  # PEFT's names, as its own saves have them
@@ -49,9 +51,12 @@ CONFIG_FILE = "adapter_config.json"
 FILET_FILE = "filet.json"
 FORMAT = "filet-adapter-2"  # of that file
 
+# Attribute of a FiletLoraConfig: the config that the adapter had before, where that is known.
+_GIVEN = "_filet_given"
+
 
 class FiletLoraConfig(LoraConfig):
-    """The config of an adapter that FILet initialised, as it is: of rank 2r, half of it frozen."""
+    """The config of an adapter with a frozen half, as it is: of rank 2r."""
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
@@ -61,46 +66,94 @@ class FiletLoraConfig(LoraConfig):
             _complete(Path(save_directory), caller["self"], caller["adapter_name"])
 
 
-def set_rank(
-    layer: LoraLayer, adapter: str, rank: int, alpha: float, rslora: bool, undo: list[Any]
-) -> None:
-    """What PEFT knows of a layer's rank. Its scaling stays what it is."""
+def set_rank(layer: LoraLayer, adapter: str, rank: int, rslora: bool, undo: list[Any]) -> None:
+    """What PEFT knows of a layer's rank, and the alpha by which its scaling stays what it is."""
+    alpha = _alpha(layer.scaling[adapter], rank, rslora)
     for known, value in ((layer.r, rank), (layer.lora_alpha, alpha), (layer.use_rslora, rslora)):
         undo.append(partial(known.__setitem__, adapter, known[adapter]))
         known[adapter] = value
 
 
-def whole_number(alpha: float) -> float:
-    """PEFT's alphas are integers: drop the rounding of s · r where it should be one."""
-    alpha = float(alpha)  # PEFT makes scalings tensors, for a hot swap of a compiled model
+def _alpha(scaling: float, rank: int, rslora: bool = False) -> float:
+    """That of a scaling. PEFT's are integers: the rounding is dropped where it should be one."""
+    # PEFT makes scalings tensors, for a hot swap of a compiled model.
+    alpha = float(scaling) * (math.sqrt(rank) if rslora else rank)
     nearest = round(alpha)
     return nearest if math.isclose(alpha, nearest, rel_tol=1e-12) else alpha
+
+
+def made_by(peft_model: PeftModel, adapter_name: str) -> LoraConfig | None:
+    """The config by which PEFT made the adapter, or None where nobody has it any more."""
+    config = peft_model.peft_config[adapter_name]
+    if not isinstance(config, FiletLoraConfig):
+        return config
+    given: LoraConfig | None = vars(config).get(_GIVEN)
+    return given
 
 
 def describe(peft_model: PeftModel, adapter_name: str) -> None:
     """Give the adapter a config that says what its layers are.
 
-    The config has no rslora, whose α/√r is another at rank 2r, and says every rank by the layer's
-    full name: a shorter one would be taken for all modules whose name ends so. The user's own
-    object stays as it is.
+    Without a frozen half that is the config by which PEFT made it, wherever its ranks and scalings
+    still are the layers'; :class:`FiletLoraConfig` remembers it. Any other config has no rslora,
+    whose α/√r is another at rank 2r, and says every rank by the layer's full name: a shorter one
+    would be taken for all modules whose name ends so. The user's own object stays as it is.
     """
-    config = copy.deepcopy(peft_model.peft_config[adapter_name])
+    begun = bool(factors_of(peft_model, adapter_name))
+    given = made_by(peft_model, adapter_name)
+    if not begun and given is not None and _fits(given, peft_model, adapter_name):
+        config = given if given.init_lora_weights is True else copy.deepcopy(given)
+    else:
+        config = _spelled_out(peft_model, adapter_name)
+    if config is not given:
+        config.init_lora_weights, config.eva_config = True, None
+    if begun:
+        config.__class__ = FiletLoraConfig
+        config.__dict__ |= {OF_ADAPTER: adapter_name, _GIVEN: given}
+    peft_model.peft_config[adapter_name] = config
+
+
+def _fits(config: LoraConfig, peft_model: PeftModel, adapter_name: str) -> bool:
+    """Whether the layers have the ranks and scalings that a config says, read as PEFT reads it."""
+    for name, layer in _named_layers(peft_model, adapter_name):
+        rank, alpha = (
+            pattern.get(get_pattern_key(pattern.keys(), name), common)
+            for pattern, common in (
+                (config.rank_pattern, config.r),
+                (config.alpha_pattern, config.lora_alpha),
+            )
+        )
+        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        if layer.r[adapter_name] != rank:
+            return False
+        if not math.isclose(layer.scaling[adapter_name], scaling, rel_tol=1e-12):
+            return False
+    return True
+
+
+def _spelled_out(peft_model: PeftModel, adapter_name: str) -> LoraConfig:
+    """A copy of the adapter's config with the ranks and scalings that its layers have."""
+    config: LoraConfig = copy.deepcopy(peft_model.peft_config[adapter_name])
+    for attribute in (OF_ADAPTER, _GIVEN):
+        config.__dict__.pop(attribute, None)
+    config.__class__ = LoraConfig
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
+    for name, layer in _named_layers(peft_model, adapter_name):
+        rank = ranks[f"^{name}"] = layer.r[adapter_name]
+        alphas[f"^{name}"] = _alpha(layer.scaling[adapter_name], rank)
+    config.r, config.rank_pattern = _pattern(ranks)
+    config.lora_alpha, config.alpha_pattern = _pattern(alphas)
+    config.use_rslora = False
+    return config
+
+
+def _named_layers(peft_model: PeftModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+    """The adapter's layers by the names that patterns of a config are compared with."""
     for name, layer in layers_of(peft_model, adapter_name):
         if isinstance(layer, ParamWrapper):  # several may be nested at one place
             name = f"{name.removesuffix('.base_layer')}.{layer.parameter_name}"
-        rank = ranks[f"^{name}"] = layer.r[adapter_name]
-        alphas[f"^{name}"] = whole_number(layer.scaling[adapter_name] * rank)
-    config.r, config.rank_pattern = _pattern(ranks)
-    config.lora_alpha, config.alpha_pattern = _pattern(alphas)
-    config.use_rslora, config.init_lora_weights, config.eva_config = False, True, None
-    config.__dict__.pop(OF_ADAPTER, None)
-    config.__class__ = LoraConfig
-    if factors_of(peft_model, adapter_name):
-        config.__class__ = FiletLoraConfig
-        config.__dict__[OF_ADAPTER] = adapter_name
-    peft_model.peft_config[adapter_name] = config
+        yield name, layer
 
 
 def factors_of(
@@ -122,14 +175,15 @@ def _pattern(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def started(peft_model: PeftModel, adapter_name: str) -> dict[str, Target]:
-    """The layers that hold a start, an error where there is none."""
+    """The layers that have a frozen half, an error where there is none."""
     check_peft_model(peft_model, adapter_name)
     targets, _ = find_targets(peft_model, adapter_name, loaded=False)
     found = {name: targets[name] for name in factors_of(peft_model, adapter_name)}
     if not found:
+        others = [n for n, c in peft_model.peft_config.items() if isinstance(c, FiletLoraConfig)]
         raise ValueError(
-            f"adapter {adapter_name!r} is not one that FILet initialised; expected one of "
-            f"{[n for n, c in peft_model.peft_config.items() if isinstance(c, FiletLoraConfig)]}"
+            f"adapter {adapter_name!r} has no frozen half, so there is no residual to write; "
+            f"expected one that FILet initialised with start='untouched', of {others}"
         )
     return found
 

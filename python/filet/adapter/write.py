@@ -1,7 +1,8 @@
-"""Writing into a model: A0 and B0, PEFT's default where nothing was chosen, and W_res."""
+"""Writing into a model: a start, PEFT's default where nothing was chosen, and W_res."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from filet.adapter.state import describe, set_rank, started, whole_number
+from filet.adapter.state import describe, made_by, set_rank, started
 from filet.model.factors import StartedFactor, StartedLinear
 from filet.model.targets import Target, check_unmerged
 from filet.select import Layer
@@ -27,12 +28,17 @@ def commit(
     targets: Mapping[str, Target],
     layers: Mapping[str, Layer],
 ) -> None:
-    """Start the adapter at A0, B0 in these layers: in all of them, or on an exception in none."""
+    """Start the adapter in these layers: in all of them, or on an exception in none.
+
+    At A0 and B0 with a frozen half beside them, to PEFT of rank 2r then. Or, where there is no B0,
+    at A0 and 0: PEFT's plain LoRA of rank r.
+    """
     configs = peft_model.peft_config
     undo: list[Any] = [partial(configs.__setitem__, adapter_name, configs[adapter_name])]
+    rslora = _rslora(peft_model, adapter_name)
     try:
         for name, layer in layers.items():
-            _start(targets[name], layer, undo)
+            _start(targets[name], layer, rslora, undo)
         describe(peft_model, adapter_name)
     except BaseException:
         for action in reversed(undo):
@@ -40,22 +46,52 @@ def commit(
         raise
 
 
-def _start(target: Target, layer: Layer, undo: list[Any]) -> None:
-    """Put the factors of a layer into its A and B; on ``undo`` what reverts it."""
-    place, adapter, scaling = target.layer, target.adapter, target.scaling
-    for linear, value, dim in ((target.A, layer.A0, 0), (target.B, layer.B0, 1)):
-        _write(linear, "weight", value, undo)
-        if linear.bias is not None:
-            _write(linear, "bias", torch.zeros_like(linear.bias, device=value.device), undo)
-        if isinstance(linear, StartedFactor):
-            undo.append(partial(StartedFactor.begin, linear, linear.start, dim, linear.base))
-        else:
-            undo.append(partial(StartedFactor.end, linear))
-        StartedFactor.begin(linear, value if dim == 0 else -value, dim, layer.fingerprint)
+def _rslora(peft_model: PeftModel, adapter_name: str) -> bool:
+    """Whether layers without a frozen half scale by α/√r."""
+    given = made_by(peft_model, adapter_name)
+    return given is not None and given.use_rslora
+
+
+def _start(target: Target, layer: Layer, rslora: bool, undo: list[Any]) -> None:
+    """Put the start of a layer into its A and B; on ``undo`` what reverts it."""
+    place, rank, A0, B0 = target.layer, target.rank, layer.A0, layer.B0
+    was = isinstance(target.A, StartedFactor)
     undo.append(partial(setattr, place, "__class__", type(place)))
-    place.__class__ = StartedLinear
-    rank = 2 * target.rank
-    set_rank(place, adapter, rank, whole_number(scaling * rank), False, undo)
+    if B0 is None:
+        zero = A0.new_zeros(target.shape[0], rank)
+        _put(target.A, A0, None, 0, layer.fingerprint, undo)
+        _put(target.B, zero, None, 1, layer.fingerprint, undo)
+    else:
+        _put(target.A, A0, A0, 0, layer.fingerprint, undo)
+        _put(target.B, B0, -B0, 1, layer.fingerprint, undo)
+    _settle(place)
+    if B0 is not None:
+        set_rank(place, target.adapter, 2 * rank, False, undo)
+    elif was:  # else PEFT has it right
+        set_rank(place, target.adapter, rank, rslora, undo)
+
+
+def _put(
+    linear: nn.Linear, value: Tensor, start: Tensor | None, dim: int, base: str, undo: list[Any]
+) -> None:
+    """Write a factor's value, and give it this frozen half, or none."""
+    _write(linear, "weight", value, undo)
+    if linear.bias is not None:
+        _write(linear, "bias", torch.zeros_like(linear.bias, device=value.device), undo)
+    if isinstance(linear, StartedFactor):
+        undo.append(partial(StartedFactor.begin, linear, linear.start, dim, linear.base))
+    else:
+        undo.append(partial(StartedFactor.end, linear))
+    if start is None:
+        StartedFactor.end(linear)
+    else:
+        StartedFactor.begin(linear, start, dim, base)
+
+
+def _settle(layer: LoraLayer) -> None:
+    """The layer's class by whether any of its adapters has a frozen half."""
+    begun = any(isinstance(factor, StartedFactor) for factor in layer.lora_A.values())
+    layer.__class__ = StartedLinear if begun else lora.Linear
 
 
 def _write(linear: nn.Linear, name: str, value: Tensor, undo: list[Any]) -> None:
@@ -82,30 +118,30 @@ def write_residual(peft_model: PeftModel, adapter_name: str = "default") -> None
     which the model's function moves. The names by which model and adapter know where their weights
     came from are cleared.
 
-    Raises ValueError, with the model as it was, for an adapter that FILet did not initialise or
-    that is merged, for a weight that another module uses too, and for a layer on which another
+    Raises ValueError, with the model as it was, for an adapter that has no frozen half or that is
+    merged, for a weight that another module uses too, and for a layer on which another
     adapter sits: their functions would change with W. On another exception (no memory, say) the
     layers that are done are done, each with its function; the same call goes on.
     """
     targets = started(peft_model, adapter_name)
     check_unmerged(targets)
     _check_sole_user(peft_model, targets, adapter_name)
-    model = peft_model.base_model.model
+    model, rslora = peft_model.base_model.model, _rslora(peft_model, adapter_name)
     try:
         for target in targets.values():
             A, B = target.A, target.B
             assert isinstance(A, StartedFactor) and isinstance(B, StartedFactor)
-            rank, scaling = target.rank, target.scaling
             dtype = target.dtype
-            residual_weight_(target.weight, A.start.to(dtype), -B.start.to(dtype), scaling)
+            residual_weight_(target.weight, A.start.to(dtype), -B.start.to(dtype), target.scaling)
             StartedFactor.end(A)
             StartedFactor.end(B)
-            if not any(isinstance(x, StartedFactor) for x in target.layer.lora_A.values()):
-                target.layer.__class__ = lora.Linear
-            set_rank(target.layer, adapter_name, rank, whole_number(scaling * rank), False, [])
+            _settle(target.layer)
+            set_rank(target.layer, adapter_name, target.rank, rslora, [])
     finally:
         describe(peft_model, adapter_name)
-        peft_model.peft_config[adapter_name].base_model_name_or_path = None
+        config = copy.deepcopy(peft_model.peft_config[adapter_name])  # it may be the user's own
+        config.base_model_name_or_path = None
+        peft_model.peft_config[adapter_name] = config
         if hasattr(model, "name_or_path"):
             model.name_or_path = ""
 

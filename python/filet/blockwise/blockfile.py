@@ -28,12 +28,14 @@ class Finished:
     unmasked: list[str]
 
     def content(self) -> bytes:
-        """Of the block's file: A, B, energies and indices, and the rest as JSON beside them."""
+        """Of the block's file: A, B if there is one, energies and indices, the rest as JSON."""
         tensors: dict[str, Tensor] = {}
         rows: list[dict[str, Any]] = []
         for name, layer in self.choice.layers.items():
             its_tensors, row = self.choice.reports[name].parts()
-            tensors |= {**its_tensors, f"{name}.A": layer.A0, f"{name}.B": layer.B0}
+            tensors |= {**its_tensors, f"{name}.A": layer.A0}
+            if layer.B0 is not None:
+                tensors[f"{name}.B"] = layer.B0
             rows.append({"fingerprint": layer.fingerprint, **row})
         metadata = {
             "format": _FORMAT,
@@ -50,10 +52,10 @@ class Finished:
             metadata: dict[str, str] = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"{path}: format {metadata.get('format')!r}; expected {_FORMAT!r}")
-            choice = Choice(left_default=json.loads(metadata["left_default"]))
+            choice, there = Choice(left_default=json.loads(metadata["left_default"])), file.keys()
             for row in json.loads(metadata["modules"]):
                 name, fingerprint = row["name"], row.pop("fingerprint")
-                A, B = (file.get_tensor(f"{name}.{side}") for side in "AB")
-                choice.layers[name] = Layer(A, B, fingerprint)
+                B = file.get_tensor(f"{name}.B") if f"{name}.B" in there else None
+                choice.layers[name] = Layer(file.get_tensor(f"{name}.A"), B, fingerprint)
                 choice.reports[name] = ModuleReport.of_parts(file.get_tensor, row)
         return cls(block, choice, json.loads(metadata["unmasked"]))

@@ -177,7 +177,7 @@ class Blockwise:
         keeping = Keeping.choose(
             self.model.first, self.journal.top, self.host_memory // nbytes, disk, nbytes
         )
-        self.journal.reserve(nbytes, self.model.of_block)
+        self.journal.reserve(nbytes, self.model.of_block, self.config.start == "untouched")
         self.boundaries = Boundaries(
             layout, keeping, self.device, self.scratch, self.times, self.machine
         )

@@ -158,16 +158,21 @@ class Journal:
 
     # What comes in, written beside the computation.
 
-    def reserve(self, boundary: int, of_block: Sequence[Mapping[str, Target]]) -> None:
+    def reserve(
+        self, boundary: int, of_block: Sequence[Mapping[str, Target]], with_B: bool
+    ) -> None:
         """See that the disk has what the run will need, for boundaries of so many bytes.
 
-        Raises OSError where it has less.
+        ``with_B``: whether blocks have B beside A. Raises OSError where the disk has less.
         """
         # Two gradients at a time, and A, B and the energies of what is not finished.
-        self.reserved = 2 * (boundary + _TRAILER.size) + sum(
-            4 * target.rank * sum(target.shape) + 8 * target.shape[1]
+        shapes = [
+            (target.rank, *target.shape)
             for mine in of_block[self._first : self.top + 1]
             for target in mine.values()
+        ]
+        self.reserved = 2 * (boundary + _TRAILER.size) + sum(
+            4 * rank * (m + n if with_B else n) + 8 * n for rank, m, n in shapes
         )
         free = self._disk.free(self.folder)
         if free < self.reserved:

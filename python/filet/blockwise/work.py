@@ -135,5 +135,6 @@ class Work:
             targets, hooks.moments, hooks.shared_input, fingerprints_of(targets), self.config
         )
         for layer in choice.layers.values():
-            layer.A0, layer.B0 = layer.A0.cpu(), layer.B0.cpu()
+            layer.A0 = layer.A0.cpu()
+            layer.B0 = None if layer.B0 is None else layer.B0.cpu()
         return Finished(block, choice, sorted(hooks.unmasked))

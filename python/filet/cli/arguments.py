@@ -153,6 +153,13 @@ def _add_lora(group: argparse._ArgumentGroup) -> None:
 
 def _add_choice(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
+        "--start",
+        choices=("zero", "untouched"),
+        default="zero",
+        help="zero: directions in A and B = 0, plain LoRA; untouched: A0 and B0, subtracted by a "
+        "frozen half of the adapter (default: zero)",
+    )
+    group.add_argument(
         "--select",
         choices=("auto", "min", "max", "random", "contrast"),
         default="auto",
@@ -174,10 +181,17 @@ def _add_choice(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--normalization",
-        choices=("mean", "sum"),
-        default="mean",
-        help="energies of the mean or of the summed loss; scales A and B, does not change the "
-        "choice (default: mean)",
+        choices=("relative", "mean", "sum"),
+        default="relative",
+        help="what A and B are scaled by: energies over their mean, times --gamma; or energies of "
+        "the mean or of the summed loss. Does not change the choice (default: relative)",
+    )
+    group.add_argument(
+        "--gamma",
+        type=_positive_float,
+        default=1 / 3,
+        metavar="X",
+        help="of relative and of contrast: 1/3 makes A as large as LoRA's default (default: 1/3)",
     )
 
 

@@ -228,10 +228,9 @@ def _config(args: argparse.Namespace) -> Any:
         key: getattr(args, key) for key in ("fisher", "seed", "samples", "passes")
     }
     if args.command == "init":
-        chosen["select"] = args.select
-        chosen["damping"] = args.damping
+        names = ("start", "select", "damping", "normalization", "gamma")
+        chosen |= {key: getattr(args, key) for key in names}
         chosen["scaling"] = args.scaling.replace("-", "_")
-        chosen["normalization"] = args.normalization
     return FiletConfig(**chosen)
 
 

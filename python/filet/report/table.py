@@ -59,7 +59,7 @@ def summary(
     data = (plural(samples, "sample"), plural(tokens, "token"), plural(loss_terms, "loss term"))
     entries = [("initialised", _initialised(modules)), ("data", ", ".join(data))]
     if config:
-        entries.append(("config", ", ".join(f"{key}={value}" for key, value in config.items())))
+        entries.append(("config", ", ".join(f"{k}={_plain(v)}" for k, v in config.items())))
     excluded = [number for module in modules if (number := int(module.energies.isnan().sum()))]
     if any(module.kind == "contrast" for module in modules):
         entries.append(("chosen", "eigenvalues of task against data to keep (select='contrast')"))
@@ -136,6 +136,11 @@ def _extent(values: torch.Tensor) -> tuple[float, float]:
     if values.numel() == 0:
         return float("nan"), float("nan")
     return float(values.min()), float(values.max())
+
+
+def _plain(value: Any) -> str:
+    """A setting: a third with four digits of it."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _scientific(value: float) -> str:

@@ -48,8 +48,9 @@ def replaced(path: str | os.PathLike[str], *, durable: bool = False) -> Iterator
 def replaced_together(source: Path, folder: Path, names: Sequence[str]) -> None:
     """Move files from ``source`` into ``folder``, on the same disk: all, or on an exception none.
 
-    The last name goes first and comes last. Killed in between, the folder lacks it, and what was
-    there before lies in a hidden folder beside.
+    Of a name that ``source`` lacks, ``folder`` has no file afterwards. The last name goes first and
+    comes last. Killed in between, the folder lacks it, and what was there before lies in a hidden
+    folder beside.
     """
     with tempfile.TemporaryDirectory(prefix=".replaced.", dir=folder) as place:
         aside = Path(place)
@@ -58,13 +59,14 @@ def replaced_together(source: Path, folder: Path, names: Sequence[str]) -> None:
                 if (folder / name).exists():
                     os.rename(folder / name, aside / name)
             for name in names:
-                os.rename(source / name, folder / name)
+                if (source / name).exists():
+                    os.rename(source / name, folder / name)
         except BaseException:
             for name in names:
                 if (aside / name).exists():
                     os.rename(aside / name, folder / name)
                 elif not (source / name).exists():
-                    (folder / name).unlink()
+                    (folder / name).unlink(missing_ok=True)
             raise
 
 
