@@ -101,6 +101,47 @@ def test_scalings(layer):
     torch.testing.assert_close(norms("constant_max")[2], energies[indices].max().expand(6))
 
 
+@pytest.mark.parametrize("scaling", ["fisher", "singular", "constant_min", "constant_max"])
+@pytest.mark.parametrize("gamma", [1 / 3, 2.0])
+def test_gamma_sets_the_magnitude_and_keeps_the_proportions(layer, scaling, gamma):
+    W, energies = layer
+    indices = select(energies, 6)
+    plain_A, plain_B = lora_factors(W, energies, indices, scaling=scaling, dtype=torch.float64)
+    c = plain_A.square().sum(1)
+    root = (gamma / c.mean()).sqrt()
+    how = {"scaling": scaling, "gamma": gamma, "dtype": torch.float64}
+    for unit in (1.0, 1e-30, 1e30):
+        A, B = lora_factors(W, energies * unit, indices, **how)
+        torch.testing.assert_close(A, plain_A * root, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(B, plain_B * root, rtol=1e-12, atol=1e-14)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        stored, _ = lora_factors(W, energies * 1e-30, indices, scaling=scaling, gamma=gamma)
+        torch.testing.assert_close(stored.double(), plain_A * root, rtol=1e-5, atol=1e-6)
+        rounded, _ = lora_factors(W, energies, indices, scaling=scaling, gamma=gamma, dtype=dtype)
+        assert torch.equal(rounded.float(), stored.to(dtype).float())
+
+
+def test_no_row_is_zero_with_gamma(layer):
+    """Where energies are 0, or nearly so beside the others."""
+    W, energies = layer
+    indices = torch.arange(6, device=W.device)
+
+    def c(values, **how):
+        energies[:6] = torch.tensor(values, dtype=torch.float64)
+        A, B = lora_factors(W, energies, indices, dtype=torch.float64, **how)
+        torch.testing.assert_close(A.square().sum(1), B.square().sum(0))
+        return A.square().sum(1)
+
+    def close(found, expected):
+        torch.testing.assert_close(found.cpu(), torch.tensor(expected, dtype=torch.float64))
+
+    close(c([0, 1e-9, 1, 2, 3, 6], gamma=0.5), [5e-5, 5e-5, 0.25, 0.5, 0.75, 1.5])
+    close(c([0, 0, 0, 0, 0, 0], gamma=0.5), [0.5] * 6)
+    for scaling in ("constant_min", "constant_max"):
+        close(c([0, 1, 1, 2, 3, 6], gamma=0.5, scaling=scaling), [0.5] * 6)
+    close(c([0, 0, 1, 2, 3, 6]), [0.0, 0.0, 1.0, 2.0, 3.0, 6.0])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("scaling", ["fisher", "singular"])
 @pytest.mark.parametrize("m, n", [(3000, 400), (400, 3000)])
@@ -204,6 +245,9 @@ def test_bad_input_is_named(layer):
         lora_factors(W, energies, indices[:0])
     with pytest.raises(ValueError, match="scaling='none'"):
         lora_factors(W, energies, indices, scaling="none")
+    for gamma in (0.0, -1.0, float("inf"), NAN):
+        with pytest.raises(ValueError, match=f"gamma={gamma}; expected a positive number, or None"):
+            lora_factors(W, energies, indices, gamma=gamma)
     energies[indices[0]] = NAN
     with pytest.raises(ValueError, match="zero column"):
         lora_factors(W, energies, indices)

@@ -30,7 +30,7 @@ import filet
 import models
 from filet import FiletConfig
 from filet.model.factors import StartedFactor
-from initialised import LOUD
+from initialised import LOUD, UNTOUCHED
 from pictures import qwen2_vl, with_images
 
 pytestmark = [
@@ -225,7 +225,7 @@ def wrapped(kind: Kind, lora: dict[str, Any]) -> PeftModel:
     return get_peft_model(kind.make(), LoraConfig(**{**settings_of(kind), **lora}))
 
 
-def outcome(name: str, option: str, scaling: str, folder: Path) -> tuple[str, str]:
+def outcome(name: str, option: str, settings: dict[str, Any], folder: Path) -> tuple[str, str]:
     """What becomes of the pair, a cell of the table, and why it is refused, if it is.
 
     An AssertionError where it goes wrong.
@@ -239,7 +239,7 @@ def outcome(name: str, option: str, scaling: str, folder: Path) -> tuple[str, st
     except (ValueError, TypeError, AttributeError, ImportError):
         return NOT_PEFTS, ""
     parameters = {key: value.clone() for key, value in model.state_dict().items()}
-    config = FiletConfig(**{**LOUD, "scaling": scaling}, samples=None)  # type: ignore[arg-type]
+    config = FiletConfig(**settings, samples=None)
     try:
         filet.initialize_lora_filet_weights(model, kind.batches, config, show_progress_bar=False)
     except ValueError as error:
@@ -247,6 +247,7 @@ def outcome(name: str, option: str, scaling: str, folder: Path) -> tuple[str, st
         for key, value in model.state_dict().items():
             assert torch.equal(value, parameters[key]), f"{key} changed though it was refused"
         return REFUSED, _reason(error)
+    assert bool(initialised_layers(model)) == (config.start == "untouched")
     live(model, kind, lora, folder)
     return KEPT, ""
 
@@ -260,7 +261,6 @@ def live(model: PeftModel, kind: Kind, lora: dict[str, Any], folder: Path) -> No
     if not replicated:
         assert torch.equal(original, logits(base, kind)), "the base is not what it was"
     torch.testing.assert_close(logits(model, kind), original, **CLOSE)
-    assert initialised_layers(model)
 
     train(model, kind)
     expected = logits(model, kind)
@@ -326,7 +326,8 @@ def written(model: PeftModel, kind: Kind, expected: Tensor) -> None:
     try:
         filet.write_residual(model)
     except ValueError as error:
-        assert "is shared" in str(error), error
+        why = "is shared" if initialised_layers(model) else "has no frozen half"
+        assert why in str(error), error
     else:
         assert not initialised_layers(model)
     torch.testing.assert_close(logits(model, kind), expected, **CLOSE)
@@ -355,10 +356,10 @@ def documented() -> dict[tuple[str, str], tuple[str, str]]:
     return found
 
 
-def check(name: str, option: str, scaling: str, folder: Path) -> None:
+def check(name: str, option: str, settings: dict[str, Any], folder: Path) -> None:
     newest = importlib.metadata.version("peft") == PEFT
     try:
-        found = outcome(name, option, scaling, folder)
+        found = outcome(name, option, settings, folder)
     except Exception:
         if newest or peft_keeps(kind_of(name), OPTIONS[option](kind_of(name)), folder / "plain"):
             raise
@@ -388,13 +389,19 @@ def peft_keeps(kind: Kind, lora: dict[str, Any] | None, folder: Path) -> bool:
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", KINDS)
 def test_the_function_is_kept_or_refused(name: str, option: str, tmp_path: Path) -> None:
-    check(name, option, "singular", tmp_path)
+    check(name, option, LOUD, tmp_path)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", KINDS)
+def test_by_the_default_as_well(name: str, option: str, tmp_path: Path) -> None:
+    check(name, option, {}, tmp_path)
 
 
 @pytest.mark.parametrize("option", ["nothing else", "modules_to_save", "bias='all'", "use_rslora"])
 @pytest.mark.parametrize("name", KINDS)
 def test_with_the_papers_own_scaling(name: str, option: str, tmp_path: Path) -> None:
-    check(name, option, "fisher", tmp_path)
+    check(name, option, UNTOUCHED, tmp_path)
 
 
 def table() -> str:
@@ -403,7 +410,7 @@ def table() -> str:
         cells, reasons = [], set()
         for name in KINDS:
             with tempfile.TemporaryDirectory() as folder:
-                cell, why = outcome(name, option, "singular", Path(folder))
+                cell, why = outcome(name, option, LOUD, Path(folder))
             cells.append(cell)
             reasons |= {why} - {""}
         label = option if option == "nothing else" else f"`{option}`"

@@ -61,7 +61,9 @@ def test_equals_the_engine_in_memory(kind: str, tmp_path: Path, device: torch.de
     [
         {"fisher": "sampled"},
         {"select": "max", "scaling": "singular", "samples": 7},
-        {"normalization": "sum", "share_inputs": False},
+        {"start": "untouched", "select": "max", "scaling": "singular", "samples": 7},
+        {"start": "untouched", "normalization": "sum", "share_inputs": False},
+        {"normalization": "mean", "share_inputs": False},
     ],
     ids=str,
 )
@@ -215,14 +217,17 @@ def test_experts_are_chosen_alike_in_both_sweeps(
 # The output.
 
 
+@pytest.mark.parametrize("start", ["zero", "untouched"])
 def test_the_folder_is_what_save_as_lora_writes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()  # with its picture
-    report = initialize(folder, tmp_path / "memory", "memory")
-    initialize(folder, tmp_path / "blockwise")
+    config = FiletConfig(start=start)
+    report = initialize(folder, tmp_path / "memory", "memory", config=config)
+    initialize(folder, tmp_path / "blockwise", config=config)
     assert_same_adapter(tmp_path / "blockwise", tmp_path / "memory")
-    for name in ("adapter_config.json", "filet.json"):
+    described = ["filet.json"] if start == "untouched" else []
+    for name in ("adapter_config.json", *described):
         mine, theirs = (
             json.loads((tmp_path / engine / name).read_text()) for engine in ("blockwise", "memory")
         )
@@ -231,6 +236,7 @@ def test_the_folder_is_what_save_as_lora_writes(
     assert_equal(saved, report, 1e-5)
     files = {path.name for path in (tmp_path / "blockwise").iterdir()}
     assert files == {path.name for path in (tmp_path / "memory").iterdir()}
+    assert ("filet.json" in files) == (start == "untouched")
     assert not (tmp_path / "blockwise.filet-run").exists()
 
     model = filet.load(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "blockwise")
@@ -241,7 +247,7 @@ def test_the_folder_is_what_save_as_lora_writes(
 
 def test_loaded_onto_another_dtype(folder: Path, tmp_path: Path) -> None:
     """The same weights, and not: what to load them as is said."""
-    initialize(folder, tmp_path / "out", "memory")
+    initialize(folder, tmp_path / "out", "memory", config=FiletConfig(start="untouched"))
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     message = (
         rf"^{tmp_path / 'out'} belongs to a base model in float32: the weight of model\.layers\.0\."

@@ -363,6 +363,31 @@ def interrupted(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+@pytest.mark.parametrize("start", ["zero", "untouched"])
+def test_blocks_have_what_their_start_needs(start: Any, folder: Path, tmp_path: Path) -> None:
+    """B where it is not 0, also of the disk that is asked for; and a run goes on from them."""
+    config = FiletConfig(start=start)
+    initialize(folder, tmp_path / "whole", "memory", config=config)
+    with pytest.raises(Crash):
+        initialize(folder, tmp_path / "out", machine=in_step(disk=Failing(Crash())), config=config)
+    files = list((tmp_path / "out.filet-run").glob("block-*"))
+    assert files
+    for path in files:
+        sides = {key.rpartition(".")[2] for key in load_file(path)}
+        assert sides == {"A", "energies", "indices"} | ({"B"} if start == "untouched" else set())
+    initialize(folder, tmp_path / "out", config=config)
+    assert_same_adapter(tmp_path / "out", tmp_path / "whole")
+
+    with run_of(folder, tmp_path, config=config) as run:
+        run.sweep()
+        tensors = [load_file(path) for path in run.journal.folder.glob("block-*")]
+        content = sum(
+            value.nbytes for file in tensors for key, value in file.items() if "indices" not in key
+        )
+        gradients = 2 * (BOUNDARY + 16)
+        assert run.journal.reserved == gradients + content
+
+
 def test_resuming_with_anything_else_is_refused(
     interrupted: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -379,6 +404,8 @@ def test_resuming_with_anything_else_is_refused(
     for difference, named in (
         ({"batches": other}, "data is"),
         ({"config": FiletConfig(select="max")}, r"settings\.select is 'min' there and 'max' now"),
+        ({"config": FiletConfig(start="untouched")}, r"start is 'zero' there and 'untouched' now"),
+        ({"config": FiletConfig(gamma=2.0)}, r"settings\.gamma is 0\.3\d* there and 2\.0 now"),
         ({"lora_config": lora(r=5)}, r"adapter\.r is 4 there and 5 now"),
         ({"dtype": torch.bfloat16}, "dtype is 'torch.float32' there and 'torch.bfloat16' now"),
         ({"folder": changed}, rf"model\.{shard.name} is"),

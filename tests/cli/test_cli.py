@@ -39,23 +39,28 @@ MODULES = [
 ]
 
 
+@pytest.mark.parametrize("start", ["zero", "untouched"])
 def test_init_writes_an_adapter_that_plain_peft_loads(
-    init: list[str], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    start: str,
+    init: list[str],
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    assert main(init) == 0
+    assert main([*init, *(["--start", start] if start != "zero" else [])]) == 0
     printed = capsys.readouterr().out
     output = tmp_path / "out" / "adapter"
     names = {path.name for path in output.iterdir()}
     assert names >= {
         "adapter_config.json",
         "adapter_model.safetensors",
-        "filet.json",
         REPORT_FILE,
         "energies.png",
     }
+    assert ("filet.json" in names) == (start == "untouched")
     assert [path.name for path in output.parent.iterdir()] == ["adapter"]
     assert (output / "energies.png").read_bytes().startswith(b"\x89PNG")
     plain = tmp_path / "plain"
@@ -75,10 +80,11 @@ def test_init_writes_an_adapter_that_plain_peft_loads(
         expected = base(ids).logits
         adapted = PeftModel.from_pretrained(base, output).eval()
         torch.testing.assert_close(adapted(ids).logits, expected, rtol=1e-4, atol=1e-4)
-        # Not because the adapter does nothing: with its first half scaled the function differs.
+        # Not because it does nothing: with its first half scaled, or B off 0, the function differs.
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
-                parameter[:, :4] *= 1e4
+                assert parameter.any() == (start == "untouched")
+                parameter[:, :4] += parameter.new_ones(4) if start == "zero" else parameter[:, :4]
         assert (adapted(ids).logits - expected).abs().max() > 1e-3
 
 
@@ -101,6 +107,11 @@ def test_options_reach_the_adapter(init: list[str], tmp_path: Path) -> None:
         "seed": 5,
     }.items():
         assert report.config[key] == value
+    saved = json.loads((output / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"], saved["use_rslora"]) == (4, 10, True)
+
+    assert main([*init, *chosen, "--start", "untouched", "--overwrite"]) == 0
+    assert FiletReport.load(output).config["start"] == "untouched"
     # The saved adapter is a plain LoRA of twice the rank with the scaling of rslora.
     saved = json.loads((output / "adapter_config.json").read_text())
     assert saved["r"] == 8
@@ -111,7 +122,23 @@ def test_options_reach_the_adapter(init: list[str], tmp_path: Path) -> None:
 def test_alpha_is_the_rank_by_default(init: list[str], tmp_path: Path) -> None:
     assert main([*init, "--target-modules", "q_proj"]) == 0
     saved = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
-    assert saved["lora_alpha"] == saved["r"] == 8
+    assert saved["lora_alpha"] == saved["r"] == 4
+
+
+def test_gamma(init: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The mean of ‖A_i‖² over a layer's rows."""
+    output = tmp_path / "out" / "adapter"
+    for chosen, gamma in (([], 1 / 3), (["--gamma", "2"], 2.0)):
+        assert main([*init, *chosen, "--overwrite"]) == 0
+        assert FiletReport.load(output).config["gamma"] == gamma
+        for name, value in adapter_weights(output).items():
+            if "lora_A" in name:
+                assert float(value.square().sum(1).mean()) == pytest.approx(gamma, rel=1e-5), name
+    capsys.readouterr()
+    assert main(["inspect", str(output)]) == 0
+    assert "start=zero" in capsys.readouterr().out.replace("\n", " ")
+    wrong = [*init, "--gamma", "2", "--normalization", "sum", "--overwrite"]
+    assert "gamma=2.0 has no effect with normalization='sum'; expected" in error_of(capsys, wrong)
 
 
 def test_the_same_arguments_give_the_same_adapter(init: list[str], tmp_path: Path) -> None:
