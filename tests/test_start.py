@@ -17,6 +17,7 @@ from peft.tuners import lora
 from torch import nn
 
 import filet
+import finetune
 from adapted import TARGETS, assert_same, initialise, llama, logits, lora_layers, start, train, wrap
 from adapter_cases import CASES, Failing, assert_unchanged, base_of, contents, snapshot
 from filet.adapter import write
@@ -198,6 +199,16 @@ def test_values_on_the_meta_device_become_real() -> None:
     assert all(p.device.type == "cpu" for p in model.parameters())
     fresh = start(get_peft_model(llama(), LoraConfig(r=4, target_modules=TARGETS)), **ZERO)
     assert_same(model.state_dict(), fresh.state_dict())
+
+
+@pytest.mark.parametrize("settings", [ZERO, LOUD], ids=["zero", "untouched"])
+def test_the_demo_compares_equal_ranks(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Of what trains, by each of its methods; and equal scalings."""
+    filet.save_as_lora(start(wrap(llama(), r=3, lora_alpha=6), **settings), tmp_path)
+    for method, model in finetune.methods(llama, tmp_path):
+        ranks = {len(p) for n, p in model.named_parameters() if ".lora_A." in n}
+        scalings = {layer.scaling["default"] for layer in lora_layers(model).values()}
+        assert (ranks, scalings) == ({3}, {2.0}), method
 
 
 PLACES = {
