@@ -19,6 +19,7 @@ __all__ = ["CONTROLS", "FIRST", "SCALES", "Variant", "best", "first_round", "sec
 Variant = tuple[str, float, float, float]
 
 SCALES = (1.0, 2.0)
+_UNSCALED = ("kasa",)  # its diagonal, and what it drops of W, are not A and B
 _RATES = (1e-3, 10**-2.5, 1e-2)
 _LOWEST, _HIGHEST = 1e-5, 1.0
 
@@ -38,6 +39,7 @@ FIRST = (
     *("contrast.d0.1", "contrast.d0.01", "contrast.d0.001", "contrast.d0.01.untouched"),
     *("contrast-row.d0.1", "contrast-row.d0.01", "contrast-row.d0.001"),
     *("contrast.d0.01.p0.25", "contrast.d0.01.p0.5"),
+    *("dora", "kasa", "neat", "lora-dash"),
 )
 
 # LoRA in all the ways in which a gain could be had without choosing directions.
@@ -114,7 +116,11 @@ def _missing(
 
 def first_round(records: Sequence[Record], task: str, methods: Sequence[str] = FIRST) -> list[Run]:
     """Every method at two magnitudes, and the controls, with seed 0."""
-    variants = [(method, scale, 1.0, 0.0) for method in methods for scale in SCALES]
+    variants = [
+        (method, scale, 1.0, 0.0)
+        for method in methods
+        for scale in (SCALES if method not in _UNSCALED else (1.0,))
+    ]
     variants += [variant for variant in CONTROLS if variant not in variants]
     rates = [step(rate, 0) for rate in _RATES]
     return [run for v in variants for run in _missing(records, task, v, (0,), rates)]

@@ -13,6 +13,7 @@ from effect.loss import IGNORED, Losses
 from effect.population import Population
 from effect.tasks import Row, Task, order
 from effect.train import Member, Optimizer, Recipe
+from effect.variants import launch, penalties
 
 __all__ = ["Result", "evaluate", "train_population"]
 
@@ -80,11 +81,13 @@ def train_population(
             inputs, labels = task.batch(rows, population.device)
             output = population.run(task, inputs)
             losses = task.losses(population.model, output, labels, len(members), False).means
-            losses.sum().backward()
+            extra = penalties(population.layers)
+            (losses.sum() if extra is None else (losses + extra).sum()).backward()
             optimizer.step()
             curve.append(losses.detach())
             if step + 1 == max(1, recipe.steps * 2 // 5):
                 middle, _ = evaluate(population, task, task.test, recipe.batch_size)
+                launch(population.layers)
     size = recipe.batch_size
     loss, accuracy = evaluate(population, task, task.test, size, asked=True)
     general = evaluate(population, task, task.general, size)[0] if task.general else None
