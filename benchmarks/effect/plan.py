@@ -10,13 +10,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from effect.records import Record, Run
+from effect.records import Record, Run, Variant
 from effect.train import Member
 
-__all__ = ["CONTROLS", "FIRST", "SCALES", "Variant", "best", "first_round", "second_round", "step"]
-
-# Method, scale of A and B, rate of B over A's, weight decay: what is tuned by the rate alone.
-Variant = tuple[str, float, float, float]
+__all__ = ["CONTROLS", "FIRST", "SCALES", "best", "first_round", "second_round", "step"]
 
 SCALES = (1.0, 2.0)
 _UNSCALED = ("kasa",)  # its diagonal, and what it drops of W, are not A and B
@@ -62,18 +59,13 @@ def step(rate: float, halves: int) -> float:
     return float(f"{10 ** (round(2 * math.log10(rate)) / 2 + halves / 2):.4g}")
 
 
-def _variant(run: Run) -> Variant:
-    m = run.member
-    return (m.method, m.scale, m.ratio, m.decay)
-
-
 def best(records: Iterable[Record]) -> dict[tuple[str, Variant], tuple[float, float]]:
     """Of each task and variant, the rate of the least mean loss over seeds, and that loss."""
     losses: dict[tuple[str, Variant], dict[float, list[float]]] = defaultdict(
         lambda: defaultdict(list)
     )
     for record in records:
-        losses[record.task, _variant(record.run)][record.rate].append(record.reached)
+        losses[record.task, record.variant][record.rate].append(record.reached)
     found = {}
     for key, by_rate in losses.items():
         means = {rate: sum(of) / len(of) for rate, of in by_rate.items()}
@@ -103,7 +95,7 @@ def _missing(
     method, scale, ratio, decay = variant
     by_rate: dict[float, dict[int, float]] = defaultdict(dict)
     for record in records:
-        if record.task == task and _variant(record.run) == variant and record.seed in seeds:
+        if record.task == task and record.variant == variant and record.seed in seeds:
             by_rate[record.rate][record.seed] = record.reached
     whole = {rate: sum(of.values()) for rate, of in by_rate.items() if len(of) == len(seeds)}
     return [

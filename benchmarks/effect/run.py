@@ -152,23 +152,24 @@ class Bench:
                 self.population.close()
             self.population = None
             self.population, self.shape = Population(self.model, starts, adapter), shape
-        assert self.population is not None
-        self.population.load(starts)
+        else:
+            assert self.population is not None
+            self.population.load(starts)
         task, members = self.task(runs[0].task), [run.member for run in full]
         results = train_population(self.population, task, members, self.recipe)
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
-        nan = float("nan")
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         return [
-            Record(
-                run.task, m.method, m.scale, m.rate, m.ratio, m.decay, m.seed, run.rank,
-                run.samples, self.recipe.steps, result.loss, result.middle,
-                nan if result.general is None else result.general,
-                nan if result.accuracy is None else result.accuracy,
-                name,
+            Record.of(
+                run,
+                steps=self.recipe.steps,
+                loss=result.loss,
+                middle=result.middle,
+                general=result.general,
+                accuracy=result.accuracy,
+                device=device,
             )
             for run, result in zip(runs, results, strict=False)
-            for m in [run.member]
-        ]  # fmt: skip
+        ]
 
 
 def subtracts(method: str) -> bool:

@@ -19,10 +19,8 @@ RATES = [1e-3, 3.162e-3, 1e-2]
 
 
 def record(run: Run, loss: float, general: float = 4.0) -> Record:
-    m = run.member
-    of_member = (m.method, m.scale, m.rate, m.ratio, m.decay, m.seed)
-    result = (loss, loss, general, math.nan)
-    return Record(run.task, *of_member, run.rank, run.samples, 250, *result, "CPU")
+    result = {"loss": loss, "middle": loss, "general": general, "accuracy": math.nan}
+    return Record.of(run, steps=250, device="CPU", **result)
 
 
 def played(rounds, valley: dict[str, float]) -> list[Record]:
