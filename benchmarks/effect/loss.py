@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from filet.model.batch import IGNORED
 from filet_kernels import cross_entropy_
 
-__all__ = ["IGNORED", "Losses", "class_losses", "token_losses"]
+__all__ = ["Losses", "class_losses", "token_losses"]
 
-IGNORED = -100
 _ROWS = 4096  # of logits at a time: 400 MB in bfloat16 with 49152 words
 
 

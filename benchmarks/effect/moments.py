@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from filet.model.batch import IGNORED
+
 __all__ = [
     "Batch",
     "LayerMoments",
@@ -36,8 +38,6 @@ Batch = Mapping[str, Tensor]
 # (model, batch) → the mean loss and over how many terms.
 LossFn = Callable[[Any, Batch], tuple[Tensor, int]]
 
-_IGNORED = -100
-
 
 @dataclass(eq=False)
 class LayerMoments:
@@ -53,7 +53,7 @@ def mean_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
     labels = batch["labels"]
     if model.loss_type == "ForCausalLM":  # a label is predicted by the token before its own
         labels = labels[:, 1:]
-    return model(**batch).loss, int((labels != _IGNORED).sum())
+    return model(**batch).loss, int((labels != IGNORED).sum())
 
 
 def counted_tokens(batch: Batch) -> Tensor | None:
@@ -78,7 +78,7 @@ def joined(batches: Sequence[Batch]) -> dict[str, Tensor]:
             missing = longest - ids.shape[1]
             for key, value in whole.items():
                 if value.shape[:2] == ids.shape:
-                    fill = _IGNORED if key == "labels" else 0
+                    fill = IGNORED if key == "labels" else 0
                     whole[key] = nn.functional.pad(value, (0, missing), value=fill)
         for key, value in whole.items():
             parts.setdefault(key, []).append(value)

@@ -10,15 +10,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from effect.records import Record, Run
+from effect.records import Record, Run, Variant
 from effect.train import Member
 
-__all__ = ["CONTROLS", "FIRST", "SCALES", "Variant", "best", "first_round", "second_round", "step"]
-
-# Method, scale of A and B, rate of B over A's, weight decay: what is tuned by the rate alone.
-Variant = tuple[str, float, float, float]
+__all__ = ["CONTROLS", "FIRST", "SCALES", "best", "first_round", "second_round", "step"]
 
 SCALES = (1.0, 2.0)
+_UNSCALED = ("kasa",)  # its diagonal, and what it drops of W, are not A and B
 _RATES = (1e-3, 10**-2.5, 1e-2)
 _LOWEST, _HIGHEST = 1e-5, 1.0
 
@@ -38,6 +36,7 @@ FIRST = (
     *("contrast.d0.1", "contrast.d0.01", "contrast.d0.001", "contrast.d0.01.untouched"),
     *("contrast-row.d0.1", "contrast-row.d0.01", "contrast-row.d0.001"),
     *("contrast.d0.01.p0.25", "contrast.d0.01.p0.5"),
+    *("dora", "kasa", "neat", "lora-dash"),
 )
 
 # LoRA in all the ways in which a gain could be had without choosing directions.
@@ -60,18 +59,13 @@ def step(rate: float, halves: int) -> float:
     return float(f"{10 ** (round(2 * math.log10(rate)) / 2 + halves / 2):.4g}")
 
 
-def _variant(run: Run) -> Variant:
-    m = run.member
-    return (m.method, m.scale, m.ratio, m.decay)
-
-
 def best(records: Iterable[Record]) -> dict[tuple[str, Variant], tuple[float, float]]:
     """Of each task and variant, the rate of the least mean loss over seeds, and that loss."""
     losses: dict[tuple[str, Variant], dict[float, list[float]]] = defaultdict(
         lambda: defaultdict(list)
     )
     for record in records:
-        losses[record.task, _variant(record.run)][record.rate].append(record.reached)
+        losses[record.task, record.variant][record.rate].append(record.reached)
     found = {}
     for key, by_rate in losses.items():
         means = {rate: sum(of) / len(of) for rate, of in by_rate.items()}
@@ -101,7 +95,7 @@ def _missing(
     method, scale, ratio, decay = variant
     by_rate: dict[float, dict[int, float]] = defaultdict(dict)
     for record in records:
-        if record.task == task and _variant(record.run) == variant and record.seed in seeds:
+        if record.task == task and record.variant == variant and record.seed in seeds:
             by_rate[record.rate][record.seed] = record.reached
     whole = {rate: sum(of.values()) for rate, of in by_rate.items() if len(of) == len(seeds)}
     return [
@@ -114,7 +108,11 @@ def _missing(
 
 def first_round(records: Sequence[Record], task: str, methods: Sequence[str] = FIRST) -> list[Run]:
     """Every method at two magnitudes, and the controls, with seed 0."""
-    variants = [(method, scale, 1.0, 0.0) for method in methods for scale in SCALES]
+    variants = [
+        (method, scale, 1.0, 0.0)
+        for method in methods
+        for scale in (SCALES if method not in _UNSCALED else (1.0,))
+    ]
     variants += [variant for variant in CONTROLS if variant not in variants]
     rates = [step(rate, 0) for rate in _RATES]
     return [run for v in variants for run in _missing(records, task, v, (0,), rates)]

@@ -11,7 +11,10 @@ from typing import Any, get_type_hints
 
 from effect.train import Member
 
-__all__ = ["Record", "Run", "append", "read"]
+__all__ = ["Record", "Run", "Variant", "append", "read"]
+
+# Method, scale of A and B, rate of B over A's, weight decay: what is tuned by the rate alone.
+Variant = tuple[str, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,21 @@ class Record:
     accuracy: float
     device: str
 
+    @classmethod
+    def of(cls, run: Run, **result: Any) -> Record:
+        """The line of a run; ``result`` has the steps and what follows."""
+        m = run.member
+        of_member = (m.method, m.scale, m.rate, m.ratio, m.decay, m.seed)
+        return cls(run.task, *of_member, run.rank, run.samples, **result)
+
     @property
     def run(self) -> Run:
         m = Member(self.method, self.rate, self.scale, self.ratio, self.decay, self.seed)
         return Run(self.task, m, self.rank, self.samples)
+
+    @property
+    def variant(self) -> Variant:
+        return (self.method, self.scale, self.ratio, self.decay)
 
     @property
     def reached(self) -> float:

@@ -28,12 +28,13 @@ from transformers.utils.logging import disable_progress_bar
 from effect.context import Context
 from effect.inits import START
 from effect.plan import FIRST, first_round, second_round
-from effect.population import Population
+from effect.population import Lora, Population
 from effect.records import Record, Run, append, read
 from effect.runs import train_population
 from effect.start import Start, scaled
 from effect.tasks import CausalTask, causal_task, order
 from effect.train import Recipe
+from effect.variants import VARIANTS
 
 OPTIONS = {
     "boolq": ("true", "false"),
@@ -42,8 +43,8 @@ OPTIONS = {
     ),
 }
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SEEDED = ("lora", "gaussian", "orthogonal")  # and the random choice of directions
-OF_WEIGHTS = ("lora", "gaussian", "orthogonal", "pissa", "olora", "milora")
+SEEDED = ("lora", "gaussian", "orthogonal", *VARIANTS)  # and the random choice of directions
+OF_WEIGHTS = (*SEEDED, "pissa", "olora", "milora")
 _CALIBRATION = 12345  # seed of the samples by which starts are chosen: the same for all
 
 
@@ -132,7 +133,10 @@ class Bench:
         if key not in self.starts:
             context = self.context(run)
             context.seed = seed
-            self.starts[key] = START[method](context)
+            begin = VARIANTS[method].starts if method in VARIANTS else START[method]
+            self.starts[key] = begin(context)
+        if member.scale == 1:
+            return self.starts[key]
         return {name: scaled(start, member.scale) for name, start in self.starts[key].items()}
 
     def train(self, runs: Sequence[Run]) -> list[Record]:
@@ -140,29 +144,32 @@ class Bench:
         full = [*runs, *(self.members - len(runs)) * [runs[-1]]]
         starts = [self.start(run) for run in full]
         rests = [0 if s.A0 is None else s.A0.shape[0] for one in starts for s in one.values()]
-        shape = (runs[0].rank, max(rests))
+        method = runs[0].member.method
+        adapter = VARIANTS[method].adapter if method in VARIANTS else Lora
+        shape = (runs[0].rank, max(rests), adapter)
         if shape != self.shape:
             if self.population is not None:
                 self.population.close()
             self.population = None
-            self.population, self.shape = Population(self.model, starts), shape
-        assert self.population is not None
-        self.population.load(starts)
+            self.population, self.shape = Population(self.model, starts, adapter), shape
+        else:
+            assert self.population is not None
+            self.population.load(starts)
         task, members = self.task(runs[0].task), [run.member for run in full]
         results = train_population(self.population, task, members, self.recipe)
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
-        nan = float("nan")
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         return [
-            Record(
-                run.task, m.method, m.scale, m.rate, m.ratio, m.decay, m.seed, run.rank,
-                run.samples, self.recipe.steps, result.loss, result.middle,
-                nan if result.general is None else result.general,
-                nan if result.accuracy is None else result.accuracy,
-                name,
+            Record.of(
+                run,
+                steps=self.recipe.steps,
+                loss=result.loss,
+                middle=result.middle,
+                general=result.general,
+                accuracy=result.accuracy,
+                device=device,
             )
             for run, result in zip(runs, results, strict=False)
-            for m in [run.member]
-        ]  # fmt: skip
+        ]
 
 
 def subtracts(method: str) -> bool:
@@ -173,10 +180,11 @@ def subtracts(method: str) -> bool:
 
 
 def chunk(runs: Sequence[Run], members: int) -> list[Run]:
-    """The next population: runs of one task and one kind of start, of few seeds."""
+    """The next population: runs of one task, one kind of adapter and start, of few seeds."""
 
     def kind(run: Run) -> tuple[Any, ...]:
-        return run.task, run.rank, subtracts(run.member.method)
+        method = run.member.method
+        return run.task, run.rank, method if method in VARIANTS else subtracts(method)
 
     alike = [run for run in runs if kind(run) == kind(runs[0])]
     return sorted(alike, key=lambda run: run.member.seed)[:members]
@@ -210,7 +218,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--round", choices=("first", "second"), required=True)
     parser.add_argument("--tasks", nargs="+", default=["gsm8k"])
     parser.add_argument(
-        "--methods", nargs="+", default=FIRST, choices=sorted(START), metavar="METHOD"
+        "--methods", nargs="+", default=FIRST, choices=sorted({*START, *VARIANTS}), metavar="METHOD"
     )
     parser.add_argument("--seeds", type=int, default=5, help="of the second round")
     parser.add_argument("--members", type=int, default=16, help="adapters trained side by side")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effect.loss import IGNORED, Losses
+from effect.loss import Losses
 from effect.population import Population
 from effect.tasks import Row, Task, order
 from effect.train import Member, Optimizer, Recipe
+from effect.variants import launch, penalties
+from filet.model.batch import IGNORED
 
 __all__ = ["Result", "evaluate", "train_population"]
 
@@ -21,22 +24,28 @@ __all__ = ["Result", "evaluate", "train_population"]
 class Result:
     """What became of a member: nats per labelled token, and the share of right choices.
 
-    ``middle`` is the test loss after two fifths of the steps.
+    ``middle`` is the test loss after two fifths of the steps. NaN where there is none.
     """
 
     loss: float
     middle: float
-    general: float | None
-    accuracy: float | None
+    general: float
+    accuracy: float
     losses: list[float]  # of the batches it was trained on
 
 
 @torch.no_grad()
 def evaluate(
     population: Population, task: Task, rows: Sequence[Row], batch_size: int, asked: bool = False
-) -> tuple[list[float], list[float] | None]:
-    """Mean loss over all labels of ``rows`` and share of right ones, of every member."""
+) -> tuple[list[float], list[float]]:
+    """Mean loss over all labels of ``rows`` and share of right ones, of every member.
+
+    NaN where there are no rows, or none was ``asked``.
+    """
     members = population.members
+    nothing = members * [math.nan]
+    if not rows:
+        return nothing, nothing
     ordered = sorted(rows, key=lambda row: len(row[0]))
     # The last batch is filled up with rows that do not count: one shape more would be captured.
     blank = [(ids, torch.full_like(labels, IGNORED)) for ids, labels in ordered[:1]]
@@ -50,7 +59,7 @@ def evaluate(
     terms = sum(one.terms[0] for one in found)
     means = torch.stack([one.sums for one in found]).double().sum(0) / terms
     right = [one.right for one in found if one.right is not None]
-    shares = None if not right else (torch.stack(right).sum(0) / len(rows)).tolist()
+    shares = (torch.stack(right).sum(0) / len(rows)).tolist() if right else nothing
     return means.tolist(), shares
 
 
@@ -80,22 +89,15 @@ def train_population(
             inputs, labels = task.batch(rows, population.device)
             output = population.run(task, inputs)
             losses = task.losses(population.model, output, labels, len(members), False).means
-            losses.sum().backward()
+            extra = penalties(population.layers)
+            (losses.sum() if extra is None else (losses + extra).sum()).backward()
             optimizer.step()
             curve.append(losses.detach())
             if step + 1 == max(1, recipe.steps * 2 // 5):
                 middle, _ = evaluate(population, task, task.test, recipe.batch_size)
+                launch(population.layers)
     size = recipe.batch_size
     loss, accuracy = evaluate(population, task, task.test, size, asked=True)
-    general = evaluate(population, task, task.general, size)[0] if task.general else None
+    general, _ = evaluate(population, task, task.general, size)
     by_member = torch.stack(curve, 1).tolist()
-    return [
-        Result(
-            loss[k],
-            middle[k],
-            None if general is None else general[k],
-            None if accuracy is None else accuracy[k],
-            by_member[k],
-        )
-        for k in range(len(members))
-    ]
+    return [Result(*of) for of in zip(loss, middle, general, accuracy, by_member, strict=True)]

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called as a scri
 
 from scipy.stats import t as student
 
-from effect.plan import Variant, step
-from effect.records import Record, read
+from effect.plan import step
+from effect.records import Record, Variant, read
 
 __all__ = ["Interval", "Tuned", "compared", "paired", "tuned"]
 
@@ -66,10 +66,6 @@ class Tuned:
         return sum(r.general for r in self.seeds.values()) / len(self.seeds)
 
 
-def variant_of(record: Record) -> Variant:
-    return (record.method, record.scale, record.ratio, record.decay)
-
-
 def tuned(records: Iterable[Record], task: str) -> dict[Variant, Tuned]:
     """Every variant at its best rate, by the rates that have all the seeds it has at any rate.
 
@@ -79,7 +75,7 @@ def tuned(records: Iterable[Record], task: str) -> dict[Variant, Tuned]:
     by: dict[Variant, dict[float, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         if record.task == task:
-            by[variant_of(record)][record.rate][record.seed] = record
+            by[record.variant][record.rate][record.seed] = record
     found = {}
     for variant, rates in by.items():
         most = max(map(len, rates.values()))

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from effect.loss import IGNORED, Losses, token_losses
+from effect.loss import Losses, token_losses
 from filet.data.samples import Sample, read_samples
 from filet.data.tokens import encode
+from filet.model.batch import IGNORED
 
 __all__ = ["CausalTask", "Row", "Task", "causal_task", "order"]
 

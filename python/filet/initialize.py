@@ -16,7 +16,7 @@ from filet.adapter.saved import write_folder
 from filet.adapter.write import commit, materialise_rest
 from filet.blockwise.engine import blockwise_run
 from filet.blockwise.folder import Engine, checked_folder_arguments, choose_engine
-from filet.collect.keep import Keep, check_keep
+from filet.collect.keep import Keep
 from filet.collect.statistics import Statistics, check_statistics, statistics_of
 from filet.config import FiletConfig, checked_config, resolved
 from filet.loss.batch import ForwardFn
@@ -85,8 +85,6 @@ def initialize_lora_filet_weights(
     with named_shortage("checks", _checks):
         targets, unsupported = check_applicable(peft_model, adapter_name)
         config = _with_choice(config, keep is not None, targets)
-        if keep is not None:
-            check_keep(keep, peft_model)
     statistics = statistics_of(
         peft_model, targets, dataloader, config, adapter_name, forward_fn, show_progress_bar, keep
     )

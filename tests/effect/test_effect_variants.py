@@ -10,9 +10,13 @@ import torch
 from contexts import RANK, context
 from torch import nn
 
+import models
 from effect.of_peft import adapted
 from effect.population import Flat, Population, PopulationLinear
+from effect.runs import train_population
 from effect.start import Start
+from effect.tasks import CausalTask
+from effect.train import Member, Recipe
 from effect.variants import VARIANTS, Dora, Kasa, launch, penalties
 
 NAME = "model.layers.0.mlp.up_proj"  # 48 × 32
@@ -246,3 +250,29 @@ def test_a_population_starts_and_starts_again(name):
     for group, flat in population.flat.items():
         assert torch.equal(flat.values, values[group])
     population.close()
+
+
+def _trained(method: str, steps: int):
+    """The adapters of one member after so many steps, by layer."""
+    of_text = context("llama")
+    generator = torch.Generator().manual_seed(0)
+    rows = [(x, x) for x in torch.randint(1, models.VOCAB, (16, 12), generator=generator)]
+    variant = VARIANTS[method]
+    population = Population(
+        of_text.load().requires_grad_(False), [variant.starts(of_text)], variant.adapter
+    )
+    recipe = Recipe(steps=steps, batch_size=4, warmup=1)
+    train_population(population, CausalTask("t", rows, rows), [Member(method, 1e-2)], recipe)
+    adapters = {name: layer.adapter for name, layer in population.layers.items()}
+    population.close()
+    return adapters
+
+
+def test_training_launches_lora_dash_and_adds_kasas_penalty(monkeypatch):
+    for adapter in _trained("lora-dash", 5).values():  # launched after two
+        assert bool(adapter.left.any()) and bool((adapter.delta != 0).all())
+    with_it = _trained("kasa", 2)
+    monkeypatch.setattr("effect.runs.penalties", lambda layers: None)
+    without = _trained("kasa", 2)
+    for name, adapter in with_it.items():
+        assert not torch.equal(adapter.lora.A, without[name].lora.A)

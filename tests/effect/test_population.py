@@ -17,7 +17,10 @@ from effect.tasks import CausalTask, order
 from effect.train import Member, Recipe
 from models import llama
 
-CUDA = torch.cuda.is_available()
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 RANK = 4
 MEMBERS = [
     Member("lora", rate=1e-3),
@@ -107,10 +110,8 @@ def alone(member: Member, dtype, device) -> list[float]:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)], ids=["fp32", "bf16"]
 )
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_a_population_is_as_many_separate_runs(dtype, tolerance, device):
-    if device == "cuda" and not CUDA:
-        pytest.skip("no GPU")
     # W_res of PiSSA in bfloat16 is another model; what is subtracted beside W is not rounded.
     members = [m for m in MEMBERS if dtype == torch.float32 or m.method == "lora"]
     model = base(dtype, device)

@@ -12,11 +12,11 @@ from filet.collect.batches import Batches
 from filet.collect.groups import groups, moved_to_host
 from filet.collect.hooks import MomentHooks
 from filet.collect.padding import warn_of_padding, with_padding
-from filet.collect.run import input_device, over_batches
+from filet.collect.run import BatchRun, over_batches
 from filet.config import FiletConfig
-from filet.loss.batch import BatchLoss, ForwardFn
+from filet.loss.batch import ForwardFn
 from filet.loss.text import check_samples_text, sampled_text
-from filet.model.inputs import Inputs, Prepared, check_dataloader
+from filet.model.inputs import Prepared, check_dataloader
 from filet.model.targets import Target
 from filet_kernels import Moments, SecondMoment
 
@@ -82,13 +82,12 @@ def collect_keep(
         if number == 1:
             warn_of_padding(with_padding(peft_model.base_model.model, hooks.unmasked))
     for name in targets.keys() - found.keys():
-        found[name] = _empty(moments[name].input)
+        of = moments[name].input
+        found[name] = SecondMoment.zeros(
+            of.space, len(of.sum), dtype=of.sum.dtype, device=of.sum.device
+        )
     del counts["loss_terms"]
     return {name: found[name] for name in targets}, counts
-
-
-def _empty(like: SecondMoment) -> SecondMoment:
-    return SecondMoment(like.space, torch.zeros_like(like.sum), torch.zeros_like(like.count))
 
 
 class _Unlabelled:
@@ -105,40 +104,24 @@ class _Unlabelled:
             yield batch
 
 
-class _Run:
-    """Takes batches forward under the hooks.
+class _Run(BatchRun):
+    """Takes batches forward."""
 
-    Attributes:
-        drops_labels: the model needs none. An encoder-decoder makes its decoder's input of them,
-            and what a forward_fn, or a model that is not of transformers, does is not known.
-    """
+    @property
+    def drops_labels(self) -> bool:
+        """The model needs none.
 
-    def __init__(
-        self,
-        peft_model: PeftModel,
-        config: FiletConfig,
-        forward_fn: ForwardFn | None,
-        hooks: MomentHooks,
-    ) -> None:
-        base_model = peft_model.base_model.model
-        self.inputs = Inputs(base_model, forward_fn)
-        self.batch: Prepared | None = None
-        inputs = self.inputs
-        self.drops_labels = inputs.asked and inputs.known and not inputs.is_encoder_decoder
-        self._loss = BatchLoss(config, peft_model, self.inputs, forward_fn)
-        self._hooks = hooks
-        self._token_mask = config.token_mask
-        self._device = input_device(base_model)
+        An encoder-decoder makes its decoder's input of them, and what a forward_fn, or a model that
+        is not of transformers, does is not known.
+        """
+        return self.inputs.asked and self.inputs.known and not self.inputs.is_encoder_decoder
 
     def shift(self) -> bool:
         return self.inputs.shift
 
     @torch.no_grad()
     def through(self, prepared: Prepared) -> int:
-        self.batch = prepared
-        given = self.inputs.given(prepared.batch, self._device, self._token_mask)[1]
-        self._hooks.start_batch(prepared.masks)
-        self._hooks.phase = "forward"
-        self._loss.alone(given)
-        self._hooks.phase = "idle"
+        _, given = self.begin(prepared)
+        self.loss.alone(given)
+        self.hooks.phase = "idle"
         return 0

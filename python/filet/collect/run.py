@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -22,7 +23,7 @@ from filet.model.inputs import Inputs, Prepared
 from filet.model.targets import Target
 from filet.system.memory import named_shortage
 
-__all__ = ["BatchRun", "check_terms", "collect_moments", "input_device", "over_batches"]
+__all__ = ["BatchRun", "check_terms", "collect_moments", "over_batches"]
 
 
 def collect_moments(
@@ -56,20 +57,44 @@ def collect_moments(
     return hooks, counts
 
 
-class BatchRun(Protocol):
+class BatchRun(ABC):
     """Takes batches through the model under hooks.
 
     Attributes:
         inputs: what the model takes.
+        loss: what becomes of a batch.
+        hooks: that count it.
         batch: that is under way, or was last.
     """
 
-    inputs: Inputs
-    batch: Prepared | None
+    def __init__(
+        self,
+        peft_model: PeftModel,
+        config: FiletConfig,
+        forward_fn: ForwardFn | None,
+        hooks: MomentHooks,
+    ) -> None:
+        base_model = peft_model.base_model.model
+        self.inputs = Inputs(base_model, forward_fn)
+        self.loss = BatchLoss(config, peft_model, self.inputs, forward_fn)
+        self.hooks = hooks
+        self.batch: Prepared | None = None
+        self._token_mask = config.token_mask
+        self._device = _input_device(base_model)
 
+    def begin(self, prepared: Prepared) -> tuple[Any, Any]:
+        """A batch whose forward is next: all of it on the device, and what the model gets."""
+        self.batch = prepared
+        found = self.inputs.given(prepared.batch, self._device, self._token_mask)
+        self.hooks.start_batch(prepared.masks)
+        self.hooks.phase = "forward"
+        return found
+
+    @abstractmethod
     def shift(self) -> bool:
         """Whether a label is predicted by the token before its own."""
 
+    @abstractmethod
     def through(self, prepared: Prepared) -> int:
         """One batch; returns the terms of its loss."""
 
@@ -105,12 +130,11 @@ def over_batches(
     return counts
 
 
-class _Run:
-    """Takes batches forward and backward under the hooks.
+class _Run(BatchRun):
+    """Takes batches forward and backward.
 
     Attributes:
         scale: by which the loss is multiplied; None until a batch has a term.
-        batch: that is under way, or was last.
     """
 
     def __init__(
@@ -121,25 +145,15 @@ class _Run:
         hooks: MomentHooks,
         scale: float | None,
     ) -> None:
-        base_model = peft_model.base_model.model
-        self.inputs = Inputs(base_model, forward_fn)
-        self.loss = BatchLoss(config, peft_model, self.inputs, forward_fn)
+        super().__init__(peft_model, config, forward_fn, hooks)
         self.scale = scale
-        self.batch: Prepared | None = None
-        self._hooks = hooks
-        self._token_mask = config.token_mask
-        self._device = input_device(base_model)
 
     def shift(self) -> bool:
         return self.loss.summed.shift
 
     def through(self, prepared: Prepared) -> int:
-        """One batch forward and backward; returns the terms of its loss."""
-        self.batch = prepared
-        hooks, index = self._hooks, prepared.index
-        batch, given = self.inputs.given(prepared.batch, self._device, self._token_mask)
-        hooks.start_batch(prepared.masks)
-        hooks.phase = "forward"
+        hooks, index = self.hooks, prepared.index
+        batch, given = self.begin(prepared)
         loss = self.loss(given, prepared.batch, batch, self._counted_already)
         if self.scale is None and loss.terms:
             self.scale = loss_scale(hooks, loss, index) if hooks.half else 1.0
@@ -151,7 +165,7 @@ class _Run:
 
     def _counted_already(self) -> None:
         """The batch goes through once more: its inputs are counted."""
-        self._hooks.phase = "idle"
+        self.hooks.phase = "idle"
 
 
 class _Progress:
@@ -221,7 +235,7 @@ def _place(hooks: MomentHooks, index: int, batch: Prepared | None) -> str:
     return f"{place} (counted from 0, {samples} sample{'s' * (samples != 1)}{length})"
 
 
-def input_device(model: nn.Module) -> torch.device:
+def _input_device(model: nn.Module) -> torch.device:
     """Where the batch goes: the device of the first parameter (the embedding's, as a rule)."""
     return next(
         (p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu")
