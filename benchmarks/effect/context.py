@@ -97,12 +97,23 @@ class Context:
     @cached_property
     def statistics(self) -> Statistics:
         """The library's statistics of :attr:`batches`, all of them."""
+        return self._collected(None)
+
+    def kept_statistics(self, own_text: bool) -> Statistics:
+        """And of :attr:`keep`, or of text drawn from the model itself."""
+        if not own_text and not self.keep:
+            raise ValueError("keep=None; expected batches of what is not to be forgotten")
+        keep = "self" if own_text else self.keep
+        return self.once(("kept", own_text), lambda: self._collected(keep))
+
+    def _collected(self, keep: Any) -> Statistics:
         return collect_statistics(
             get_peft_model(self.load(), self.config()),
             self.batches,
             FiletConfig(samples=None),
             forward_fn=None if self.loss_fn is mean_loss else self.loss_fn,
             show_progress_bar=False,
+            keep=keep,
         )
 
     @cached_property

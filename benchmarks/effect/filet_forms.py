@@ -8,14 +8,17 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from peft import get_peft_model
 from torch import Tensor
 
 from effect.context import Context
+from effect.of_peft import factors_in
 from effect.published import subtracted, zero
 from effect.start import Start
+from filet import FiletConfig, apply_statistics
 from filet_kernels import fisher_energies, lora_factors, select
 
-__all__ = ["GAMMA", "filet", "filet_orthogonal"]
+__all__ = ["GAMMA", "filet", "filet_keep", "filet_orthogonal"]
 
 GAMMA = 1 / 3  # the mean of c with which ‖A‖ is that of LoRA's default
 
@@ -94,3 +97,16 @@ def filet_orthogonal(
         A, B = _relative(name, root.unsqueeze(1) * Q.T, WQ / of_W * root)
         found[name] = _start(A, B, start)
     return found
+
+
+def filet_keep(context: Context, damping: float, own_text: bool = False) -> dict[str, Start]:
+    """What :func:`filet.initialize_lora_filet_weights` makes with ``keep=``, at γ = 1/3.
+
+    Args:
+        damping: over the mean eigenvalue of the moment to keep.
+        own_text: what is kept is text drawn from the model, ``keep="self"``.
+    """
+    model = get_peft_model(context.load(), context.config())
+    config = FiletConfig(damping=damping, gamma=GAMMA)
+    apply_statistics(model, context.kept_statistics(own_text), config)
+    return {name: Start(A, B) for name, (A, B) in factors_in(model).items()}

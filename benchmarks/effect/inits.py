@@ -10,6 +10,7 @@ what they are made of:
     filet-{M, R, P}.{constant_min, constant_max}.{mean, sum}.…
     filet-{M, R, P}-orthogonal.{fisher, singular, constant}.relative.…
     eva-ref, eva-ref.p-0.25                               rows times λ^p
+    filet-keep.d{0.1, 0.01}, filet-keep.d0.01.self        the library's keep=, of data or "self"
     {contrast, contrast-row}.d{0.1, 0.01, 0.001}[.p0.25, .p0.5][.untouched]
 
 α = r and the scaling is 1 everywhere. All but the orthogonal one, whose B A vanishes to rounding,
@@ -24,7 +25,7 @@ from typing import Any
 
 from effect.context import Context
 from effect.directions import contrast, eva_like
-from effect.filet_forms import filet, filet_orthogonal
+from effect.filet_forms import filet, filet_keep, filet_orthogonal
 from effect.of_peft import BY_PEFT, starts_of
 from effect.published import cg_lora, farss, lora_da, milora, whitened
 from effect.start import Start
@@ -86,5 +87,8 @@ START: dict[str, Method] = {
     **_filets(),
     "eva-ref": partial(eva_like, power=0.0),
     "eva-ref.p-0.25": partial(eva_like, power=-0.25),
+    "filet-keep.d0.1": partial(filet_keep, damping=0.1),
+    "filet-keep.d0.01": partial(filet_keep, damping=0.01),
+    "filet-keep.d0.01.self": partial(filet_keep, damping=0.01, own_text=True),
     **_contrasts(),
 }

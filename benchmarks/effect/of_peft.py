@@ -23,7 +23,7 @@ from effect.context import Context
 from effect.moments import Batch, as_one_sample, counted_tokens, joined, without_labels
 from effect.start import Start
 
-__all__ = ["BY_PEFT", "adapted", "starts_of"]
+__all__ = ["BY_PEFT", "adapted", "factors_in", "starts_of"]
 
 # LoRA's settings of what PEFT makes of the weights alone.
 _OF_WEIGHTS: dict[str, dict[str, Any]] = {
@@ -44,12 +44,23 @@ _SUBTRACTING = ("pissa", "olora", "corda-kpm", "corda-ipm", "lora-ga")
 
 def starts_of(context: Context, method: str) -> dict[str, Start]:
     """What PEFT makes of the layers, one of :data:`BY_PEFT`."""
-    found = {}
-    for name, layer in adapted(context, method).base_model.model.named_modules():
-        if hasattr(layer, "lora_A"):
-            A, B = (x["default"].weight.detach().clone() for x in (layer.lora_A, layer.lora_B))
-            found[name] = Start(A, B, A, B) if method in _SUBTRACTING else Start(A, B)
-    return found
+    subtracting = method in _SUBTRACTING
+    return {
+        name: Start(A, B, A, B) if subtracting else Start(A, B)
+        for name, (A, B) in factors_in(adapted(context, method)).items()
+    }
+
+
+def factors_in(peft_model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Copies of A and B of every layer of the adapter, by the layers' names in the base model."""
+    return {
+        name: (
+            layer.lora_A["default"].weight.detach().clone(),
+            layer.lora_B["default"].weight.detach().clone(),
+        )
+        for name, layer in peft_model.base_model.model.named_modules()
+        if hasattr(layer, "lora_A")
+    }
 
 
 def adapted(context: Context, method: str) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from effect.records import Record, Run, Variant
 from effect.train import Member
 
-__all__ = ["CONTROLS", "FIRST", "SCALES", "best", "first_round", "second_round", "step"]
+__all__ = ["CONTROLS", "FIRST", "SCALES", "SECOND", "best", "first_round", "second_round", "step"]
 
 SCALES = (1.0, 2.0)
 _UNSCALED = ("kasa",)  # its diagonal, and what it drops of W, are not A and B
@@ -50,8 +50,23 @@ CONTROLS: tuple[Variant, ...] = (
     ("lora", 1.0, 1.0, 0.3),
     ("lora", 4.0, 1.0, 0.3),
 )
-# Those the tables name, whatever they reach.
-_NAMED = ("lora", "orthogonal", "pissa", "olora", "milora", "eva", "corda-ipm", "lora-ga")
+# What the second round compares, each at the better of its two magnitudes in the first on GSM8K.
+SECOND: tuple[Variant, ...] = (
+    ("lora", 1.0, 1.0, 0.0),
+    ("lora", 2.0, 1.0, 0.0),
+    ("lora", 4.0, 1.0, 0.0),
+    ("lora", 1.0, 1.0, 0.3),
+    ("pissa", 2.0, 1.0, 0.0),
+    ("milora", 1.0, 1.0, 0.0),
+    ("olora", 1.0, 1.0, 0.0),
+    ("filet-keep.d0.01", 2.0, 1.0, 0.0),
+    ("filet-M.fisher.relative.zero", 2.0, 1.0, 0.0),
+    ("filet-M-orthogonal.fisher.relative.zero", 2.0, 1.0, 0.0),
+    ("filet-M.fisher.relative.untouched", 2.0, 1.0, 0.0),
+    ("eva", 1.0, 1.0, 0.0),
+    ("lora-ga", 1.0, 1.0, 0.0),
+    ("filet-keep.d0.01.self", 2.0, 1.0, 0.0),
+)
 
 
 def step(rate: float, halves: int) -> float:
@@ -106,14 +121,20 @@ def _missing(
     ]
 
 
-def first_round(records: Sequence[Record], task: str, methods: Sequence[str] = FIRST) -> list[Run]:
-    """Every method at two magnitudes, and the controls, with seed 0."""
-    variants = [
+def first_round(
+    records: Sequence[Record],
+    task: str,
+    methods: Sequence[str] = FIRST,
+    scales: Sequence[float] = SCALES,
+) -> list[Run]:
+    """Every method at some magnitudes with seed 0; with "lora" the controls."""
+    variants: list[Variant] = [
         (method, scale, 1.0, 0.0)
         for method in methods
-        for scale in (SCALES if method not in _UNSCALED else (1.0,))
+        for scale in (scales if method not in _UNSCALED else (1.0,))
     ]
-    variants += [variant for variant in CONTROLS if variant not in variants]
+    if "lora" in methods:
+        variants += [variant for variant in CONTROLS if variant not in variants]
     rates = [step(rate, 0) for rate in _RATES]
     return [run for v in variants for run in _missing(records, task, v, (0,), rates)]
 
@@ -123,21 +144,18 @@ def second_round(
     tasks: Sequence[str],
     seeds: Sequence[int],
     rated_on: str,
-    count: int = 10,
+    variants: Sequence[Variant] = SECOND,
 ) -> list[Run]:
-    """The best ``count`` methods of the first round, each at its better scale, and the controls."""
-    first = [r for r in records if r.task == rated_on and r.seed == 0]
-    reached = {variant: value for (_, variant), value in best(first).items()}
-    chosen: dict[str, Variant] = {}
-    for variant in sorted(reached, key=lambda v: reached[v][1]):
-        if variant not in CONTROLS:
-            chosen.setdefault(variant[0], variant)
-    named = [chosen[method] for method in _NAMED if method in chosen]
-    variants = [*CONTROLS, *named, *list(chosen.values())[:count]]
+    """Each variant at the rate that was best for it, and its neighbours, with paired seeds.
+
+    Best by seed 0 on the task itself, where that was run, else on ``rated_on``, else by LoRA there.
+    """
+    reached = best(record for record in records if record.seed == 0)
     found: list[Run] = []
     for task in tasks:
-        for variant in dict.fromkeys(variants):
-            rate = reached[variant][0]
+        for variant in variants:
+            places = [(task, variant), (rated_on, variant), (rated_on, variants[0])]
+            rate = next((reached[place][0] for place in places if place in reached), _RATES[1])
             rates = [step(rate, halves) for halves in (-1, 0, 1)]
             found += _missing(records, task, variant, seeds, rates)
     return found

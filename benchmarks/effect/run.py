@@ -2,8 +2,8 @@
 
     python benchmarks/effect/run.py --model DIR --data DIR --output FOLDER --round first
 
-Stopped and called again, it goes on where it was: the files in the folder are all it knows. With
-several GPUs, a process each: --part 0/2 and --part 1/2.
+Stopped and called again, it goes on where it was: the files in the folder are all it knows. Every
+GPU has a process of its own.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called as a script
 
@@ -27,7 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from effect.context import Context
 from effect.inits import START
-from effect.plan import FIRST, first_round, second_round
+from effect.plan import FIRST, SCALES, first_round, second_round
 from effect.population import Lora, Population
 from effect.records import Record, Run, append, read
 from effect.runs import train_population
@@ -35,6 +35,7 @@ from effect.start import Start, scaled
 from effect.tasks import CausalTask, causal_task, order
 from effect.train import Recipe
 from effect.variants import VARIANTS
+from effect.workers import trained
 
 OPTIONS = {
     "boolq": ("true", "false"),
@@ -172,39 +173,11 @@ class Bench:
         ]
 
 
-def subtracts(method: str) -> bool:
-    """Whether its start is subtracted from the base: those have populations of their own."""
-    zero = method.endswith(".zero") or method in ("lora", "gaussian", "orthogonal", "eva")
-    form = method.startswith(("contrast", "eva-ref")) and not method.endswith(".untouched")
-    return not zero and not form
-
-
-def chunk(runs: Sequence[Run], members: int) -> list[Run]:
-    """The next population: runs of one task, one kind of adapter and start, of few seeds."""
-
-    def kind(run: Run) -> tuple[Any, ...]:
-        method = run.member.method
-        return run.task, run.rank, method if method in VARIANTS else subtracts(method)
-
-    alike = [run for run in runs if kind(run) == kind(runs[0])]
-    return sorted(alike, key=lambda run: run.member.seed)[:members]
-
-
-def belongs(run: Run) -> int:
-    """A number by which processes share the runs: all of a method's are one process's.
-
-    So what a method computes is computed once. LoRA computes nothing, and has most variants.
-    """
-    m = run.member
-    key = (m.method, m.scale, m.ratio, m.decay) if m.method == "lora" else m.method
-    return crc32(repr(key).encode())
-
-
-def lacking(options: argparse.Namespace) -> list[Run]:
-    """What the round still lacks, by the files in the folder."""
-    records = read(options.output)
+def lacking(options: argparse.Namespace, records: Sequence[Record]) -> list[Run]:
+    """What the round still lacks."""
     if options.round == "first":
-        return [r for task in options.tasks for r in first_round(records, task, options.methods)]
+        of = options.methods, options.scales
+        return [run for task in options.tasks for run in first_round(records, task, *of)]
     return second_round(records, options.tasks, range(options.seeds), options.tasks[0])
 
 
@@ -220,11 +193,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", default=FIRST, choices=sorted({*START, *VARIANTS}), metavar="METHOD"
     )
+    parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="of A and B")
     parser.add_argument("--seeds", type=int, default=5, help="of the second round")
     parser.add_argument("--members", type=int, default=16, help="adapters trained side by side")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--part", default="0/1", help="which of how many processes this is")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing after")
     return parser.parse_args(argv)
 
@@ -232,33 +205,31 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
     begun = time.perf_counter()
-    disable_progress_bar()
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-    part, parts = map(int, options.part.split("/"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", part % torch.cuda.device_count())
-        torch.cuda.set_device(device)
     options.output.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(options.steps, options.batch_size, warmup=max(1, options.steps * 6 // 100))
-    bench = Bench(options.model, options.data, device, recipe, options.members)
-    while True:
-        wanted = [run for run in lacking(options) if belongs(run) % parts == part]
-        spent = time.perf_counter() - begun
-        if not wanted or spent > options.seconds:
-            print(f"[{part}] {len(wanted)} runs left after {spent:.0f} s")
-            return
-        runs = chunk(wanted, options.members)
-        start = time.perf_counter()
-        done = bench.train(runs)
-        append(options.output / f"{options.round}-{part}.csv", done)
+    records = read(options.output)
+    for done in trained(
+        partial(bench, options),
+        lambda: lacking(options, records),
+        options.members,
+        more=lambda: time.perf_counter() - begun < options.seconds,
+    ):
+        append(options.output / f"{options.round}.csv", done)
+        records.extend(done)
         best = min(done, key=lambda record: record.reached)
         print(
-            f"[{part}] {len(runs)} of {len(wanted)} runs on {runs[0].task} in "
-            f"{time.perf_counter() - start:.0f} s, best {best.method} ×{best.scale:g} at "
-            f"{best.rate:g}: {best.loss:.4f}",
+            f"{time.perf_counter() - begun:.0f} s: {len(done)} runs on {best.task}, best "
+            f"{best.method} ×{best.scale:g} at {best.rate:g}: {best.loss:.4f}",
             flush=True,
         )
+    print(f"{len(lacking(options, records))} runs left")
+
+
+def bench(options: argparse.Namespace, device: torch.device) -> Bench:
+    """What a process makes, for its device."""
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    recipe = Recipe(options.steps, options.batch_size, warmup=max(1, options.steps * 6 // 100))
+    return Bench(options.model, options.data, device, recipe, options.members)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,10 @@ def same_rows(actual, expected, rel=2e-6):
 @pytest.mark.parametrize("name", START)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_start_is_of_all_targets_and_keeps_the_function(kind, name, one_thread):
+    if kind == "vit" and name.endswith(".self"):
+        with pytest.raises(ValueError, match="no causal language model"):
+            START[name](context(kind))
+        return
     starts = START[name](context(kind))
     assert list(starts) == list(context(kind).weights) == task(kind).targets
     for layer, W in context(kind).weights.items():

@@ -10,10 +10,10 @@ from scipy.stats import ttest_rel
 
 from effect.plan import CONTROLS, FIRST, SCALES, best, first_round, second_round, step
 from effect.records import Record, Run, append, read
-from effect.run import belongs, chunk, subtracts
 from effect.tables import compared, paired, tuned
 from effect.tasks import order
 from effect.train import Member
+from effect.workers import chunks, subtracts, trained
 
 RATES = [1e-3, 3.162e-3, 1e-2]
 
@@ -62,20 +62,25 @@ def test_the_first_round_has_every_method_at_every_scale_and_the_controls():
     assert wanted == methods | set(CONTROLS)
 
 
-def test_the_second_round_takes_the_best_at_their_better_scale_and_all_seeds():
-    methods = ["pissa", "filet-M.fisher.relative.zero", "filet-P.fisher.relative.zero"]
-    worse = {"filet-P.fisher.relative.zero": 5.0, "pissa": 0.05}
-    records = played(lambda r: first_round(r, "a", ["lora", *methods]), {})
-    records = [
-        record(r.run, r.loss + worse.get(r.method, 0) + (r.scale == 1) / 10) for r in records
-    ]
-    first = list(records)
-    wanted = second_round(records, ("a", "b"), range(3), "a", count=1)
-    of = {(r.member.method, r.member.scale) for r in wanted if r.member.method != "lora"}
-    assert of == {("pissa", 2.0), ("filet-M.fisher.relative.zero", 2.0)}
-    assert {r.task for r in wanted} == {"a", "b"} and {r.member.seed for r in wanted} == {0, 1, 2}
-    done = {r.run for r in first}
-    assert not done & set(wanted)  # what the first round has is not run again
+def test_the_second_round_has_every_seed_around_each_variants_own_rate():
+    least = {"lora": 3.162e-3, "pissa": 1e-3}
+    first = played(lambda r: first_round(r, "a", ["lora", "pissa"], scales=[1.0]), least)
+    first += played(lambda r: first_round(r, "b", ["pissa"], scales=[1.0]), {"pissa": 1e-2})
+    variants = [("lora", 1.0, 1.0, 0.0), ("pissa", 1.0, 1.0, 0.0), ("olora", 1.0, 1.0, 0.0)]
+    wanted = second_round(first, ("a", "b"), range(3), "a", variants)
+    rates = {
+        (task, method): {
+            r.member.rate for r in wanted if (r.task, r.member.method) == (task, method)
+        }
+        for task in "ab"
+        for method in ("lora", "pissa", "olora")
+    }
+    assert rates["a", "pissa"] == {step(1e-3, halves) for halves in (-1, 0, 1)}
+    assert rates["b", "pissa"] == {step(1e-2, halves) for halves in (-1, 0, 1)}  # by itself
+    # Where nothing is known it is LoRA's.
+    assert rates["b", "lora"] == rates["b", "olora"] == rates["a", "olora"] == set(RATES)
+    assert {r.member.seed for r in wanted} == {0, 1, 2}
+    assert not {r.run for r in first} & set(wanted)  # what the first round has is not run again
 
 
 def test_rates_are_the_same_number_however_they_are_reached():
@@ -115,11 +120,49 @@ def test_intervals_are_those_of_a_paired_test():
 def test_a_population_is_of_one_kind_of_start_and_task():
     methods = ["lora", "pissa", "contrast.d0.01", "contrast.d0.01.untouched", "filet-M.x.zero"]
     assert [subtracts(m) for m in methods] == [False, True, False, True, False]
+    assert not subtracts("filet-keep.d0.01")
     runs = [Run(t, Member(m, 1e-3, seed=s)) for s in (1, 0) for t in "ab" for m in methods]
-    found = chunk(runs, 5)
-    assert {r.task for r in found} == {"a"} and not any(subtracts(r.member.method) for r in found)
-    assert [r.member.seed for r in found] == [0, 0, 0, 1, 1]
-    assert len({belongs(r) for r in runs if r.member.method == "pissa"}) == 1
+    found = chunks(runs, 5)
+    assert [len(chunk) for chunk in found] == [5, 1, 4, 5, 1, 4]
+    assert [{r.task for r in chunk} for chunk in found] == 3 * [{"a"}] + 3 * [{"b"}]
+    kinds = [{subtracts(r.member.method) for r in chunk} for chunk in found]
+    assert kinds == 2 * [{False}, {False}, {True}]
+    assert [r.member.seed for r in found[0]] == [0, 0, 0, 1, 1]
+    assert sorted(map(repr, runs)) == sorted(repr(r) for chunk in found for r in chunk)
+
+
+class Trainer:
+    """Of tests: what a process has instead of a model."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def train(self, runs: list[Run]) -> list[Record]:
+        if any(run.member.method == "olora" for run in runs):
+            raise FloatingPointError("made up")
+        return [record(run, 1 + abs(math.log10(run.member.rate / 3.162e-3))) for run in runs]
+
+
+def test_processes_train_what_a_round_lacks_once_and_until_it_ends():
+    records: list[Record] = []
+
+    def lacking():
+        return first_round(records, "task", ["lora", "pissa"])
+
+    for done in trained(Trainer, lacking, members=4):
+        assert 0 < len(done) <= 4
+        records += done
+    assert lacking() == [] and len({r.run for r in records}) == len(records) > 10
+    begun = len(records)
+    for done in trained(Trainer, lambda: [Run("b", Member("lora", 1e-3))], 4, lambda: False):
+        records += done
+    assert len(records) == begun
+
+
+def test_a_process_that_fails_ends_the_round():
+    wanted = [Run("task", Member("olora", 1e-3))]
+    with pytest.raises(RuntimeError, match=r"a process ended while it trained.*olora"):
+        list(trained(Trainer, lambda: wanted, 4))
 
 
 def test_an_order_is_the_seeds_and_has_every_row_once_an_epoch():
