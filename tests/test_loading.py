@@ -246,6 +246,31 @@ def test_load_refuses_a_description_of_another_adapter(tmp_path: Path) -> None:
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("by", ["filet", "peft", "gathered", "bin"])
+def test_load_refuses_a_frozen_half_that_nothing_describes(tmp_path: Path, by: str) -> None:
+    """As a plain LoRA of rank 2r it would train both halves, and nobody would see it."""
+    model = initialised()
+    if by == "filet":
+        filet.save_as_lora(model, tmp_path)
+    elif by == "gathered":
+        state = {name: value for name, value in model.named_parameters() if "lora_" in name}
+        model.save_pretrained(tmp_path, state_dict=state)
+    else:
+        model.save_pretrained(tmp_path, safe_serialization=by != "bin")
+    expected = logits(filet.load(llama(), tmp_path))
+    assert torch.equal(expected, logits(model))
+    (tmp_path / "filet.json").unlink()
+    base = llama()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"filet\.json.*from_pretrained loads the adapter as an"):
+        filet.load(base, tmp_path)
+    assert_unchanged(base, before)
+    plain = PeftModel.from_pretrained(llama(), str(tmp_path), is_trainable=True)
+    assert torch.equal(logits(plain), expected)
+    plain.save_pretrained(tmp_path / "plain")  # as what it is now, it is no longer FILet's
+    assert torch.equal(logits(filet.load(llama(), tmp_path / "plain")), expected)
+
+
 def test_load_refuses_an_adapter_that_plain_peft_trained_on(tmp_path: Path) -> None:
     """All of it, so that no half is the start any more."""
     filet.save_as_lora(trained(), tmp_path)

@@ -65,7 +65,6 @@ SECOND: tuple[Variant, ...] = (
     ("filet-M.fisher.relative.untouched", 2.0, 1.0, 0.0),
     ("eva", 1.0, 1.0, 0.0),
     ("lora-ga", 1.0, 1.0, 0.0),
-    ("filet-keep.d0.01.self", 2.0, 1.0, 0.0),
 )
 
 

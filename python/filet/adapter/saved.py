@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -25,6 +26,7 @@ from filet.adapter.state import (
     CONFIG_FILE,
     FILET_FILE,
     FORMAT,
+    MARK,
     WEIGHTS_FILE,
     describe,
     key_of,
@@ -38,6 +40,8 @@ from filet.report.report import FiletReport
 from filet.system.files import replaced_together, staged
 
 __all__ = ["load", "save_as_lora", "write_folder"]
+
+_ALL_OF_IT = "(peft.PeftModel.from_pretrained loads the adapter as an ordinary LoRA)"
 
 
 def save_as_lora(
@@ -76,7 +80,8 @@ def load(
 ) -> PeftModel:
     """Load what :func:`save_as_lora` wrote, ready to go on training at rank r.
 
-    A folder without ``filet.json`` is loaded as the plain LoRA that it is.
+    A folder without ``filet.json`` is loaded as the plain LoRA that it is; the weights' file says
+    whether it is one.
 
     Args:
         base_model: with the very weights that the adapter was made for; they stay as they are.
@@ -88,8 +93,8 @@ def load(
 
     Raises:
         ValueError: no such adapter in the folder, or a base model of other weights (the first
-            module that differs is named), as ``filet.json`` tells; ``base_model`` is then as it
-            was.
+            module that differs is named), as ``filet.json`` tells, or that file lost;
+            ``base_model`` is then as it was.
     """
     if isinstance(base_model, PeftModel):
         raise ValueError("base_model is a PeftModel; expected the model without adapters")
@@ -162,6 +167,7 @@ def _described(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tenso
     try:
         description = json.loads((folder / FILET_FILE).read_text())
     except FileNotFoundError:
+        _check_plain(folder)
         return {}, tensors
     if description.get("format") != FORMAT:
         raise ValueError(
@@ -174,10 +180,24 @@ def _described(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tenso
         if key not in tensors or starts_of(tensors, name, layer["rank"]) != starts:
             raise ValueError(
                 f"{folder / FILET_FILE} describes another adapter than lies beside it: the frozen "
-                f"half of {name} is another; expected them of one save "
-                "(peft.PeftModel.from_pretrained loads the adapter as an ordinary LoRA)"
+                f"half of {name} is another; expected them of one save {_ALL_OF_IT}"
             )
     return layers, tensors
+
+
+def _check_plain(folder: Path) -> None:
+    """ValueError where an adapter without ``filet.json`` has a frozen half, or may have one."""
+    if not (folder / WEIGHTS_FILE).exists():
+        raise ValueError(
+            f"{folder} has neither {FILET_FILE} nor {WEIGHTS_FILE}, which could say that no half of "
+            f"the adapter is frozen; expected one of them {_ALL_OF_IT}"
+        )
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        if MARK in (file.metadata() or {}):
+            raise ValueError(
+                f"{folder} has no {FILET_FILE}, which says what half of this adapter is frozen; "
+                f"expected the file that was saved with it {_ALL_OF_IT}"
+            )
 
 
 def _check_base(

@@ -22,18 +22,19 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import WEIGHTS_NAME, load_peft_weights
 from peft.utils.other import get_pattern_key
-from safetensors.torch import save_file
 from torch import Tensor
 
 from filet.model.factors import OF_ADAPTER, StartedFactor
 from filet.model.fingerprint import fingerprints
 from filet.model.targets import Target, check_peft_model, find_targets, layers_of
 from filet.system.files import replaced
+from filet.system.tensorfile import write_tensors
 
 __all__ = [
     "CONFIG_FILE",
     "FILET_FILE",
     "FORMAT",
+    "MARK",
     "WEIGHTS_FILE",
     "FiletLoraConfig",
     "describe",
@@ -50,6 +51,7 @@ CONFIG_FILE = "adapter_config.json"
 
 FILET_FILE = "filet.json"
 FORMAT = "filet-adapter-2"  # of that file
+MARK = "filet"  # in the metadata of weights with a frozen half, whose FILET_FILE might get lost
 
 # Attribute of a FiletLoraConfig: the config that the adapter had before, where that is known.
 _GIVEN = "_filet_given"
@@ -206,15 +208,15 @@ def _complete(folder: Path, peft_model: PeftModel, adapter_name: str) -> None:
     for key in lacking:
         start = halves[key].start.to("cpu", tensors[key].dtype)
         tensors[key] = torch.cat([tensors[key], start], halves[key].dim)
-    if lacking and (folder / WEIGHTS_FILE).exists():
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    elif lacking:
-        torch.save(tensors, folder / WEIGHTS_NAME)
     whole = {key: (factor.out_features, factor.in_features) for key, factor in halves.items()}
     there = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key in whole}
     if not factors or there != whole:
         (folder / FILET_FILE).unlink(missing_ok=True)
         return
+    if (folder / WEIGHTS_FILE).exists():
+        write_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt", MARK: FORMAT})
+    elif lacking:
+        torch.save(tensors, folder / WEIGHTS_NAME)
     layers = {
         name: {"rank": A.rank, "weight": A.base, **starts_of(tensors, name, A.rank)}
         for name, (A, _) in factors.items()
