@@ -189,7 +189,7 @@ def _check_plain(folder: Path) -> None:
     """ValueError where an adapter without ``filet.json`` has a frozen half, or may have one."""
     if not (folder / WEIGHTS_FILE).exists():
         raise ValueError(
-            f"{folder} has neither {FILET_FILE} nor {WEIGHTS_FILE}, which could say that no half of "
+            f"{folder} has neither {FILET_FILE} nor {WEIGHTS_FILE}, to say that no half of "
             f"the adapter is frozen; expected one of them {_ALL_OF_IT}"
         )
     with safe_open(folder / WEIGHTS_FILE, "pt") as file:
