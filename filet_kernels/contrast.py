@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from filet_kernels.moments import SecondMoment
+from filet_kernels.orthonormal import added
 from filet_kernels.product import slices
 
 __all__ = ["contrast_directions"]
@@ -184,14 +185,14 @@ def _iterated(M: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     n, block = M.shape[0], _block(rank)
     start = torch.randn(n, block, generator=torch.Generator().manual_seed(0), dtype=M.dtype)
     V, MV = M.new_empty(2, n, _BLOCKS * block)
-    following = _orthonormal(start.to(M.device), V[:, :0])
+    following = added(start.to(M.device), V[:, :0])
     filled = 0
     for _ in range(_RESTARTS):
         for first in range(filled, V.shape[1], block):
             columns = slice(first, first + block)
             V[:, columns] = following
             MV[:, columns] = following = M @ following
-            following = _orthonormal(following, V[:, : columns.stop])
+            following = added(following, V[:, : columns.stop])
         T = V.T @ MV
         if not bool(T.isfinite().all()):
             return None
@@ -209,20 +210,3 @@ def _iterated(M: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
             return wanted, best[:, :rank]
         V[:, :block], MV[:, :block], filled = best, M_best, block
     return None
-
-
-def _orthonormal(X: Tensor, V: Tensor) -> Tensor:
-    """An orthonormal basis of what the columns of X add to those of V, which are orthonormal.
-
-    By Cholesky factors of Gram matrices, three times, which takes no wait for the device and a
-    tenth of Householder's time there. Where X adds nothing the result is not orthonormal: whoever
-    uses it looks.
-    """
-    shift = 8 * X.shape[1] * torch.finfo(X.dtype).eps
-    for _ in range(3):
-        X = X - V @ (V.T @ X)
-        gram = X.T @ X
-        gram.diagonal().add_(shift * gram.diagonal().amax())
-        factor, _ = torch.linalg.cholesky_ex(gram)
-        X = torch.linalg.solve_triangular(factor.T, X, upper=True, left=False)
-    return X

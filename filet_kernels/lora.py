@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from filet_kernels.orthonormal import gram_schmidt
 from filet_kernels.product import exact_float32
 
 __all__ = [
@@ -85,6 +86,7 @@ def lora_factors(
     *,
     scaling: Scaling = "fisher",
     gamma: float | None = None,
+    orthogonal: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """LoRA factors A = diag(c)^½ V̂_Iᵀ and B = Û_I diag(c)^½ of the chosen directions.
@@ -101,6 +103,10 @@ def lora_factors(
             the energies. At γ = 1/3 the mean of ‖A_i‖² is that of LoRA's default, whose entries
             have the variance 1/(3n). No c is then below 1e-4 γ, and where all are 0 each is γ.
             None leaves c as it is.
+        orthogonal: takes Q of V̂_I = Q R, with a positive diagonal and in the order of ``indices``,
+            for V̂_I, and normalize_columns(W Q) for Û_I. Directions of low energy lie close
+            together: the first stays, and of every other what it adds. What becomes of one that
+            adds nothing but rounding is a row of length √c in some direction.
         dtype: of the returned factors, to which they are rounded once.
 
     Returns:
@@ -134,7 +140,8 @@ def lora_factors(
     # The few numbers on the host cost less than a launch each.
     root, indices = (x.to(W.device, non_blocking=True) for x in (_root(c, gamma), indices))
     compute = torch.float32 if W.is_cuda and W.dtype != torch.float64 else torch.float64
-    return _factors(W, indices, None if scaling == "singular" else root, compute, dtype, gamma)
+    singular = scaling == "singular"
+    return _factors(W, indices, None if singular else root, compute, dtype, gamma, orthogonal)
 
 
 def _root(c: Tensor, gamma: float | None) -> Tensor:
@@ -153,6 +160,7 @@ def _factors(
     compute: torch.dtype,
     dtype: torch.dtype,
     gamma: float | None = None,
+    orthogonal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A and B by products in ``compute``.
 
@@ -161,6 +169,9 @@ def _factors(
     W = W.detach().to(compute)
     with exact_float32(), torch.autocast(W.device.type, enabled=False):
         V = W.T @ W.index_select(1, indices)
+        if orthogonal:
+            lengths = torch.linalg.vector_norm(V, dim=0, dtype=torch.float64)
+            V = gram_schmidt(V / lengths).to(compute)
         WV = W @ V
     # Neither is normalised before, and squares of a small column's are out of float32's range.
     of_V, of_WV = (torch.linalg.vector_norm(x, dim=0, dtype=torch.float64) for x in (V, WV))

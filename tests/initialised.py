@@ -14,7 +14,7 @@ from filet import FiletConfig, FiletReport, initialize_lora_filet_weights
 from models import case, collate, loader
 
 # A0 and B0 as the paper writes them, with a frozen half that subtracts their product.
-UNTOUCHED = {"start": "untouched", "normalization": "mean"}
+UNTOUCHED = {"start": "untouched", "normalization": "mean", "orthogonal": False}
 
 # Factors this large change the function by its own size: a wrong s or sign cannot hide.
 LOUD = {**UNTOUCHED, "scaling": "singular"}

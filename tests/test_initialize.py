@@ -61,7 +61,7 @@ def test_factors_and_residual(kind: str, normalization: str, device: torch.devic
     c = case(kind)
     peft_model = peft_of(c, device)
     report = initialized(
-        peft_model, loader(c.samples), start="untouched", normalization=normalization
+        peft_model, loader(c.samples), **{**UNTOUCHED, "normalization": normalization}
     )
     factor = report.loss_terms**2 if normalization == "sum" else 1
     for name, energies in truth(kind).items():
@@ -364,6 +364,7 @@ def test_invalid_config() -> None:
         {"gamma": float("inf")},
         {"gamma": float("nan")},
         {"gamma": "1/3"},
+        {"orthogonal": 1},
         {"gamma": 0.5, "normalization": "sum"},
         {"scaling": None},
         {"samples": 0},

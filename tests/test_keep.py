@@ -199,11 +199,12 @@ def test_directions_are_the_generalised_eigenvectors(device: torch.device) -> No
         torch.testing.assert_close(module.energies, values, rtol=1e-4, atol=0)
         A, B, A0, B0 = halves_of(layer_of(peft_model, name))
         assert torch.equal(A, A0) and torch.equal(B, B0)
-        # c = 1/3 for all; vectors up to a sign, of eigenvalues that are apart.
-        assert float(((A * rows).sum(1).abs() * 3**0.5 - 1).abs().max()) < 1e-3, name
-        torch.testing.assert_close(A.norm(dim=1), torch.full((len(A),), 3**-0.5).double())
+        # c = γ for all; vectors up to a sign, of eigenvalues that are apart.
+        root = FiletConfig.gamma**0.5
+        assert float(((A * rows).sum(1).abs() / root - 1).abs().max()) < 1e-3, name
+        torch.testing.assert_close(A.norm(dim=1), torch.full((len(A),), root).double())
         expected = W @ A.T
-        expected /= expected.norm(dim=0) * 3**0.5
+        expected *= root / expected.norm(dim=0)
         torch.testing.assert_close(B, expected, rtol=0, atol=1e-5)
     table = report.table()
     assert "eigenvalues of task against data to keep" in table and "contrast" in table

@@ -121,6 +121,39 @@ def test_gamma_sets_the_magnitude_and_keeps_the_proportions(layer, scaling, gamm
         assert torch.equal(rounded.float(), stored.to(dtype).float())
 
 
+@pytest.mark.parametrize("scaling", ["fisher", "singular", "constant_max"])
+@pytest.mark.parametrize("how", ["min", "max", "random"])
+def test_orthogonal_takes_q_for_the_directions(layer, scaling, how):
+    W, energies = layer
+    indices = select(energies, 6, how)
+    A, B = lora_factors(W, energies, indices, scaling=scaling, orthogonal=True, dtype=torch.float64)
+    Q, R = torch.linalg.qr(oracle.normalize_columns(W.T @ W)[:, indices])
+    Q = Q * R.diagonal().sign()
+    sizes = {"fisher": energies[indices], "singular": (W @ Q).norm(dim=0)}
+    c = sizes.get(scaling, energies[indices].max().expand(6))
+    torch.testing.assert_close(A, c.sqrt().unsqueeze(1) * Q.T)
+    torch.testing.assert_close(B, oracle.normalize_columns(W @ Q) * c.sqrt())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [40, 3000])
+def test_orthogonal_of_directions_that_are_nearly_or_all_the_same(device, dtype, n):
+    """Columns of W that are parallel have one direction. No row of theirs is zero, or no number."""
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(24, n, generator=generator).to(dtype)
+    W[:, 1], W[:, 2], W[:, 3] = W[:, 0], 2 * W[:, 0], W[:, 0] + 1e-2 * W[:, 5]
+    W = W.to(device)
+    energies = torch.ones(n, dtype=torch.float64, device=device)
+    indices = torch.tensor([7, 0, 3, 4, 1, 2], device=device)
+    A, B = lora_factors(W, energies, indices, orthogonal=True, dtype=torch.float64)
+    assert A.isfinite().all() and B.isfinite().all()
+    torch.testing.assert_close(A.norm(dim=1), torch.ones(6).to(A), rtol=0, atol=1e-6)
+    Q, R = torch.linalg.qr(oracle.normalize_columns(W.double().T @ W.double())[:, indices[:4]])
+    loose = 1e-4 if device.type == "cuda" and dtype != torch.float64 else 1e-9  # a difference's
+    torch.testing.assert_close(A[:4], (Q * R.diagonal().sign()).T, rtol=0, atol=loose)
+    torch.testing.assert_close(A[:4] @ A[:4].T, torch.eye(4).to(A), rtol=0, atol=1e-6)
+
+
 def test_no_row_is_zero_with_gamma(layer):
     """Where energies are 0, or nearly so beside the others."""
     W, energies = layer

@@ -41,15 +41,20 @@ def factors(peft_model: PeftModel, side: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("select", ["min", "max", "random"])
 @pytest.mark.parametrize("scaling", ["fisher", "singular", "constant_min", "constant_max"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_the_papers_proportions(kind: str, scaling: str, select: str) -> None:
-    """A = diag(c)^½ V̂ᵀ of Algorithm 1, with c over its mean times γ, in float64."""
+@pytest.mark.parametrize("orthogonal", [False, True], ids=["as they are", "orthogonal"])
+def test_the_papers_proportions(kind: str, scaling: str, select: str, orthogonal: bool) -> None:
+    """A = diag(c)^½ V̂ᵀ of Algorithm 1, with c over its mean times γ, in float64; or Q of V̂."""
     c, gamma = case(kind), 0.7
     peft_model = peft_of(c)
-    report = initialized(peft_model, loader(c.samples), scaling=scaling, select=select, gamma=gamma)
+    how = {"scaling": scaling, "select": select, "gamma": gamma, "orthogonal": orthogonal}
+    report = initialized(peft_model, loader(c.samples), **how)
     for name, energies in truth(kind).items():
         W = weight_of(c.model, name).double()
         chosen = report.modules[name].indices
         V = oracle.normalize_columns(W.T @ W)[:, chosen]
+        if orthogonal:
+            V, R = torch.linalg.qr(V)
+            V = V * R.diagonal().sign()
         sizes = (W @ V).norm(dim=0) if scaling == "singular" else energies[chosen]
         if scaling.startswith("constant"):
             sizes = torch.ones(RANK, dtype=torch.float64)
@@ -96,10 +101,10 @@ def test_neither_reduction_nor_batch_nor_number_of_terms_matters() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keep", [False, True], ids=["energies", "contrast"])
 def test_a_is_as_large_as_loras_default(keep: bool, dtype: torch.dtype) -> None:
-    """‖A‖ is √(r / 3), about which PEFT draws; no row is far from the others."""
+    """With γ = 1/3 it is √(r / 3), about which PEFT draws; no row is far from the others."""
     lora, ours = in_dtype(dtype), in_dtype(dtype)
     kept = loader(case("llama").samples[::-1]) if keep else None
-    report = initialized(ours, keep=kept)
+    report = initialized(ours, keep=kept, gamma=1 / 3)
     assert report.config["select"] == ("contrast" if keep else "min")
     for (name, A), default in zip(
         factors(ours, "A").items(), factors(lora, "A").values(), strict=True
@@ -164,7 +169,7 @@ def test_directions_without_energy_train_all_the_same() -> None:
     peft_model, report, said = applied()
     assert not said and not any(module.chosen().any() for module in report.modules.values())
     for A in factors(peft_model, "A").values():
-        torch.testing.assert_close(A.norm(dim=1), torch.full((RANK,), 3**-0.5))
+        torch.testing.assert_close(A.norm(dim=1), torch.full((RANK,), FiletConfig.gamma**0.5))
     for start in ("zero", "untouched"):
         peft_model, _, said = applied(start=start, normalization="mean")
         assert len(said) == 1 and "expected normalization='relative'" in said[0]

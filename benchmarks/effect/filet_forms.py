@@ -5,7 +5,7 @@ Energies, choice and factors are the library's (:mod:`filet_kernels`), from its 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import get_peft_model
@@ -18,7 +18,7 @@ from effect.start import Start
 from filet import FiletConfig, apply_statistics
 from filet_kernels import fisher_energies, lora_factors, select
 
-__all__ = ["GAMMA", "filet", "filet_keep", "filet_orthogonal"]
+__all__ = ["GAMMA", "filet", "filet_keep"]
 
 GAMMA = 1 / 3  # the mean of c with which ‖A‖ is that of LoRA's default
 
@@ -37,21 +37,17 @@ def _energies(context: Context, normalization: Literal["mean", "sum"]) -> dict[s
     return context.once(("energies", normalization), make)
 
 
-def _relative(name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors with c_i = ‖a_i‖² scaled to a mean of γ."""
-    mean = A.square().sum(1).mean()
-    if not mean > 0:
-        raise ValueError(f"{name}: no chosen direction has any energy; expected more samples")
-    factor = (GAMMA / mean).sqrt()
-    return A * factor, B * factor
-
-
 def _start(A: Tensor, B: Tensor, start: str) -> Start:
     return zero(A, len(B)) if start == "zero" else subtracted(A, B)
 
 
 def filet(
-    context: Context, how: Selection, scaling: Scaling, magnitude: str, start: str
+    context: Context,
+    how: Selection,
+    scaling: Scaling,
+    magnitude: str,
+    start: str,
+    orthogonal: bool = False,
 ) -> dict[str, Start]:
     """A = diag(c)^½ V̂_Iᵀ and B = Û_I diag(c)^½ (arXiv 2605.01046, Algorithm 1).
 
@@ -60,6 +56,7 @@ def filet(
         scaling: c, see :func:`filet_kernels.lora_factors`.
         magnitude: "mean", the paper's, has E of the mean loss, "sum" of the summed loss; "relative"
             scales c to a mean of γ = 1/3.
+        orthogonal: takes Q of V̂_I = Q R.
         start: "untouched" subtracts B A beside W; "zero" has this A and B = 0.
     """
     energies, found = _energies(context, "sum" if magnitude == "sum" else "mean"), {}
@@ -67,34 +64,9 @@ def filet(
         E = energies[name]
         chosen = select(E, context.rank, how, seed=context.seed)
         # In float64: the energies of a mean loss are about 1e-16.
-        A, B = lora_factors(W.double(), E, chosen, scaling=scaling, dtype=torch.float64)
-        if magnitude == "relative":
-            A, B = _relative(name, A, B)
-        found[name] = _start(A, B, start)
-    return found
-
-
-def filet_orthogonal(
-    context: Context, how: Selection, scaling: str, start: str
-) -> dict[str, Start]:
-    """The same with orthonormal directions, at the relative magnitude.
-
-    Q of V̂_I = Q R, whose columns are in the order of rising energy: those of low energy are near
-    parallel. Û = normalize_columns(W Q). c_i = E_i of v̂_i for "fisher", ‖W q_i‖ for "singular",
-    and the same for all for "constant".
-    """
-    energies, found = _energies(context, "mean"), {}
-    for name, W in context.weights.items():
-        E, W = energies[name], W.double()
-        chosen = select(E, context.rank, how, seed=context.seed)
-        chosen = chosen[E[chosen].argsort(stable=True)]
-        rows, _ = lora_factors(W, E, chosen, scaling="singular", dtype=torch.float64)
-        Q, R = torch.linalg.qr(torch.nn.functional.normalize(rows, dim=1).T)
-        Q = torch.where(R.diagonal() < 0, -Q, Q)  # along v̂, whatever LAPACK's sign
-        of_W = (WQ := W @ Q).norm(dim=0)
-        c = {"fisher": E[chosen], "singular": of_W, "constant": torch.ones_like(of_W)}[scaling]
-        root = c.sqrt()
-        A, B = _relative(name, root.unsqueeze(1) * Q.T, WQ / of_W * root)
+        gamma = GAMMA if magnitude == "relative" else None
+        sizes: dict[str, Any] = {"scaling": scaling, "gamma": gamma, "orthogonal": orthogonal}
+        A, B = lora_factors(W.double(), E, chosen, dtype=torch.float64, **sizes)
         found[name] = _start(A, B, start)
     return found
 

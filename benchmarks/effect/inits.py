@@ -25,7 +25,7 @@ from typing import Any
 
 from effect.context import Context
 from effect.directions import contrast, eva_like
-from effect.filet_forms import filet, filet_keep, filet_orthogonal
+from effect.filet_forms import filet, filet_keep
 from effect.of_peft import BY_PEFT, starts_of
 from effect.published import cg_lora, farss, lora_da, milora, whitened
 from effect.start import Start
@@ -53,13 +53,12 @@ def _filets() -> dict[str, Method]:
                 # At the relative magnitude one constant is as good as another.
                 library: Any = "constant_max" if scaling == "constant" else scaling
                 for size in magnitudes:
-                    found[f"filet-{letter}.{scaling}.{size}.{start}"] = partial(
-                        filet, how=how, scaling=library, magnitude=size, start=start
-                    )
-            for scaling in ("fisher", "singular", "constant"):
-                found[f"filet-{letter}-orthogonal.{scaling}.relative.{start}"] = partial(
-                    filet_orthogonal, how=how, scaling=scaling, start=start
-                )
+                    form = partial(filet, how=how, scaling=library, magnitude=size, start=start)
+                    found[f"filet-{letter}.{scaling}.{size}.{start}"] = form
+                    if size == "relative":
+                        found[f"filet-{letter}-orthogonal.{scaling}.relative.{start}"] = partial(
+                            form, orthogonal=True
+                        )
     return found
 
 

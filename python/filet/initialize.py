@@ -48,7 +48,7 @@ def initialize_lora_filet_weights(
 
     Runs ``config.samples`` samples forward and backward, and gives every target module the r
     directions of least Fisher energy E as A, with B = 0:
-        A = diag(c_I)^½ V̂_Iᵀ,  c = γ E / mean(E_I).
+        A = diag(c_I)^½ Qᵀ,  V̂_I = Q R,  c = γ E / mean(E_I).
     So the adapter is plain LoRA with another A. With ``config.start="untouched"`` it is the paper's
         A0 = diag(c_I)^½ V̂_Iᵀ,  B0 = Û_I diag(c_I)^½,
     from which A and B train, the layer being W x + s (B A − B0 A0) x with PEFT's scaling s: the
@@ -62,8 +62,8 @@ def initialize_lora_filet_weights(
             "untouched" the adapter is of rank 2r to PEFT, one half of it frozen
             (docs/adapters.md).
         dataloader, forward_fn, show_progress_bar: see :func:`filet.collect_statistics`.
-        config: :class:`FiletConfig`. ``FiletConfig(start="untouched", normalization="mean")`` has
-            the paper's own magnitudes.
+        config: :class:`FiletConfig`. ``FiletConfig(start="untouched", normalization="mean",
+            orthogonal=False)`` is the paper's, to the letter.
         adapter_name: which adapter.
         keep: batches of what is not to be forgotten, or "self", as in
             :func:`filet.collect_statistics`. With it the directions are those of largest task over

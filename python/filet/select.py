@@ -75,7 +75,7 @@ def choose(
         shared_input: module → the module whose input moment it shares, for the report.
         fingerprints: module → hash of its weight.
         config: uses ``start``, ``normalization``, ``gamma``, ``select`` (no "auto" any more),
-            ``scaling``, ``damping`` and ``seed``.
+            ``scaling``, ``orthogonal``, ``damping`` and ``seed``.
         keep: of "contrast", the input moments of data to keep.
 
     Returns:
@@ -128,6 +128,7 @@ def _by_energy(
             indices,
             scaling=config.scaling,
             gamma=config.gamma if config.normalization == "relative" else None,
+            orthogonal=config.orthogonal,
             dtype=target.dtype,
         )
         # B0 is one of two thin products; what it costs to choose lies in the energies.

@@ -405,7 +405,7 @@ def test_resuming_with_anything_else_is_refused(
         ({"batches": other}, "data is"),
         ({"config": FiletConfig(select="max")}, r"settings\.select is 'min' there and 'max' now"),
         ({"config": FiletConfig(start="untouched")}, r"start is 'zero' there and 'untouched' now"),
-        ({"config": FiletConfig(gamma=2.0)}, r"settings\.gamma is 0\.3\d* there and 2\.0 now"),
+        ({"config": FiletConfig(gamma=2.0)}, r"settings\.gamma is 1\.3\d* there and 2\.0 now"),
         ({"lora_config": lora(r=5)}, r"adapter\.r is 4 there and 5 now"),
         ({"dtype": torch.bfloat16}, "dtype is 'torch.float32' there and 'torch.bfloat16' now"),
         ({"folder": changed}, rf"model\.{shard.name} is"),

@@ -128,7 +128,7 @@ def test_alpha_is_the_rank_by_default(init: list[str], tmp_path: Path) -> None:
 def test_gamma(init: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The mean of ‖A_i‖² over a layer's rows."""
     output = tmp_path / "out" / "adapter"
-    for chosen, gamma in (([], 1 / 3), (["--gamma", "2"], 2.0)):
+    for chosen, gamma in (([], 4 / 3), (["--gamma", "2"], 2.0)):
         assert main([*init, *chosen, "--overwrite"]) == 0
         assert FiletReport.load(output).config["gamma"] == gamma
         for name, value in adapter_weights(output).items():

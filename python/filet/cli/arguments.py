@@ -189,9 +189,16 @@ def _add_choice(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--gamma",
         type=_positive_float,
-        default=1 / 3,
+        default=4 / 3,
         metavar="X",
-        help="of relative and of contrast: 1/3 makes A as large as LoRA's default (default: 1/3)",
+        help="of relative and of contrast: 1/3 makes A as large as LoRA's default, 4/3 (the "
+        "default) twice as large",
+    )
+    group.add_argument(
+        "--no-orthogonal",
+        action="store_false",
+        dest="orthogonal",
+        help="take the chosen directions as they are, not orthonormal (not with contrast)",
     )
 
 

@@ -228,7 +228,7 @@ def _config(args: argparse.Namespace) -> Any:
         key: getattr(args, key) for key in ("fisher", "seed", "samples", "passes")
     }
     if args.command == "init":
-        names = ("start", "select", "damping", "normalization", "gamma")
+        names = ("start", "select", "damping", "normalization", "gamma", "orthogonal")
         chosen |= {key: getattr(args, key) for key in names}
         chosen["scaling"] = args.scaling.replace("-", "_")
     return FiletConfig(**chosen)
