@@ -16,7 +16,7 @@ from filet.adapter.saved import write_folder
 from filet.adapter.write import commit, materialise_rest
 from filet.blockwise.engine import blockwise_run
 from filet.blockwise.folder import Engine, checked_folder_arguments, choose_engine
-from filet.collect.keep import Keep
+from filet.collect.keep import Keep, check_keep_used
 from filet.collect.statistics import Statistics, check_statistics, statistics_of
 from filet.config import FiletConfig, checked_config, resolved
 from filet.loss.batch import ForwardFn
@@ -76,11 +76,7 @@ def initialize_lora_filet_weights(
         As :func:`filet.collect_statistics` and :func:`filet.apply_statistics`.
     """
     config = checked_config(config)
-    if keep is not None and config.select not in ("auto", "contrast"):
-        raise ValueError(
-            f"keep= has no effect with select={config.select!r}; expected select='auto' or "
-            "'contrast', or no keep"
-        )
+    check_keep_used(keep, config)
     # What is refused is refused before the pass.
     with named_shortage("checks", _checks):
         targets, unsupported = check_applicable(peft_model, adapter_name)
@@ -244,7 +240,8 @@ def initialize_folder(
         trust_remote_code: run Python code that lies in the model's folder.
         overwrite: replace an adapter that is at ``output``.
         show_progress_bar: also says the plan beforehand: GPU and host memory, disk, time.
-        keep: as in :func:`filet.initialize_lora_filet_weights`; the blockwise engine takes none.
+        keep: as in :func:`filet.initialize_lora_filet_weights`; the blockwise engine takes batches
+            only, "self" needs the whole model.
 
     Raises:
         TypeError, ValueError: an argument or a batch that does not fit; before any block is
@@ -260,22 +257,14 @@ def initialize_folder(
         batches, output, lora_config, config, engine, device, host_memory, overwrite
     )
     how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    engine = choose_engine(folder, lora_config, **how) if engine == "auto" else engine
+    if engine == "auto":
+        engine = choose_engine(folder, lora_config, keep=keep is not None, **how)
     what = (folder, batches, output, lora_config, config, show_progress_bar)
     if engine == "memory":
         return _in_memory(*what, keep, **how)
-    _check_no_keep(keep)
-    with blockwise_run(*what, host_memory, scratch, **how) as run:
+    with blockwise_run(*what, host_memory, scratch, keep, **how) as run:
         run.sweep()
         return run.write(output)
-
-
-def _check_no_keep(keep: Any) -> None:
-    if keep is not None:
-        raise ValueError(
-            "keep= is not taken by the blockwise engine; expected engine='memory', on a device "
-            "that holds the model, or no keep"
-        )
 
 
 def _in_memory(

@@ -154,10 +154,12 @@ def choose_engine(
     *,
     dtype: torch.dtype | Literal["auto"] = "auto",
     trust_remote_code: bool = False,
+    keep: bool = False,
 ) -> Literal["memory", "blockwise"]:
     """What "auto" is: "blockwise" where weights and second moments take more than 3/4 of a device.
 
-    Of its free memory, that is; the rest is for activations. A kind of model that the blockwise
+    Of its free memory, that is; the rest is for activations. ``keep``: the inputs of the targets
+    have a moment of data to keep as well. A kind of model that the blockwise
     engine does not take is "memory" in any case.
     """
     try:
@@ -167,6 +169,6 @@ def choose_engine(
     weights = size_of(entries(model))
     peft_model = adapted(model, lora_config)
     targets, _ = find_targets(peft_model, ADAPTER, loaded=False)
-    moments = sum(2 * 4 * min(target.shape) ** 2 for target in targets.values())
+    moments = sum((3 if keep else 2) * 4 * min(target.shape) ** 2 for target in targets.values())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_on_host()
     return "memory" if weights + moments <= 0.75 * free else "blockwise"

@@ -52,6 +52,7 @@ class Journal:
         self.folder = folder
         self.top = number - 1
         self.reserved = 0
+        self._of_gradient: int | None = None  # bytes of an arena that are a gradient's
         self._manifest = manifest
         self._first = first
         self._number = number
@@ -94,7 +95,8 @@ class Journal:
 
     def load_gradient(self, arena: Arena) -> Gradient:
         """The gradient with respect to block ``top``'s outputs, into ``arena``."""
-        trailer = arena.load(self._disk, self._gradient_file(self.top), _TRAILER.size)
+        path = self._gradient_file(self.top)
+        trailer = arena.load(self._disk, path, _TRAILER.size, nbytes=self._of_gradient)
         scale, peak = _TRAILER.unpack(trailer)
         return Gradient(arena, scale, peak)
 
@@ -159,19 +161,20 @@ class Journal:
     # What comes in, written beside the computation.
 
     def reserve(
-        self, boundary: int, of_block: Sequence[Mapping[str, Target]], with_B: bool
+        self, gradient: int, of_block: Sequence[Mapping[str, Target]], with_B: bool
     ) -> None:
-        """See that the disk has what the run will need, for boundaries of so many bytes.
+        """See that the disk has what the run will need, for gradients of so many bytes.
 
         ``with_B``: whether blocks have B beside A. Raises OSError where the disk has less.
         """
+        self._of_gradient = gradient
         # Two gradients at a time, and A, B and the energies of what is not finished.
         shapes = [
             (target.rank, *target.shape)
             for mine in of_block[self._first : self.top + 1]
             for target in mine.values()
         ]
-        self.reserved = 2 * (boundary + _TRAILER.size) + sum(
+        self.reserved = 2 * (gradient + _TRAILER.size) + sum(
             4 * rank * (m + n if with_B else n) + 8 * n for rank, m, n in shapes
         )
         free = self._disk.free(self.folder)
@@ -235,7 +238,9 @@ class Journal:
     ) -> None:
         with replaced(self._gradient_file(block), durable=True) as beside:
             trailer = _TRAILER.pack(gradient.scale, gradient.peak)
-            gradient.arena.save(self._disk, beside, trailer, self._useless)
+            gradient.arena.save(
+                self._disk, beside, trailer, self._useless, nbytes=self._of_gradient
+            )
             for each in above:
                 each.result()
         self._unlink_gradients(but=block)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from filet.blockwise.arenas import Arena
@@ -16,6 +17,7 @@ from filet.blockwise.parted import PartedModel
 from filet.blockwise.progress import Progress, Times, UnderWay
 from filet.blockwise.stream import WeightStream
 from filet.collect.hooks import MomentHooks
+from filet.collect.keep import hooks_to_keep
 from filet.collect.unrounded import hands_on
 from filet.config import FiletConfig
 from filet.model.chain import Calls
@@ -28,34 +30,43 @@ __all__ = ["Work"]
 class Work:
     """The model, its batches, and the ways of weights and boundaries to the device.
 
-    ``calls`` is what the blocks are called with for each batch; the first sweep finds it.
+    Attributes:
+        batches: of the task, and then of the data to keep, if there is any.
+        all, task, keep: which of them are which.
+        counts: of the task.
+        calls: what the blocks are called with for each batch; the first sweep finds it.
     """
 
     def __init__(
         self,
         model: PartedModel,
-        batches: Sequence[Batch],
+        task: Sequence[Batch],
+        keep: Sequence[Batch],
         config: FiletConfig,
         stream: WeightStream,
         times: Times,
         show: bool,
     ) -> None:
         self.model = model
-        self.batches = batches
+        self.batches = [*task, *keep]
+        self.all = range(len(self.batches))
+        self.task, self.keep = self.all[: len(task)], self.all[len(task) :]
         self.config = config
         self.stream = stream
         self.device = stream.device
         self.times = times
         self.show = show
         self.place = UnderWay("the blocks' first inputs")
-        self.counts = counts_of(batches)
-        self.masks = [None if b.mask is None else b.mask.to(self.device) for b in batches]
+        self.counts = counts_of(task)
+        self.masks = [None if b.mask is None else b.mask.to(self.device) for b in self.batches]
         self.calls: list[Calls] = []
         self.copies = Copies(self.device)
         self.throttle = Throttle(self.device)
 
-    def progress(self, what: str, blocks: int) -> Progress:
-        return Progress(what, blocks, self.model.number, self.batches, self.device, self.show)
+    def progress(self, what: str, blocks: int, batches: range) -> Progress:
+        """Of ``batches`` through ``blocks``."""
+        of, steps = self.model.number, len(batches)
+        return Progress(what, blocks, of, self.batches, steps, self.device, self.show)
 
     def on_device(self, batch: Batch) -> dict[str, Any]:
         return {
@@ -67,13 +78,15 @@ class Work:
         """A batch's tensors on their way to the device: the arenas', and the block's leaves."""
         return self.copies.fetch(arenas, index, self.calls[index].of(block))
 
-    def fetched(self, block: int, arenas: Sequence[Arena]) -> Iterator[tuple[int, list[Tensor]]]:
-        """Each batch's tensors on the device, as of :meth:`fetch`; one ahead."""
-        coming: Fetched | None = self.fetch(block, arenas, 0)
-        for index in range(len(self.batches)):
+    def fetched(
+        self, block: int, arenas: Sequence[Arena], batches: range
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """The tensors of these batches on the device, as of :meth:`fetch`; one ahead."""
+        coming: Fetched | None = self.fetch(block, arenas, batches[0])
+        for index in batches:
             assert coming is not None
             now = coming
-            more = index + 1 < len(self.batches)
+            more = index + 1 in batches
             coming = self.fetch(block, arenas, index + 1) if more else None
             yield index, now.ready()
 
@@ -126,15 +139,33 @@ class Work:
         hooks.check_sharing(index)
         return hidden
 
-    def finished(self, block: int, hooks: MomentHooks) -> Finished:
-        """A, B, energies and choices of a block's modules."""
+    def to_keep(self, block: int, hooks: MomentHooks) -> MomentHooks:
+        """Hooks for the data to keep, given those that are finished with the task."""
+        targets = self.model.of_block[block]
+        return hooks_to_keep(targets, targets, self.config, hooks.moments, hooks.shared_input)
+
+    @torch.no_grad()
+    def inputs(
+        self, block: int, index: int, hidden: Tensor, leaves: Sequence[Tensor], hooks: MomentHooks
+    ) -> None:
+        """A block's forward for a batch of data to keep, for the moments of its targets' inputs."""
+        hooks.start_batch({"decoder": self.masks[index]})
+        hooks.phase = "forward"
+        self.run(block, index, hidden, leaves)
+        hooks.phase = "idle"
+        hooks.check_sharing(index)
+
+    def finished(self, block: int, hooks: MomentHooks, kept: MomentHooks | None) -> Finished:
+        """A, B, energies and choices of a block; ``kept``: those of :meth:`to_keep`, finished."""
         for moments in hooks.moments.values():
             moments.loss_terms.fill_(self.counts["loss_terms"])
         targets = self.model.of_block[block]
+        keep = None if kept is None else {name: its.input for name, its in kept.moments.items()}
         choice = choose(
-            targets, hooks.moments, hooks.shared_input, fingerprints_of(targets), self.config
+            targets, hooks.moments, hooks.shared_input, fingerprints_of(targets), self.config, keep
         )
         for layer in choice.layers.values():
             layer.A0 = layer.A0.cpu()
             layer.B0 = None if layer.B0 is None else layer.B0.cpu()
-        return Finished(block, choice, sorted(hooks.unmasked))
+        unmasked = hooks.unmasked if kept is None else hooks.unmasked | kept.unmasked
+        return Finished(block, choice, sorted(unmasked))

@@ -402,8 +402,6 @@ def _check_init(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         parser.error("init: --save-statistics has nothing to save with --statistics")
     if args.statistics is not None and args.keep is not None:
         parser.error("init: --keep is for 'filet stats'; the statistics have it or have it not")
-    if args.keep is not None and args.engine == "blockwise":
-        parser.error("init: --engine blockwise takes no --keep; --engine memory does")
     if args.statistics is not None or args.save_statistics is not None:
         if args.engine == "blockwise":
             parser.error("init: --engine blockwise keeps no statistics of the whole model")
