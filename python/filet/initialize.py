@@ -240,8 +240,7 @@ def initialize_folder(
         trust_remote_code: run Python code that lies in the model's folder.
         overwrite: replace an adapter that is at ``output``.
         show_progress_bar: also says the plan beforehand: GPU and host memory, disk, time.
-        keep: as in :func:`filet.initialize_lora_filet_weights`; the blockwise engine takes batches
-            only, "self" needs the whole model.
+        keep: as in :func:`filet.initialize_lora_filet_weights`; blockwise batches only, no "self".
 
     Raises:
         TypeError, ValueError: an argument or a batch that does not fit; before any block is
