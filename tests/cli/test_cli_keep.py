@@ -70,15 +70,24 @@ def test_the_models_own_text(init: list[str], model_folder: Path, tmp_path: Path
     assert statistics.keep_samples == 3 and statistics.keep_tokens > 3
 
 
-def test_a_file_to_keep_block_by_block(init: list[str], keep: Path, tmp_path: Path) -> None:
+def test_a_file_to_keep_block_by_block(
+    init: list[str], data: Path, keep: Path, tmp_path: Path
+) -> None:
+    """Also by the statistics that either engine saved."""
     argv, found = arguments("--keep", keep, "--samples", 11, "--batch-size", 4), []
     for engine in ("memory", "blockwise"):
-        out = tmp_path / engine
-        assert main([*init, *argv, *arguments("--engine", engine, "--output", out)]) == 0
-        assert FiletReport.load(out).config["select"] == "contrast"
-        found.append(adapter_weights(out))
-    for name, weight in found[0].items():
-        torch.testing.assert_close(found[1][name], weight, rtol=1e-4, atol=1e-5)
+        out, saved = tmp_path / engine, tmp_path / f"{engine}.safetensors"
+        more = arguments("--engine", engine, "--output", out, "--save-statistics", saved)
+        assert main([*init, *argv, *more]) == 0
+        plain = [arg for arg in init if arg not in ("--data", str(data))]
+        applied = tmp_path / f"{engine}-applied"
+        assert main([*plain, *arguments("--statistics", saved, "--output", applied)]) == 0
+        for path in (out, applied):
+            assert FiletReport.load(path).config["select"] == "contrast"
+            found.append(adapter_weights(path))
+    for other in found[1:]:
+        for name, weight in found[0].items():
+            torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +113,7 @@ def test_what_is_refused(
     ("argv", "message"),
     [
         ("init --model m --statistics s --output o --keep self", "--keep is for 'filet stats'"),
+        ("init --model m --statistics s --output o --engine blockwise", "need the whole model"),
         ("init --model m --data d.txt --output o --damping 0", "must be a positive number"),
         ("stats --merge a b --output o --keep self", "--merge excludes --model, --data and --keep"),
     ],

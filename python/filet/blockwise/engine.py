@@ -50,10 +50,12 @@ from filet.blockwise.weights import ShardedWeights, WeightSource
 from filet.blockwise.work import Work
 from filet.collect.keep import Keep, check_keep_used
 from filet.collect.padding import warn_of_padding
+from filet.collect.statistics import Statistics
 from filet.config import FiletConfig, resolved
 from filet.model.isolation import preserved
 from filet.report.report import FiletReport
 from filet.select import Choice, check_contrast_rank, warn_of
+from filet.system.files import staged
 from filet.system.memory import available_on_host, named_shortage, peak_memory
 
 __all__ = ["Blockwise", "blockwise_run"]
@@ -88,6 +90,7 @@ class Blockwise:
         show_progress_bar: bool = True,
         machine: Machine | None = None,
         keep: Keep | None = None,
+        save_statistics: Path | None = None,
     ) -> None:
         if device.type == "cuda":
             torch.cuda.init()  # what preserved() makes deterministic depends on it
@@ -96,6 +99,7 @@ class Blockwise:
         self.config = config = resolved(config, keep is not None)
         self.device = device
         self.scratch = scratch
+        self.save_statistics = save_statistics
         self.host_memory = host_memory or available_on_host() // 2
         self.show = show_progress_bar
         self.machine = machine or Machine()
@@ -110,10 +114,11 @@ class Blockwise:
         kept = read_keep(keep, config, self.model.peft_model)
         self.stream = WeightStream(source, device)
         entries = self.model.entries
-        manifest = manifest_of(source, task, kept, lora_config, config, entries, device)
+        whole = save_statistics is not None
+        manifest = manifest_of(source, task, kept, lora_config, config, entries, device, whole)
         self.work = Work(self.model, task, kept, config, self.stream, self.times, show_progress_bar)
         self.journal = Journal(
-            run_folder, manifest, self.model.first, self.model.number, self.machine
+            run_folder, manifest, self.model.first, self.model.number, self.machine, whole
         )
         self._stack = contextlib.ExitStack()
 
@@ -187,7 +192,8 @@ class Blockwise:
             self.model.first, self.journal.top, self.host_memory // nbytes, disk, nbytes
         )
         with_B = self.config.start == "untouched"
-        self.journal.reserve(layout.of_gradients, self.model.of_block, with_B)
+        keep = bool(self.work.keep)
+        self.journal.reserve(layout.of_gradients, self.model.of_block, with_B, keep)
         self.boundaries = Boundaries(
             layout, keeping, self.device, self.scratch, self.times, self.machine
         )
@@ -213,7 +219,8 @@ class Blockwise:
     def write(self, output: Path) -> FiletReport:
         """The adapter's folder, from the blocks' files. Returns the report, which is in it.
 
-        With the adapter there, the run folder is removed on leaving.
+        Before it the statistics, where they are wanted. With the adapter there, the run folder is
+        removed on leaving.
         """
         start = self.times.clock.now()
         model, whole = self.model, Choice()
@@ -228,6 +235,11 @@ class Blockwise:
             raise ValueError(
                 "no module saw a token and its gradient; expected data that reaches at least one"
             )
+        most = self.memory.most if self.device.type == "cuda" else peak_memory(set())
+        if self.save_statistics is not None:
+            parts, seconds = self.journal.statistics(), sum(self.times.seconds.values())
+            with staged(self.save_statistics) as place:
+                Statistics.joined(parts, seconds, most).save(place)
         # In the model's order.
         layers = {name: whole.layers[name] for name in model.targets if name in whole.layers}
         order = [*model.unsupported, *model.targets]
@@ -241,7 +253,7 @@ class Blockwise:
             modules={name: whole.reports[name] for name in layers},
             left_default=left_default,
             seconds=self.times.seconds,
-            peak_memory=self.memory.most if self.device.type == "cuda" else peak_memory(set()),
+            peak_memory=most,
             config=dataclasses.asdict(self.config),
             **self.work.counts,
         )
@@ -260,6 +272,7 @@ def blockwise_run(
     host_memory: int | None = None,
     scratch: str | os.PathLike[str] | None = None,
     keep: Keep | None = None,
+    save_statistics: Path | None = None,
     *,
     dtype: torch.dtype | Literal["auto"],
     device: torch.device,
@@ -282,4 +295,5 @@ def blockwise_run(
         show_progress_bar=show_progress_bar,
         machine=machine,
         keep=keep,
+        save_statistics=save_statistics,
     )

@@ -20,6 +20,8 @@ from filet.blockwise.blockfile import Finished
 from filet.blockwise.disk import Abandoned
 from filet.blockwise.machine import Machine
 from filet.blockwise.manifest import compare
+from filet.collect.sizes import moment_bytes
+from filet.collect.statistics import Statistics
 from filet.model.targets import Target
 from filet.system.files import replaced
 from filet.system.lock import FolderLock
@@ -43,12 +45,20 @@ class Journal:
         folder: created on entering, if it is not there.
         top: the block to go on with, in descending order; below ``first`` when all are finished.
         reserved: bytes of disk that the run needs there (:meth:`reserve`).
+        with_statistics: whether each block's are kept, to be written in the end.
     """
 
     def __init__(
-        self, folder: Path, manifest: Mapping[str, Any], first: int, number: int, machine: Machine
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        first: int,
+        number: int,
+        machine: Machine,
+        with_statistics: bool = False,
     ) -> None:
         """``first``: the lowest block to finish, of ``number`` blocks."""
+        self.with_statistics = with_statistics
         self.folder = folder
         self.top = number - 1
         self.reserved = 0
@@ -105,6 +115,11 @@ class Journal:
         for block in range(self._number - 1, self._first - 1, -1):
             yield Finished.load(self._block_file(block), block)
 
+    def statistics(self) -> list[Statistics]:
+        """Of all blocks in ascending order. Their numbers stay in the files until they are read."""
+        blocks = range(self._first, self._number)
+        return [Statistics.load(self._statistics_file(block)) for block in blocks]
+
     def _resume(self) -> None:
         """Check that the folder is of this run, or begin one; find the block to go on with."""
         path = self.folder / _MANIFEST
@@ -149,6 +164,9 @@ class Journal:
     def _block_file(self, block: int) -> Path:
         return self.folder / f"block-{block}.safetensors"
 
+    def _statistics_file(self, block: int) -> Path:
+        return self.folder / f"statistics-{block}.safetensors"
+
     def _gradient_file(self, block: int) -> Path:
         """The gradient with respect to a block's output."""
         return self.folder / f"gradient-{block}.raw"
@@ -161,11 +179,16 @@ class Journal:
     # What comes in, written beside the computation.
 
     def reserve(
-        self, gradient: int, of_block: Sequence[Mapping[str, Target]], with_B: bool
+        self,
+        gradient: int,
+        of_block: Sequence[dict[str, Target]],
+        with_B: bool,
+        keep: bool,
     ) -> None:
         """See that the disk has what the run will need, for gradients of so many bytes.
 
-        ``with_B``: whether blocks have B beside A. Raises OSError where the disk has less.
+        ``with_B``: whether blocks have B beside A. ``keep``: whether statistics have moments of
+        data to keep. Raises OSError where the disk has less.
         """
         self._of_gradient = gradient
         # Two gradients at a time, and A, B and the energies of what is not finished.
@@ -177,6 +200,9 @@ class Journal:
         self.reserved = 2 * (gradient + _TRAILER.size) + sum(
             4 * rank * (m + n if with_B else n) + 8 * n for rank, m, n in shapes
         )
+        if self.with_statistics:  # at most: who shares an input shows only when they are taken
+            for mine in of_block[self._first : self.top + 1]:
+                self.reserved += sum(map(sum, moment_bytes(mine, {}, keep).values()))
         free = self._disk.free(self.folder)
         if free < self.reserved:
             text = f"{readable(self.reserved)} needed, {readable(free)} free"
@@ -185,6 +211,11 @@ class Journal:
     def save_block(self, finished: Finished) -> None:
         """Begin to write a block's file."""
         self._saved.append(self._threads.submit(self._write_block, finished))
+
+    def save_statistics(self, block: int, statistics: Statistics) -> None:
+        """Write a block's statistics, before its file. At once: they hold the device's memory."""
+        with replaced(self._statistics_file(block), durable=True) as beside:
+            statistics.save(beside)
 
     def save_gradient(self, block: int, gradient: Gradient) -> None:
         """Begin to write what ``block`` needs to go on.

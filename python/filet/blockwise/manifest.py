@@ -31,8 +31,12 @@ def manifest_of(
     config: FiletConfig,
     weights: Sequence[Entry],
     device: torch.device,
+    statistics: bool,
 ) -> dict[str, Any]:
-    """What the result depends on; ``keep`` is data to keep, if there is any."""
+    """What the result depends on.
+
+    ``keep``: data to keep, if there is any. ``statistics``: whether they are kept of every block.
+    """
     manifest = {
         "format": _FORMAT,
         "model": source.identity(),
@@ -40,6 +44,7 @@ def manifest_of(
         "device": device.type,
         "data": _digest(batches),
         "keep": _digest(keep) if keep else None,
+        "statistics": statistics or None,
         "settings": dataclasses.asdict(config),
         "adapter": {
             key: sorted(value) if isinstance(value, set) else value

@@ -157,7 +157,7 @@ class Rehearsal:
                     work.inputs(block, self.keep.index, hidden, leaves, kept)
             kept.finish()
         times.append(self._clock())
-        work.finished(block, hooks, kept)
+        work.finished(block, work.statistics(block, hooks, kept), ())
         del hooks, kept
         times.append(self._clock())
         return times, forward_bytes

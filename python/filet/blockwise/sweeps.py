@@ -158,7 +158,12 @@ class Reverse:
         kept = self._over_keep(block, inputs, hooks, progress) if self.work.keep else None
         boundaries.pool.put(inputs)
         below = None if made is None else Gradient(made, scale, float(peak) if half else 0.0)
-        journal.save_block(self.work.finished(block, hooks, kept))
+        statistics = self.work.statistics(block, hooks, kept)
+        if journal.with_statistics:
+            with self.work.times.waiting("disk"):
+                journal.save_statistics(block, statistics)
+        unmasked = hooks.unmasked if kept is None else hooks.unmasked | kept.unmasked
+        journal.save_block(self.work.finished(block, statistics, unmasked))
         journal.release(gradient.arena, boundaries.pool.put)
         if below is None:
             return gradient

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from filet.blockwise.parted import PartedModel
 from filet.blockwise.progress import Progress, Times, UnderWay
 from filet.blockwise.stream import WeightStream
 from filet.collect.hooks import MomentHooks
-from filet.collect.keep import hooks_to_keep
+from filet.collect.keep import hooks_to_keep, with_unseen
+from filet.collect.statistics import Statistics, moments_of_all
 from filet.collect.unrounded import hands_on
 from filet.config import FiletConfig
 from filet.model.chain import Calls
@@ -33,7 +34,7 @@ class Work:
     Attributes:
         batches: of the task, and then of the data to keep, if there is any.
         all, task, keep: which of them are which.
-        counts: of the task.
+        counts, keep_counts: of the task, and of the data to keep.
         calls: what the blocks are called with for each batch; the first sweep finds it.
     """
 
@@ -58,6 +59,7 @@ class Work:
         self.show = show
         self.place = UnderWay("the blocks' first inputs")
         self.counts = counts_of(task)
+        self.keep_counts = counts_of(keep)
         self.masks = [None if b.mask is None else b.mask.to(self.device) for b in self.batches]
         self.calls: list[Calls] = []
         self.copies = Copies(self.device)
@@ -155,17 +157,39 @@ class Work:
         hooks.phase = "idle"
         hooks.check_sharing(index)
 
-    def finished(self, block: int, hooks: MomentHooks, kept: MomentHooks | None) -> Finished:
-        """A, B, energies and choices of a block; ``kept``: those of :meth:`to_keep`, finished."""
-        for moments in hooks.moments.values():
-            moments.loss_terms.fill_(self.counts["loss_terms"])
-        targets = self.model.of_block[block]
-        keep = None if kept is None else {name: its.input for name, its in kept.moments.items()}
+    def statistics(self, block: int, hooks: MomentHooks, kept: MomentHooks | None) -> Statistics:
+        """Of a block, given its hooks and those of :meth:`to_keep`, all of them finished."""
+        counts, targets = self.counts, self.model.of_block[block]
+        for its in hooks.moments.values():
+            its.loss_terms.fill_(counts["loss_terms"])
+        moments = moments_of_all(targets, dict(hooks.moments), counts["loss_terms"], "cpu")
+        keep = None
+        if kept is not None:
+            keep = with_unseen({name: its.input for name, its in kept.moments.items()}, moments)
+        return Statistics(
+            moments,
+            fingerprints_of(targets),
+            hooks.shared_input,
+            samples=counts["samples"],
+            tokens=counts["tokens"],
+            loss_terms=counts["loss_terms"],
+            fisher=self.config.fisher,
+            keep=keep,
+            keep_samples=self.keep_counts["samples"],
+            keep_tokens=self.keep_counts["tokens"],
+        )
+
+    def finished(self, block: int, statistics: Statistics, unmasked: Iterable[str]) -> Finished:
+        """A, B, energies and choices of a block."""
         choice = choose(
-            targets, hooks.moments, hooks.shared_input, fingerprints_of(targets), self.config, keep
+            self.model.of_block[block],
+            statistics.moments,
+            statistics.shared_input,
+            statistics.fingerprints,
+            self.config,
+            statistics.keep,
         )
         for layer in choice.layers.values():
             layer.A0 = layer.A0.cpu()
             layer.B0 = None if layer.B0 is None else layer.B0.cpu()
-        unmasked = hooks.unmasked if kept is None else hooks.unmasked | kept.unmasked
         return Finished(block, choice, sorted(unmasked))

@@ -80,6 +80,7 @@ def _init_blockwise(args: argparse.Namespace, encoded: Any, keep: Any, config: A
             overwrite=args.overwrite,
             show_progress_bar=not args.no_progress,
             keep=_kept_batches(encoded, keep, size),
+            save_statistics=args.save_statistics,
         )
 
 

@@ -21,7 +21,15 @@ from filet.model.targets import Target
 from filet.system.transfer import values
 from filet_kernels import Moments, SecondMoment
 
-__all__ = ["Keep", "Unlabelled", "check_keep", "check_keep_used", "collect_keep", "hooks_to_keep"]
+__all__ = [
+    "Keep",
+    "Unlabelled",
+    "check_keep",
+    "check_keep_used",
+    "collect_keep",
+    "hooks_to_keep",
+    "with_unseen",
+]
 
 Keep = Iterable[Any] | Literal["self"]
 
@@ -108,13 +116,23 @@ def collect_keep(
         found |= {name: on_host.get(id(side), side) for name, side in inputs.items()}
         if number == 1:
             warn_of_padding(with_padding(peft_model.base_model.model, hooks.unmasked))
-    for name in targets.keys() - found.keys():
-        of = moments[name].input
-        found[name] = SecondMoment.zeros(
-            of.space, len(of.sum), dtype=of.sum.dtype, device=of.sum.device
-        )
     del counts["loss_terms"]
-    return {name: found[name] for name in targets}, counts
+    return with_unseen(found, moments), counts
+
+
+def with_unseen(
+    found: Mapping[str, SecondMoment], moments: Mapping[str, Moments]
+) -> dict[str, SecondMoment]:
+    """What was found of data to keep, and of the other modules of the task moments of nothing."""
+    kept = {}
+    for name, its in moments.items():
+        of = its.input
+        kept[name] = (
+            found[name]
+            if name in found
+            else SecondMoment.zeros(of.space, len(of.sum), dtype=of.sum.dtype, device=of.sum.device)
+        )
+    return kept
 
 
 class Unlabelled:
