@@ -77,11 +77,7 @@ def initialize_lora_filet_weights(
         As :func:`filet.collect_statistics` and :func:`filet.apply_statistics`.
     """
     config = checked_config(config)
-    check_keep_used(keep, config)
-    # What is refused is refused before the pass.
-    with named_shortage("checks", _checks):
-        targets, unsupported = check_applicable(peft_model, adapter_name)
-        config = _with_choice(config, keep is not None, targets)
+    targets, unsupported, config = _before_pass(peft_model, config, adapter_name, keep)
     statistics = statistics_of(
         peft_model, targets, dataloader, config, adapter_name, forward_fn, show_progress_bar, keep
     )
@@ -117,6 +113,16 @@ def apply_statistics(
         check_statistics(statistics, targets)
     with named_shortage("selection", _selection):
         return _apply(peft_model, targets, unsupported, statistics, config, adapter_name)
+
+
+def _before_pass(
+    peft_model: PeftModel, config: FiletConfig, adapter_name: str, keep: Keep | None
+) -> tuple[dict[str, Target], dict[str, str], FiletConfig]:
+    """What is refused is refused here; targets, why others are none, and the settings resolved."""
+    check_keep_used(keep, config)
+    with named_shortage("checks", _checks):
+        targets, unsupported = check_applicable(peft_model, adapter_name)
+        return targets, unsupported, _with_choice(config, keep is not None, targets)
 
 
 def _with_choice(config: FiletConfig, keep: bool, targets: dict[str, Target]) -> FiletConfig:
@@ -293,9 +299,7 @@ def _in_memory(
     if save_statistics is None:
         report = initialize_lora_filet_weights(peft_model, batches, config, **more)
     else:
-        check_keep_used(keep, config)
-        targets, _ = check_applicable(peft_model, "default")
-        _with_choice(config, keep is not None, targets)
+        _before_pass(peft_model, config, "default", keep)
         statistics = collect_statistics(peft_model, batches, config, **more)
         with staged(save_statistics) as place:
             statistics.save(place)
