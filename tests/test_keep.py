@@ -473,8 +473,6 @@ def test_folders(tmp_path: Path) -> None:
     c.model.save_pretrained(tmp_path / "model")
     given: Any = (tmp_path / "model", list(loader(c.samples)), tmp_path / "out")
     lora, settings = LoraConfig(r=4, target_modules="all-linear"), {"show_progress_bar": False}
-    with pytest.raises(ValueError, match="keep= is not taken by the blockwise engine"):
-        initialize_folder(*given, lora, engine="blockwise", keep=batches_of(c), **settings)
     with pytest.raises(ValueError, match="select='contrast' without moments of data to keep"):
         initialize_folder(
             *given, lora, FiletConfig(select="contrast"), engine="blockwise", **settings

@@ -16,14 +16,15 @@ from filet.adapter.saved import write_folder
 from filet.adapter.write import commit, materialise_rest
 from filet.blockwise.engine import blockwise_run
 from filet.blockwise.folder import Engine, checked_folder_arguments, choose_engine
-from filet.collect.keep import Keep
-from filet.collect.statistics import Statistics, check_statistics, statistics_of
+from filet.collect.keep import Keep, check_keep_used
+from filet.collect.statistics import Statistics, check_statistics, collect_statistics, statistics_of
 from filet.config import FiletConfig, checked_config, resolved
 from filet.loss.batch import ForwardFn
 from filet.model.folder import load_adapted
 from filet.model.targets import Target, checked_targets
 from filet.report.report import FiletReport
 from filet.select import check_contrast_rank, check_rank, choose, warn_of
+from filet.system.files import staged
 from filet.system.memory import named_shortage, peak_memory
 from filet.system.transfer import values
 
@@ -76,15 +77,7 @@ def initialize_lora_filet_weights(
         As :func:`filet.collect_statistics` and :func:`filet.apply_statistics`.
     """
     config = checked_config(config)
-    if keep is not None and config.select not in ("auto", "contrast"):
-        raise ValueError(
-            f"keep= has no effect with select={config.select!r}; expected select='auto' or "
-            "'contrast', or no keep"
-        )
-    # What is refused is refused before the pass.
-    with named_shortage("checks", _checks):
-        targets, unsupported = check_applicable(peft_model, adapter_name)
-        config = _with_choice(config, keep is not None, targets)
+    targets, unsupported, config = _before_pass(peft_model, config, adapter_name, keep)
     statistics = statistics_of(
         peft_model, targets, dataloader, config, adapter_name, forward_fn, show_progress_bar, keep
     )
@@ -120,6 +113,16 @@ def apply_statistics(
         check_statistics(statistics, targets)
     with named_shortage("selection", _selection):
         return _apply(peft_model, targets, unsupported, statistics, config, adapter_name)
+
+
+def _before_pass(
+    peft_model: PeftModel, config: FiletConfig, adapter_name: str, keep: Keep | None
+) -> tuple[dict[str, Target], dict[str, str], FiletConfig]:
+    """What is refused is refused here; targets, why others are none, and the settings resolved."""
+    check_keep_used(keep, config)
+    with named_shortage("checks", _checks):
+        targets, unsupported = check_applicable(peft_model, adapter_name)
+        return targets, unsupported, _with_choice(config, keep is not None, targets)
 
 
 def _with_choice(config: FiletConfig, keep: bool, targets: dict[str, Target]) -> FiletConfig:
@@ -215,15 +218,15 @@ def initialize_folder(
     overwrite: bool = False,
     show_progress_bar: bool = True,
     keep: Keep | None = None,
+    save_statistics: str | os.PathLike[str] | None = None,
 ) -> FiletReport:
     """Initialise a LoRA adapter with FILet for the model in a folder, and write it to another.
 
     The result is what :func:`filet.initialize_lora_filet_weights` and :func:`filet.save_as_lora`
     give; ``filet.load(base_model, output)`` trains on it. With ``engine="blockwise"`` the model is
-    never whole in memory: its blocks come from the safetensors shards one by one, twice. Called
-    again with the same arguments, a killed run goes on at its last finished block: its state is in
-    ``<output>.filet-run`` until the adapter is written. Returns the report, also in the folder; its
-    ``seconds`` are of this call. Bitwise the same on the same machine, killed or not.
+    never whole in memory: its blocks come from the safetensors shards one by one, twice. A killed
+    run, called again with the same arguments, goes on at its last finished block, by what is in
+    ``<output>.filet-run``: bitwise the same on the same machine. Returns the report of this call.
 
     Args:
         model: local folder of a causal language model: config.json, and safetensors of all weights.
@@ -234,48 +237,40 @@ def initialize_folder(
             inside the blocks only, and nothing to save besides.
         config: as in :func:`filet.initialize_lora_filet_weights`. The blockwise engine has no use
             for ``loss_reduction``: its loss is the cross-entropy of the next token.
-        engine: "memory" loads the whole model onto ``device``; "blockwise" never does; "auto" takes
+        engine: "memory" loads the whole model onto ``device``; "blockwise" never does; "auto" is
             "memory" where weights and statistics fit there with room to spare.
         dtype: of the weights in memory, "auto" for what the folder says.
-        device: where to compute; a GPU if there is one, by default.
+        device: where to compute; by default a GPU if there is one.
         host_memory: bytes for block inputs and gradients; half of what is available by default.
-            What does not fit goes to ``scratch``, or is recomputed.
-        scratch: folder on a fast disk for block inputs; 90 % of what is free there may be used.
+        scratch: folder on a fast disk for what does not fit there; 90 % of its room may be used.
         trust_remote_code: run Python code that lies in the model's folder.
-        overwrite: replace an adapter that is at ``output``.
+        overwrite: replace an adapter that is at ``output``, and what is at ``save_statistics``.
         show_progress_bar: also says the plan beforehand: GPU and host memory, disk, time.
-        keep: as in :func:`filet.initialize_lora_filet_weights`; the blockwise engine takes none.
+        keep: as in :func:`filet.initialize_lora_filet_weights`; blockwise batches only, no "self".
+        save_statistics: a .safetensors file to write them to, for :func:`filet.apply_statistics`.
 
     Raises:
         TypeError, ValueError: an argument or a batch that does not fit; before any block is
             computed, a model of another task, with a weight that no file has, or that the blockwise
-            engine does not do (quantised, no safetensors, blocks that hand on more than one tensor
-            or share weights, targets outside them); a run folder of other data or settings.
+            engine does not do (docs/blockwise.md); a run folder of other data or settings.
         FloatingPointError: NaN or infinity, naming the module.
         OutOfMemoryError: naming what was asked for and what to change.
         OSError: a full disk, say. What was finished stays, and the same call goes on there.
     """
     folder, output = Path(model), Path(output)
+    saved = None if save_statistics is None else Path(save_statistics)
     config, device = checked_folder_arguments(
-        batches, output, lora_config, config, engine, device, host_memory, overwrite
+        batches, output, lora_config, config, engine, device, host_memory, overwrite, saved
     )
     how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    engine = choose_engine(folder, lora_config, **how) if engine == "auto" else engine
+    if engine == "auto":
+        engine = choose_engine(folder, lora_config, keep=keep is not None, **how)
     what = (folder, batches, output, lora_config, config, show_progress_bar)
     if engine == "memory":
-        return _in_memory(*what, keep, **how)
-    _check_no_keep(keep)
-    with blockwise_run(*what, host_memory, scratch, **how) as run:
+        return _in_memory(*what, keep, saved, **how)
+    with blockwise_run(*what, host_memory, scratch, keep, saved, **how) as run:
         run.sweep()
         return run.write(output)
-
-
-def _check_no_keep(keep: Any) -> None:
-    if keep is not None:
-        raise ValueError(
-            "keep= is not taken by the blockwise engine; expected engine='memory', on a device "
-            "that holds the model, or no keep"
-        )
 
 
 def _in_memory(
@@ -286,6 +281,7 @@ def _in_memory(
     config: FiletConfig,
     show_progress_bar: bool,
     keep: Keep | None,
+    save_statistics: Path | None,
     *,
     dtype: torch.dtype | Literal["auto"],
     device: torch.device,
@@ -299,8 +295,14 @@ def _in_memory(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    report = initialize_lora_filet_weights(
-        peft_model, batches, config, show_progress_bar=show_progress_bar, keep=keep
-    )
+    more: Any = {"show_progress_bar": show_progress_bar, "keep": keep}
+    if save_statistics is None:
+        report = initialize_lora_filet_weights(peft_model, batches, config, **more)
+    else:
+        _before_pass(peft_model, config, "default", keep)
+        statistics = collect_statistics(peft_model, batches, config, **more)
+        with staged(save_statistics) as place:
+            statistics.save(place)
+        report = apply_statistics(peft_model, statistics, config)
     write_folder(peft_model, report, output)
     return report

@@ -169,7 +169,7 @@ def _by_contrast(
             columns = weight.double() @ rows.to(weight.device).T
             lengths = torch.linalg.vector_norm(columns, dim=0)
             B0 = (columns * (root / torch.where(lengths > 0, lengths, 1))).to(target.dtype)
-        yield name, values, torch.arange(rank), A0, B0
+        yield name, values.clone(), torch.arange(rank), A0, B0  # one file has all of them
 
 
 def _tokens(

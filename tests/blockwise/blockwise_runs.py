@@ -108,12 +108,22 @@ def batches(side: str = "right") -> list[dict[str, Tensor]]:
     return list(models.loader(models._text(1), side=side))
 
 
+def kept(seed: int = 2, size: int = 3, side: str = "right") -> list[dict[str, Tensor]]:
+    """Batches of data to keep: other samples than :func:`batches`, in other batches, unlabelled."""
+    found = list(models.loader(models._text(seed)[:7], size, side))
+    return [{key: value for key, value in batch.items() if key != "labels"} for batch in found]
+
+
 CHEAP: dict[str, Any] = {"lora_config": lora(target_modules=["q_proj", "up_proj"])}
 
 
-BOUNDARY = sum(
-    -(-batch["input_ids"].numel() * SMALL["hidden_size"] * 4 // 4096) * 4096 for batch in batches()
-)
+def boundary(given: list[dict[str, Tensor]]) -> int:
+    """Bytes of a boundary of these batches."""
+    sizes = [batch["input_ids"].numel() * SMALL["hidden_size"] * 4 for batch in given]
+    return sum(-(-size // 4096) * 4096 for size in sizes)
+
+
+BOUNDARY = boundary(batches())
 
 
 def initialize(

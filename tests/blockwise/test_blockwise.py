@@ -286,7 +286,6 @@ def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run("--output", tmp_path / "blocks", *blocks) == 1  # there already
     assert run("--output", tmp_path / "blocks", *blocks, "--overwrite", "--no-progress") == 0
     for wrong in (
-        ("--engine", "blockwise", "--save-statistics", tmp_path / "s.safetensors"),
         ("--engine", "memory", "--scratch", tmp_path),
         ("--host-memory", "much"),
     ):

@@ -31,6 +31,7 @@ from blockwise_runs import (
     in_step,
     initialize,
     is_arena,
+    kept,
     lora,
     run_of,
 )
@@ -83,7 +84,7 @@ def assert_untouched(before: dict[str, tuple[int, int]], run: Path) -> None:
     assert {name: after.get(name) for name in before} == before
 
 
-def killed_at_rename(number: int, folder: Path, output: Path) -> int:
+def killed_at_rename(number: int, folder: Path, output: Path, **more: Any) -> int:
     """Run until just before the so manieth file takes its place; the exit code."""
 
     def run() -> None:
@@ -97,7 +98,7 @@ def killed_at_rename(number: int, folder: Path, output: Path) -> int:
             rename(*args)
 
         os.replace = replace  # type: ignore[assignment]
-        initialize(folder, output, machine=in_step(), **CHEAP)
+        initialize(folder, output, machine=in_step(), **CHEAP, **more)
 
     process = in_child(run)
     process.join()
@@ -109,22 +110,23 @@ def killed_at_rename(number: int, folder: Path, output: Path) -> int:
 
 
 @forks
-def test_killed_before_any_file_takes_its_place(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [None, kept()], ids=["task", "keep"])
+def test_killed_before_any_file_takes_its_place(keep: Any, folder: Path, tmp_path: Path) -> None:
     """A run is killed at its first file, goes on and is killed at its second, ..."""
-    initialize(folder, tmp_path / "whole", **CHEAP)
+    initialize(folder, tmp_path / "whole", **CHEAP, keep=keep)
     output, run = tmp_path / "out", tmp_path / "out.filet-run"
     kills = 0
     before: dict[str, tuple[int, int]] = {}
     # The manifest, the head's gradient, and two files a block but for the last.
     for number in (1, 2, 3, 3, 2, 4, 3, 2, 3, 2, 2):
-        if killed_at_rename(number, folder, output) == 0:
+        if killed_at_rename(number, folder, output, keep=keep) == 0:
             break
         kills += 1
         assert not output.exists()
         assert_untouched(before, run)
         before = block_files(run)
     else:
-        initialize(folder, output, **CHEAP)
+        initialize(folder, output, **CHEAP, keep=keep)
     assert kills >= 6
     assert_same_adapter(output, tmp_path / "whole")
     assert_equal(FiletReport.load(output), FiletReport.load(tmp_path / "whole"), 0)
@@ -403,6 +405,7 @@ def test_resuming_with_anything_else_is_refused(
     save_file(weights, shard, {"format": "pt"})
     for difference, named in (
         ({"batches": other}, "data is"),
+        ({"keep": kept()}, "keep is None there and '[0-9a-f]+' now"),
         ({"config": FiletConfig(select="max")}, r"settings\.select is 'min' there and 'max' now"),
         ({"config": FiletConfig(start="untouched")}, r"start is 'zero' there and 'untouched' now"),
         ({"config": FiletConfig(gamma=2.0)}, r"settings\.gamma is 1\.3\d* there and 2\.0 now"),

@@ -70,12 +70,36 @@ def test_the_models_own_text(init: list[str], model_folder: Path, tmp_path: Path
     assert statistics.keep_samples == 3 and statistics.keep_tokens > 3
 
 
+def test_a_file_to_keep_block_by_block(
+    init: list[str], data: Path, keep: Path, tmp_path: Path
+) -> None:
+    """Also by the statistics that either engine saved."""
+    argv, found = arguments("--keep", keep, "--samples", 11, "--batch-size", 4), []
+    for engine in ("memory", "blockwise"):
+        out, saved = tmp_path / engine, tmp_path / f"{engine}.safetensors"
+        more = arguments("--engine", engine, "--output", out, "--save-statistics", saved)
+        assert main([*init, *argv, *more]) == 0
+        plain = [arg for arg in init if arg not in ("--data", str(data))]
+        applied = tmp_path / f"{engine}-applied"
+        assert main([*plain, *arguments("--statistics", saved, "--output", applied)]) == 0
+        for path in (out, applied):
+            assert FiletReport.load(path).config["select"] == "contrast"
+            found.append(adapter_weights(path))
+    for other in found[1:]:
+        for name, weight in found[0].items():
+            torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--keep", "self", "--select", "min"], "keep= has no effect with select='min'"),
         (["--select", "contrast"], "select='contrast' without moments of data to keep"),
         (["--keep", "nowhere.txt"], "no data file at nowhere.txt"),
+        (
+            ["--keep", "self", "--engine", "blockwise"],
+            "keep='self' is text drawn token by token through the whole model",
+        ),
         (["--damping", "0.1"], "damping=0.1 has no effect with select='min'"),
     ],
 )
@@ -88,11 +112,8 @@ def test_what_is_refused(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (
-            "init --model m --data d.txt --output o --engine blockwise --keep k.txt",
-            "takes no --keep",
-        ),
         ("init --model m --statistics s --output o --keep self", "--keep is for 'filet stats'"),
+        ("init --model m --statistics s --output o --engine blockwise", "need the whole model"),
         ("init --model m --data d.txt --output o --damping 0", "must be a positive number"),
         ("stats --merge a b --output o --keep self", "--merge excludes --model, --data and --keep"),
     ],

@@ -28,9 +28,17 @@ _MAKERS = 2
 
 
 class Layout:
-    """Where each batch's tensor lies in an arena."""
+    """Where each batch's tensor lies in an arena.
 
-    def __init__(self, shapes: Sequence[torch.Size], dtype: torch.dtype) -> None:
+    Attributes:
+        nbytes: of all of them.
+        of_gradients: bytes of the first tensors, those of batches that a gradient belongs to.
+    """
+
+    def __init__(
+        self, shapes: Sequence[torch.Size], dtype: torch.dtype, gradients: int | None = None
+    ) -> None:
+        """``gradients``: how many of the batches have one, all by default."""
         self.shapes = list(shapes)
         self.dtype = dtype
         self.half = dtype == torch.float16  # its gradients need a scale
@@ -40,6 +48,9 @@ class Layout:
             self.offsets.append(self.nbytes)
             size = shape.numel() * dtype.itemsize
             self.nbytes += -(-size // ALIGNMENT) * ALIGNMENT
+        self.of_gradients = [*self.offsets, self.nbytes][
+            len(shapes) if gradients is None else gradients
+        ]
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         return [
@@ -77,13 +88,24 @@ class Arena:
             if event is not None:
                 event.synchronize()
 
-    def load(self, disk: Disk, path: Path, trailer: int = 0, *, direct: bool = False) -> bytes:
-        """Fill the arena from a file by :meth:`Disk.load`; returns the bytes that follow."""
+    def load(
+        self,
+        disk: Disk,
+        path: Path,
+        trailer: int = 0,
+        *,
+        direct: bool = False,
+        nbytes: int | None = None,
+    ) -> bytes:
+        """Fill the arena, or its first ``nbytes``, from a file by :meth:`Disk.load`.
+
+        Returns the bytes that follow.
+        """
         if self.read is not None:
             self.read.synchronize()
         self.wait_written()
         self.written = [None] * len(self.views)
-        return disk.load(path, self.bytes(), trailer, direct=direct)
+        return disk.load(path, self.bytes()[:nbytes], trailer, direct=direct)
 
     def save(
         self,
@@ -93,10 +115,11 @@ class Arena:
         abandon: threading.Event | None = None,
         *,
         direct: bool = False,
+        nbytes: int | None = None,
     ) -> None:
-        """Write the arena to a file by :meth:`Disk.save`."""
+        """Write the arena, or its first ``nbytes``, to a file by :meth:`Disk.save`."""
         self.wait_written()
-        disk.save(path, self.bytes(), trailer, abandon, direct=direct)
+        disk.save(path, self.bytes()[:nbytes], trailer, abandon, direct=direct)
 
     def bytes(self) -> memoryview:
         whole: Any = self.buffer.numpy()

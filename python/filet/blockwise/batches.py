@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 
 from filet.collect.batches import PreparedBatches
+from filet.collect.keep import Keep, Unlabelled, check_keep
 from filet.collect.run import check_terms
 from filet.config import FiletConfig
 from filet.loss.sampling import uniform
 from filet.model.batch import IGNORED, without_token_mask
 from filet.model.inputs import Inputs, Prepared
 
-__all__ = ["Batch", "counts_of", "read_batches"]
+__all__ = ["Batch", "counts_of", "read_batches", "read_keep"]
 
 
 @dataclass(eq=False)
 class Batch:
     inputs: dict[str, Any]  # of the model, on the CPU, without labels
-    rows: Tensor  # positions (flattened) that predict a label
+    rows: Tensor  # positions (flattened) that predict a label; none in data to keep
     labels: Tensor  # the labels there
     uniform: Tensor | None  # numbers (T, 1) that draw the labels, where they are drawn
     mask: Tensor | None  # tokens that count, None for all
@@ -55,7 +58,8 @@ def read_batches(
             f"{type(model).__name__} is not a causal language model; the blockwise engine takes "
             "those whose logits predict the next token"
         )
-    prepared = PreparedBatches(batches, config, inputs, lambda: True, _check_form)
+    check = partial(_check_form, ("input_ids", "labels"))
+    prepared = PreparedBatches(batches, config, inputs, lambda: True, check)
     result = [_read(each, config) for each in prepared]
     if not result:
         raise ValueError("there was no sample; expected at least one")
@@ -63,26 +67,52 @@ def read_batches(
     return result
 
 
-def _check_form(batch: Mapping[str, Any], number: int) -> None:
-    for key in ("input_ids", "labels"):
+def read_keep(keep: Keep | None, config: FiletConfig, peft_model: PeftModel) -> list[Batch]:
+    """The batches of data to keep up to ``config.samples``, without labels; none where it is None.
+
+    The model is one that :func:`read_batches` has taken.
+    """
+    if keep is None:
+        return []
+    check_keep(keep, peft_model)
+    if isinstance(keep, str):
+        raise ValueError(
+            "keep='self' is text drawn token by token through the whole model, which the blockwise "
+            "engine never has; expected batches of what is not to be forgotten (drawn from a "
+            "smaller model, say), or engine='memory' on a device that holds this one"
+        )
+    check = partial(_check_form, ("input_ids",))
+    inputs = Inputs(peft_model.base_model.model)
+    prepared = PreparedBatches(Unlabelled(keep), config, inputs, lambda: True, check)
+    result = [_read(each, config) for each in prepared]
+    if not result:
+        raise ValueError("the data to keep gave no sample; expected at least one")
+    return result
+
+
+def _check_form(keys: Sequence[str], batch: Mapping[str, Any], number: int) -> None:
+    for key in keys:
         value = batch.get(key)
         if not isinstance(value, Tensor) or value.dim() != 2:
             raise ValueError(
                 f"batch {number} has no {key} of shape (samples, tokens); expected a dict with "
-                "input_ids and labels"
+                f"{' and '.join(keys)}"
             )
 
 
 def _read(prepared: Prepared, config: FiletConfig) -> Batch:
-    """A batch on the CPU, with the labels that its positions predict."""
+    """A batch on the CPU, with the labels that its positions predict, if it has labels."""
     batch = {
         key: value.cpu() if isinstance(value, Tensor) else value
         for key, value in prepared.batch.items()
     }
-    labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+    given = batch.pop("labels", None)
+    if given is None:
+        given = torch.full_like(batch["input_ids"], IGNORED)
+    labels = F.pad(given[:, 1:], (0, 1), value=IGNORED)
     counted = labels != IGNORED
     numbers = None
-    if config.fisher == "sampled":
+    if config.fisher == "sampled" and bool(counted.any()):
         rows = [int(row.sum()) for row in counted]
         numbers = torch.cat([uniform(config, batch, i, count) for i, count in enumerate(rows)])
     return Batch(

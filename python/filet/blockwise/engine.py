@@ -4,6 +4,9 @@ Forward sweep: block after block is loaded from the shards, every batch goes thr
 graph, and each block's inputs go to host memory or disk. Then the head and the loss, some rows at a
 time. Reverse sweep: a block is loaded again, recomputed with a graph for every batch, and given the
 gradient of what follows it; its moments are finished, its A and B chosen and written, and it goes.
+Batches of data to keep go along in the forward sweep, and in the reverse sweep once more forward
+through each block whose moments are finished.
+
 The recomputation sees the same weights and inputs as the forward sweep and every operation is
 deterministic, so it takes the same path: the same experts, for a router.
 
@@ -29,7 +32,7 @@ from peft import LoraConfig
 from filet.adapter.saved import write_folder
 from filet.adapter.write import commit, materialise_rest
 from filet.blockwise.arenas import Arena, Gradient, Layout
-from filet.blockwise.batches import read_batches
+from filet.blockwise.batches import read_batches, read_keep
 from filet.blockwise.boundaries import Boundaries
 from filet.blockwise.folder import ADAPTER, empty_model, scratch_folder
 from filet.blockwise.head import head
@@ -45,11 +48,14 @@ from filet.blockwise.stream import WeightStream
 from filet.blockwise.sweeps import Reverse, capture, check_candidates, forward
 from filet.blockwise.weights import ShardedWeights, WeightSource
 from filet.blockwise.work import Work
+from filet.collect.keep import Keep, check_keep_used
 from filet.collect.padding import warn_of_padding
+from filet.collect.statistics import Statistics
 from filet.config import FiletConfig, resolved
 from filet.model.isolation import preserved
 from filet.report.report import FiletReport
-from filet.select import Choice, warn_of
+from filet.select import Choice, check_contrast_rank, warn_of
+from filet.system.files import staged
 from filet.system.memory import available_on_host, named_shortage, peak_memory
 
 __all__ = ["Blockwise", "blockwise_run"]
@@ -83,13 +89,17 @@ class Blockwise:
         scratch: Path | None = None,
         show_progress_bar: bool = True,
         machine: Machine | None = None,
+        keep: Keep | None = None,
+        save_statistics: Path | None = None,
     ) -> None:
         if device.type == "cuda":
             torch.cuda.init()  # what preserved() makes deterministic depends on it
             device = torch.device("cuda", device.index or 0)
-        self.config = config = resolved(config, keep=False)
+        check_keep_used(keep, config)
+        self.config = config = resolved(config, keep is not None)
         self.device = device
         self.scratch = scratch
+        self.save_statistics = save_statistics
         self.host_memory = host_memory or available_on_host() // 2
         self.show = show_progress_bar
         self.machine = machine or Machine()
@@ -98,13 +108,17 @@ class Blockwise:
         self.plan: RunPlan | None = None
         self.boundaries: Boundaries | None = None
         self.model = PartedModel(model, lora_config, device)
-        given = read_batches(batches, config, self.model.base)
+        if config.select == "contrast":
+            check_contrast_rank(self.model.targets)
+        task = read_batches(batches, config, self.model.base)
+        kept = read_keep(keep, config, self.model.peft_model)
         self.stream = WeightStream(source, device)
         entries = self.model.entries
-        manifest = manifest_of(source, given, lora_config, config, entries, device)
-        self.work = Work(self.model, given, config, self.stream, self.times, show_progress_bar)
+        whole = save_statistics is not None
+        manifest = manifest_of(source, task, kept, lora_config, config, entries, device, whole)
+        self.work = Work(self.model, task, kept, config, self.stream, self.times, show_progress_bar)
         self.journal = Journal(
-            run_folder, manifest, self.model.first, self.model.number, self.machine
+            run_folder, manifest, self.model.first, self.model.number, self.machine, whole
         )
         self._stack = contextlib.ExitStack()
 
@@ -177,7 +191,9 @@ class Blockwise:
         keeping = Keeping.choose(
             self.model.first, self.journal.top, self.host_memory // nbytes, disk, nbytes
         )
-        self.journal.reserve(nbytes, self.model.of_block, self.config.start == "untouched")
+        with_B = self.config.start == "untouched"
+        keep = bool(self.work.keep)
+        self.journal.reserve(layout.of_gradients, self.model.of_block, with_B, keep)
         self.boundaries = Boundaries(
             layout, keeping, self.device, self.scratch, self.times, self.machine
         )
@@ -203,7 +219,8 @@ class Blockwise:
     def write(self, output: Path) -> FiletReport:
         """The adapter's folder, from the blocks' files. Returns the report, which is in it.
 
-        With the adapter there, the run folder is removed on leaving.
+        Before it the statistics, where they are wanted. With the adapter there, the run folder is
+        removed on leaving.
         """
         start = self.times.clock.now()
         model, whole = self.model, Choice()
@@ -218,6 +235,11 @@ class Blockwise:
             raise ValueError(
                 "no module saw a token and its gradient; expected data that reaches at least one"
             )
+        most = self.memory.most if self.device.type == "cuda" else peak_memory(set())
+        if self.save_statistics is not None:
+            parts, seconds = self.journal.statistics(), sum(self.times.seconds.values())
+            with staged(self.save_statistics) as place:
+                Statistics.joined(parts, seconds, most).save(place)
         # In the model's order.
         layers = {name: whole.layers[name] for name in model.targets if name in whole.layers}
         order = [*model.unsupported, *model.targets]
@@ -231,7 +253,7 @@ class Blockwise:
             modules={name: whole.reports[name] for name in layers},
             left_default=left_default,
             seconds=self.times.seconds,
-            peak_memory=self.memory.most if self.device.type == "cuda" else peak_memory(set()),
+            peak_memory=most,
             config=dataclasses.asdict(self.config),
             **self.work.counts,
         )
@@ -249,6 +271,8 @@ def blockwise_run(
     show_progress_bar: bool,
     host_memory: int | None = None,
     scratch: str | os.PathLike[str] | None = None,
+    keep: Keep | None = None,
+    save_statistics: Path | None = None,
     *,
     dtype: torch.dtype | Literal["auto"],
     device: torch.device,
@@ -270,4 +294,6 @@ def blockwise_run(
         scratch=None if scratch is None else scratch_folder(scratch, run_folder),
         show_progress_bar=show_progress_bar,
         machine=machine,
+        keep=keep,
+        save_statistics=save_statistics,
     )

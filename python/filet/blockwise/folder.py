@@ -18,6 +18,7 @@ from filet.model.checkpoint import entries, shard_files, understood
 from filet.model.folder import outline, settings_of
 from filet.model.inputs import check_dataloader
 from filet.model.targets import adapted, check_init, find_targets
+from filet.system.files import inside
 from filet.system.memory import available_on_host
 
 __all__ = [
@@ -44,6 +45,7 @@ def checked_folder_arguments(
     device: torch.device | str | None,
     host_memory: int | None,
     overwrite: bool,
+    save_statistics: Path | None,
 ) -> tuple[FiletConfig, torch.device]:
     """The config and device that :func:`filet.initialize_folder` is to take.
 
@@ -59,6 +61,8 @@ def checked_folder_arguments(
     if host_memory is not None and host_memory < 1:
         raise ValueError(f"host_memory={host_memory}; expected a positive number of bytes")
     _check_output(output, overwrite)
+    if save_statistics is not None:
+        _check_file(save_statistics, output, overwrite)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -73,6 +77,14 @@ def _check_output(output: Path, overwrite: bool) -> None:
             raise ValueError(
                 f"output={str(output)!r} holds no adapter; overwrite=True replaces only adapters"
             )
+
+
+def _check_file(path: Path, output: Path, overwrite: bool) -> None:
+    given = f"save_statistics={str(path)!r}"
+    if path.is_dir() or inside(path, output):
+        raise ValueError(f"{given} is a folder, or lies in output; expected a file beside it")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{given} exists; expected overwrite=True to replace it")
 
 
 def scratch_folder(scratch: str | os.PathLike[str], run_folder: Path) -> Path:
@@ -154,10 +166,12 @@ def choose_engine(
     *,
     dtype: torch.dtype | Literal["auto"] = "auto",
     trust_remote_code: bool = False,
+    keep: bool = False,
 ) -> Literal["memory", "blockwise"]:
     """What "auto" is: "blockwise" where weights and second moments take more than 3/4 of a device.
 
-    Of its free memory, that is; the rest is for activations. A kind of model that the blockwise
+    Of its free memory, that is; the rest is for activations. ``keep``: the inputs of the targets
+    have a moment of data to keep as well. A kind of model that the blockwise
     engine does not take is "memory" in any case.
     """
     try:
@@ -167,6 +181,6 @@ def choose_engine(
     weights = size_of(entries(model))
     peft_model = adapted(model, lora_config)
     targets, _ = find_targets(peft_model, ADAPTER, loaded=False)
-    moments = sum(2 * 4 * min(target.shape) ** 2 for target in targets.values())
+    moments = sum((3 if keep else 2) * 4 * min(target.shape) ** 2 for target in targets.values())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_on_host()
     return "memory" if weights + moments <= 0.75 * free else "blockwise"

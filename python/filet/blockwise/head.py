@@ -34,13 +34,13 @@ def head(work: Work, boundaries: Boundaries, hidden: Arena, then: Groups) -> Gra
     half = boundaries.layout.half
     scale = FP16_PEAK if half else 1.0
     peak = torch.zeros((), device=work.device)
-    progress = work.progress("FILet head", 1)
+    progress = work.progress("FILet head", 1, work.task)
     with progress, closing(work.stream.loaded([work.model.others])) as loaded:
         next(loaded)
         work.stream.load_ahead(then)
-        for index, batch in enumerate(work.batches):
+        for index in work.task:
             (rows,) = work.copies.fetch([hidden], index, []).ready()
-            gradient = loss_gradient(work, batch, rows, scale)
+            gradient = loss_gradient(work, work.batches[index], rows, scale)
             if half:
                 peak = torch.maximum(peak, gradient.abs().amax())
             work.store(gradient, gradients, index)

@@ -20,6 +20,8 @@ from filet.blockwise.blockfile import Finished
 from filet.blockwise.disk import Abandoned
 from filet.blockwise.machine import Machine
 from filet.blockwise.manifest import compare
+from filet.collect.sizes import moment_bytes
+from filet.collect.statistics import Statistics
 from filet.model.targets import Target
 from filet.system.files import replaced
 from filet.system.lock import FolderLock
@@ -43,15 +45,24 @@ class Journal:
         folder: created on entering, if it is not there.
         top: the block to go on with, in descending order; below ``first`` when all are finished.
         reserved: bytes of disk that the run needs there (:meth:`reserve`).
+        with_statistics: whether each block's are kept, to be written in the end.
     """
 
     def __init__(
-        self, folder: Path, manifest: Mapping[str, Any], first: int, number: int, machine: Machine
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        first: int,
+        number: int,
+        machine: Machine,
+        with_statistics: bool = False,
     ) -> None:
         """``first``: the lowest block to finish, of ``number`` blocks."""
+        self.with_statistics = with_statistics
         self.folder = folder
         self.top = number - 1
         self.reserved = 0
+        self._of_gradient: int | None = None  # bytes of an arena that are a gradient's
         self._manifest = manifest
         self._first = first
         self._number = number
@@ -94,7 +105,8 @@ class Journal:
 
     def load_gradient(self, arena: Arena) -> Gradient:
         """The gradient with respect to block ``top``'s outputs, into ``arena``."""
-        trailer = arena.load(self._disk, self._gradient_file(self.top), _TRAILER.size)
+        path = self._gradient_file(self.top)
+        trailer = arena.load(self._disk, path, _TRAILER.size, nbytes=self._of_gradient)
         scale, peak = _TRAILER.unpack(trailer)
         return Gradient(arena, scale, peak)
 
@@ -102,6 +114,11 @@ class Journal:
         """All blocks in descending order, from their files."""
         for block in range(self._number - 1, self._first - 1, -1):
             yield Finished.load(self._block_file(block), block)
+
+    def statistics(self) -> list[Statistics]:
+        """Of all blocks in ascending order. Their numbers stay in the files until they are read."""
+        blocks = range(self._first, self._number)
+        return [Statistics.load(self._statistics_file(block)) for block in blocks]
 
     def _resume(self) -> None:
         """Check that the folder is of this run, or begin one; find the block to go on with."""
@@ -147,6 +164,9 @@ class Journal:
     def _block_file(self, block: int) -> Path:
         return self.folder / f"block-{block}.safetensors"
 
+    def _statistics_file(self, block: int) -> Path:
+        return self.folder / f"statistics-{block}.safetensors"
+
     def _gradient_file(self, block: int) -> Path:
         """The gradient with respect to a block's output."""
         return self.folder / f"gradient-{block}.raw"
@@ -159,21 +179,30 @@ class Journal:
     # What comes in, written beside the computation.
 
     def reserve(
-        self, boundary: int, of_block: Sequence[Mapping[str, Target]], with_B: bool
+        self,
+        gradient: int,
+        of_block: Sequence[dict[str, Target]],
+        with_B: bool,
+        keep: bool,
     ) -> None:
-        """See that the disk has what the run will need, for boundaries of so many bytes.
+        """See that the disk has what the run will need, for gradients of so many bytes.
 
-        ``with_B``: whether blocks have B beside A. Raises OSError where the disk has less.
+        ``with_B``: whether blocks have B beside A. ``keep``: whether statistics have moments of
+        data to keep. Raises OSError where the disk has less.
         """
+        self._of_gradient = gradient
         # Two gradients at a time, and A, B and the energies of what is not finished.
         shapes = [
             (target.rank, *target.shape)
             for mine in of_block[self._first : self.top + 1]
             for target in mine.values()
         ]
-        self.reserved = 2 * (boundary + _TRAILER.size) + sum(
+        self.reserved = 2 * (gradient + _TRAILER.size) + sum(
             4 * rank * (m + n if with_B else n) + 8 * n for rank, m, n in shapes
         )
+        if self.with_statistics:  # at most: who shares an input shows only when they are taken
+            for mine in of_block[self._first : self.top + 1]:
+                self.reserved += sum(map(sum, moment_bytes(mine, {}, keep).values()))
         free = self._disk.free(self.folder)
         if free < self.reserved:
             text = f"{readable(self.reserved)} needed, {readable(free)} free"
@@ -182,6 +211,11 @@ class Journal:
     def save_block(self, finished: Finished) -> None:
         """Begin to write a block's file."""
         self._saved.append(self._threads.submit(self._write_block, finished))
+
+    def save_statistics(self, block: int, statistics: Statistics) -> None:
+        """Write a block's statistics, before its file. At once: they hold the device's memory."""
+        with replaced(self._statistics_file(block), durable=True) as beside:
+            statistics.save(beside)
 
     def save_gradient(self, block: int, gradient: Gradient) -> None:
         """Begin to write what ``block`` needs to go on.
@@ -235,7 +269,9 @@ class Journal:
     ) -> None:
         with replaced(self._gradient_file(block), durable=True) as beside:
             trailer = _TRAILER.pack(gradient.scale, gradient.peak)
-            gradient.arena.save(self._disk, beside, trailer, self._useless)
+            gradient.arena.save(
+                self._disk, beside, trailer, self._useless, nbytes=self._of_gradient
+            )
             for each in above:
                 each.result()
         self._unlink_gradients(but=block)

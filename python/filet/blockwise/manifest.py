@@ -26,25 +26,25 @@ _FORMAT = "filet-run-1"
 def manifest_of(
     source: WeightSource,
     batches: Sequence[Batch],
+    keep: Sequence[Batch],
     lora_config: LoraConfig,
     config: FiletConfig,
     weights: Sequence[Entry],
     device: torch.device,
+    statistics: bool,
 ) -> dict[str, Any]:
-    """What the result depends on."""
-    digest = hashlib.blake2b(digest_size=16)
-    for batch in batches:
-        tensors = {**batch.inputs, "rows": batch.rows, "labels": batch.labels}
-        for key, value in sorted(tensors.items()):
-            digest.update(f"{key}:{getattr(value, 'shape', value)}".encode())
-            if isinstance(value, Tensor):
-                digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    """What the result depends on.
+
+    ``keep``: data to keep, if there is any. ``statistics``: whether they are kept of every block.
+    """
     manifest = {
         "format": _FORMAT,
         "model": source.identity(),
         "dtype": str(weights[0].dtype),
         "device": device.type,
-        "data": digest.hexdigest(),
+        "data": _digest(batches),
+        "keep": _digest(keep) if keep else None,
+        "statistics": statistics or None,
         "settings": dataclasses.asdict(config),
         "adapter": {
             key: sorted(value) if isinstance(value, set) else value
@@ -55,6 +55,17 @@ def manifest_of(
     # As it will be read back.
     plain: dict[str, Any] = json.loads(json.dumps(manifest, default=str))
     return plain
+
+
+def _digest(batches: Sequence[Batch]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in batches:
+        own = {"rows": batch.rows, "labels": batch.labels, "tokens that count": batch.mask}
+        for key, value in sorted({**batch.inputs, **own}.items()):
+            digest.update(f"{key}:{getattr(value, 'shape', value)}".encode())
+            if isinstance(value, Tensor):
+                digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def compare(there: Any, now: Any, folder: Path, where: str = "") -> None:

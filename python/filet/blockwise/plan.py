@@ -13,8 +13,9 @@ __all__ = ["RunPlan"]
 class RunPlan:
     """What a run will need.
 
-    Memory and disk are exact sums of what is allocated there; the GPU's peak and the times are
-    measured on one block and one batch (the largest) before the run.
+    Memory and disk are exact sums of what is allocated there, but for statistics that are to be
+    saved: of these they are the most that there can be, and their time is not in it. The GPU's peak
+    and the times are measured on one block and one batch (the largest) before the run.
     """
 
     blocks: tuple[int, int]  # to sweep forward, to sweep in reverse

@@ -86,16 +86,17 @@ class Progress:
         blocks: int,
         of: int,
         batches: Sequence[Batch],
+        steps: int,
         device: torch.device,
         show: bool,
     ) -> None:
-        """``blocks`` to go through, ``of`` the model's."""
+        """``blocks`` to go through, ``of`` the model's; ``steps``: batches that go through each."""
         self._of = of
         self._batches = batches
         self._device = device
         self._show = show
         self._done = 0
-        self._bar = tqdm(total=blocks * len(batches), unit="batch", desc=what, disable=not show)
+        self._bar = tqdm(total=blocks * steps, unit="batch", desc=what, disable=not show)
 
     def __enter__(self) -> Progress:
         self._bar.__enter__()

@@ -1,6 +1,7 @@
 """What is timed and measured before the run, to refuse early and to plan.
 
-One block and the head run on the largest batch; what all batches take is extrapolated from it.
+One block and the head run on the largest batch, of the task and of data to keep; what all batches
+take is extrapolated from it.
 """
 
 from __future__ import annotations
@@ -44,6 +45,24 @@ class Measured:
     reverse_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class _Largest:
+    """Of some batches the largest, which is run for all of them."""
+
+    index: int
+    shape: str
+    timed: int  # how often it is run at a time
+    share: float  # all their positions over those of one such run
+
+    @classmethod
+    def of(cls, work: Work, batches: range) -> _Largest:
+        sizes = [work.batches[index].positions for index in batches]
+        index = batches[sizes.index(max(sizes))]
+        shape = "×".join(map(str, work.batches[index].inputs["input_ids"].shape))
+        timed = min(_TIMED, len(sizes)) if work.device.type == "cuda" else 1
+        return cls(index, shape, timed, sum(sizes) / max(sizes) / timed)
+
+
 class Rehearsal:
     """Runs parts of the model on the largest batch, and measures them."""
 
@@ -51,31 +70,29 @@ class Rehearsal:
         self.work = work
         self.boundaries = boundaries
         self.memory = memory
-        sizes = [batch.positions for batch in work.batches]
-        self.index = max(range(len(sizes)), key=lambda index: sizes[index])
-        self.share = sum(sizes) / sizes[self.index]  # all batches' positions over the largest's
-        self.timed = min(_TIMED, len(sizes)) if work.device.type == "cuda" else 1
+        self.all, self.task = _Largest.of(work, work.all), _Largest.of(work, work.task)
+        self.keep = _Largest.of(work, work.keep) if work.keep else None
 
     def head(self, arena: Arena) -> float:
         """Seconds that the head takes for all batches; its weights have to be in the model."""
-        work = self.work
+        work, largest = self.work, self.task
         work.place.set(HEAD)
         seconds = 0.0
         with self.boundaries.pool.paused():
             for _ in range(_ROUNDS):
                 start = self._clock()
-                for _ in range(self.timed):
-                    (rows,) = work.copies.fetch([arena], self.index, []).ready()
+                for _ in range(largest.timed):
+                    (rows,) = work.copies.fetch([arena], largest.index, []).ready()
                     # Held while the next is computed, as in the sweep: the peak memory counts.
-                    gradient = loss_gradient(work, work.batches[self.index], rows, 1.0)
+                    gradient = loss_gradient(work, work.batches[largest.index], rows, 1.0)
                 seconds = self._clock() - start
         del gradient
-        return seconds * self.share / self.timed
+        return seconds * largest.share
 
     def block(self, arena: Arena) -> Measured:
         """Of the first block with targets, on the first block's inputs, ``arena``."""
         model, stream, block = self.work.model, self.work.stream, self.work.model.first
-        shape = "×".join(map(str, self.work.batches[self.index].inputs["input_ids"].shape))
+        shape = self.task.shape if self.keep is None else f"{self.task.shape} and {self.keep.shape}"
         self.work.place.set(f"the rehearsal of block {block} on the largest batch, {shape} tokens")
         # After another block: setting up the thread and its buffers is no part of loading.
         groups = [model.weights[model.number - 1], model.weights[block]]
@@ -86,49 +103,62 @@ class Rehearsal:
             stack.enter_context(self.boundaries.pool.paused())
             for _ in range(_ROUNDS):
                 times, forward_bytes = self._round(block, arena)
-        forward, begin, reverse, finish = (b - a for a, b in itertools.pairwise(times))
+        forward, begin, reverse, finish, kept, choice = (
+            b - a for a, b in itertools.pairwise(times)
+        )
+        task = begin + (self.task.share - 1 / self.task.timed) * reverse + finish
         return Measured(
             loading,
-            forward * (self.share / self.timed),
-            begin + (self.share - 1) * reverse / self.timed + finish,
+            forward * self.all.share,
+            task + kept * (0 if self.keep is None else self.keep.share) + choice,
             forward_bytes,
             self.memory.reset(),
         )
 
     def _round(self, block: int, arena: Arena) -> tuple[list[float], int]:
-        """One block forward, back for the first time, back again, and its A and B chosen.
+        """One block, and its A and B chosen.
 
+        Forward, back for the first time, back again, moments finished, forward with data to keep.
         Returns the times around these, and the peak memory of the forward.
         """
         work = self.work
 
-        def fetched() -> list[Tensor]:
-            return work.fetch(block, [arena], self.index).ready()
+        def fetched(largest: _Largest) -> list[Tensor]:
+            return work.fetch(block, [arena], largest.index).ready()
 
         def back(hooks: MomentHooks) -> None:
-            hidden, *leaves = fetched()
+            hidden, *leaves = fetched(self.task)
             gradient = torch.full_like(hidden, 2**-6)
-            work.backward(block, self.index, hidden, gradient, leaves, hooks, 1.0)
+            work.backward(block, self.task.index, hidden, gradient, leaves, hooks, 1.0)
 
         times = [self._clock()]
         self.memory.reset()
         with torch.no_grad(), work.products(block) as start_batch:
-            for _ in range(self.timed):
+            for _ in range(self.all.timed):
                 start_batch()
-                hidden, *leaves = fetched()
-                work.run(block, self.index, hidden, leaves)
+                hidden, *leaves = fetched(self.all)
+                work.run(block, self.all.index, hidden, leaves)
         times.append(self._clock())
         forward_bytes = self.memory.reset()
         with MomentHooks(work.model.of_block[block], work.config) as hooks:
             back(hooks)  # which also makes the moments
             times.append(self._clock())
-            for _ in range(self.timed):
+            for _ in range(self.task.timed):
                 back(hooks)
         times.append(self._clock())
         hooks.finish()
-        hooks.check_finite(f"batch {self.index} (counted from 0)")
-        work.finished(block, hooks)
-        del hooks
+        hooks.check_finite(f"batch {self.task.index} (counted from 0)")
+        times.append(self._clock())
+        kept = None
+        if self.keep is not None:
+            with work.to_keep(block, hooks) as kept:
+                for _ in range(self.keep.timed):
+                    hidden, *leaves = fetched(self.keep)
+                    work.inputs(block, self.keep.index, hidden, leaves, kept)
+            kept.finish()
+        times.append(self._clock())
+        work.finished(block, work.statistics(block, hooks, kept), ())
+        del hooks, kept
         times.append(self._clock())
         return times, forward_bytes
 
@@ -214,4 +244,5 @@ def disk_seconds(
     assert inputs.folder is not None
     write, read = (number * seconds for seconds in inputs.speed(arena))
     # Where the inputs are waited for, as many gradients are written meanwhile.
-    return write, read + (write if disk.is_one(inputs.folder, journal.folder) else 0.0)
+    gradients = write * boundaries.layout.of_gradients / boundaries.layout.nbytes
+    return write, read + (gradients if disk.is_one(inputs.folder, journal.folder) else 0.0)

@@ -38,7 +38,7 @@ def capture(work: Work, boundaries_of: Callable[[Layout], Boundaries]) -> tuple[
         if boundaries is None:
             width = hidden.shape[-1]
             shapes = [torch.Size((*b.inputs["input_ids"].shape, width)) for b in work.batches]
-            boundaries = boundaries_of(Layout(shapes, hidden.dtype))
+            boundaries = boundaries_of(Layout(shapes, hidden.dtype, len(work.task)))
             arena = boundaries.pool.get()
         assert arena is not None
         layout = boundaries.layout
@@ -65,7 +65,7 @@ def forward(
         The last block's outputs, and the number of candidate directions of each target.
     """
     candidates: dict[str, Tensor] = {}
-    progress = work.progress("FILet forward", len(blocks))
+    progress = work.progress("FILet forward", len(blocks), work.all)
     groups = [work.model.weights[block] for block in blocks]
     with progress, closing(work.stream.loaded(groups)) as loaded:
         start = work.times.clock.now()
@@ -90,7 +90,7 @@ def _run_forward(
     work.place.set(f"the forward of block {block}")
     made = boundaries.get()
     with work.products(block) as start_batch:
-        for index, (hidden, *leaves) in work.fetched(block, [arena]):
+        for index, (hidden, *leaves) in work.fetched(block, [arena], work.all):
             start_batch()
             output = work.run(block, index, hidden, leaves)
             work.store(output, made, index)
@@ -118,7 +118,7 @@ class Reverse:
     def run(self, gradient: Gradient) -> None:
         """Finish every block, given the gradient of the topmost one's outputs."""
         times, inputs = self.work.times, self.boundaries.inputs
-        progress = self.work.progress("FILet reverse", len(self.steps))
+        progress = self.work.progress("FILet reverse", len(self.steps), self.work.all)
         with progress, closing(self.work.stream.loaded(self.groups)) as loaded:
             start = times.clock.now()
             for number in loaded:
@@ -153,11 +153,17 @@ class Reverse:
             arenas = [inputs, gradient.arena]
             peak = self._over_batches(block, arenas, made, factor, scale, hooks, progress)
             hooks.add_left_out()
-        boundaries.pool.put(inputs)
         hooks.finish()
         hooks.check_finite("one of the batches")
+        kept = self._over_keep(block, inputs, hooks, progress) if self.work.keep else None
+        boundaries.pool.put(inputs)
         below = None if made is None else Gradient(made, scale, float(peak) if half else 0.0)
-        journal.save_block(self.work.finished(block, hooks))
+        statistics = self.work.statistics(block, hooks, kept)
+        if journal.with_statistics:
+            with self.work.times.waiting("disk"):
+                journal.save_statistics(block, statistics)
+        unmasked = hooks.unmasked if kept is None else hooks.unmasked | kept.unmasked
+        journal.save_block(self.work.finished(block, statistics, unmasked))
         journal.release(gradient.arena, boundaries.pool.put)
         if below is None:
             return gradient
@@ -192,7 +198,7 @@ class Reverse:
         def again(index: int) -> Tensor:
             return through(index, *work.fetch(block, arenas, index).ready())
 
-        for index, fetched in work.fetched(block, arenas):
+        for index, fetched in work.fetched(block, arenas, work.task):
             hidden = through(index, *fetched)
             hooks.note_run(partial(again, index))
             if made is not None:
@@ -204,3 +210,29 @@ class Reverse:
                 work.throttle.add_computed()
             progress.advance(block, index)
         return peak
+
+    def _over_keep(
+        self, block: int, inputs: Arena, hooks: MomentHooks, progress: Progress
+    ) -> MomentHooks:
+        """The data to keep forward once more, now that the task's moments say in which spaces.
+
+        ``hooks``: finished with the task. Moments of the forward sweep would have to be guessed at,
+        and kept until here: of a large model they are as large as these inputs.
+        """
+        work = self.work
+        work.place.set(f"the forward of the data to keep in block {block}")
+
+        def again(index: int) -> None:
+            hidden, *leaves = work.fetch(block, [inputs], index).ready()
+            work.inputs(block, index, hidden, leaves, kept)
+
+        with work.to_keep(block, hooks) as kept:
+            for index, (hidden, *leaves) in work.fetched(block, [inputs], work.keep):
+                work.inputs(block, index, hidden, leaves, kept)
+                kept.note_run(partial(again, index))
+                work.throttle.add_computed()
+                progress.advance(block, index)
+            kept.add_left_out()
+        kept.finish()
+        kept.check_finite("one of the batches to keep")
+        return kept

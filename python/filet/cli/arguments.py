@@ -409,11 +409,9 @@ def _check_init(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         parser.error("init: --save-statistics has nothing to save with --statistics")
     if args.statistics is not None and args.keep is not None:
         parser.error("init: --keep is for 'filet stats'; the statistics have it or have it not")
-    if args.keep is not None and args.engine == "blockwise":
-        parser.error("init: --engine blockwise takes no --keep; --engine memory does")
-    if args.statistics is not None or args.save_statistics is not None:
+    if args.statistics is not None:
         if args.engine == "blockwise":
-            parser.error("init: --engine blockwise keeps no statistics of the whole model")
+            parser.error("init: --engine blockwise takes data; --statistics need the whole model")
         args.engine = "memory"
     if args.engine == "memory" and (args.host_memory is not None or args.scratch is not None):
         parser.error("init: --host-memory and --scratch are for --engine blockwise")

@@ -38,12 +38,7 @@ def init(args: argparse.Namespace) -> None:
     encoded = None if args.data is None else load_data(args)
     keep = load_keep(args)
     if _engine(args) == "blockwise":
-        if keep is not None:
-            raise ValueError(
-                "--keep is not taken by the blockwise engine, which this model needs here; "
-                "expected a device that holds the model (--engine memory), or no --keep"
-            )
-        report = _init_blockwise(args, encoded, config)
+        report = _init_blockwise(args, encoded, keep, config)
     else:
         report = _init_in_memory(args, encoded, keep, config)
     say(report.table())
@@ -64,14 +59,15 @@ def _kept_file(args: argparse.Namespace) -> Path | None:
     return None if args.keep in (None, "self") else Path(args.keep)
 
 
-def _init_blockwise(args: argparse.Namespace, encoded: Any, config: Any) -> Any:
+def _init_blockwise(args: argparse.Namespace, encoded: Any, keep: Any, config: Any) -> Any:
     """The report of an adapter that the blockwise engine has written."""
     import filet
 
+    size = _micro_size(args, encoded)
     with own_code(args):
         return filet.initialize_folder(
             args.model,
-            _micro_batches(args, encoded),
+            list(encoded.batches(size, by_length=True)),
             args.output,
             lora_config_of(args, rank=args.rank, alpha=args.alpha),
             config,
@@ -83,6 +79,8 @@ def _init_blockwise(args: argparse.Namespace, encoded: Any, config: Any) -> Any:
             trust_remote_code=args.trust_remote_code,
             overwrite=args.overwrite,
             show_progress_bar=not args.no_progress,
+            keep=_kept_batches(encoded, keep, size),
+            save_statistics=args.save_statistics,
         )
 
 
@@ -192,7 +190,7 @@ def _run(
                 loader,
                 config=config,
                 show_progress_bar=not args.no_progress,
-                keep=keep if keep in (None, "self") else _kept_batches(encoded, keep, size),
+                keep=_kept_batches(encoded, keep, size),
             )
         except filet.OutOfMemoryError as error:
             if args.batch_size != "auto" or size == 1 or error.phase != "pass":
@@ -205,20 +203,21 @@ def _run(
         torch.cuda.empty_cache()
 
 
-def _kept_batches(encoded: Any, keep: Any, size: int) -> list[dict[str, Any]]:
-    """The data to keep, in batches of no more tokens than those of the task."""
+def _kept_batches(encoded: Any, keep: Any, size: int) -> Any:
+    """The data to keep, in batches of no more tokens than those of the task; "self" as it is."""
+    if keep in (None, "self"):
+        return keep
     longest, its_longest = (max(len(ids) for ids, _ in each.rows) for each in (encoded, keep))
     return list(keep.batches(max(1, size * longest // its_longest), by_length=True))
 
 
-def _micro_batches(args: argparse.Namespace, encoded: Any) -> list[dict[str, Any]]:
-    """What goes through a block at a time: 4096 tokens, where the size is left to us."""
+def _micro_size(args: argparse.Namespace, encoded: Any) -> int:
+    """Samples of what goes through a block at a time: 4096 tokens, where the size is left to us."""
     from filet.collect.estimate import CPU_TOKENS
 
-    size = args.batch_size
-    if size == "auto":
-        size = max(1, CPU_TOKENS // max(len(ids) for ids, _ in encoded.rows))
-    return list(encoded.batches(size, by_length=True))
+    if args.batch_size != "auto":
+        return int(args.batch_size)
+    return max(1, CPU_TOKENS // max(len(ids) for ids, _ in encoded.rows))
 
 
 def _config(args: argparse.Namespace) -> Any:
@@ -250,4 +249,5 @@ def _engine(args: argparse.Namespace) -> str:
             torch.device(device_of(args)),
             dtype=dtype_of(args),
             trust_remote_code=args.trust_remote_code,
+            keep=args.keep is not None,
         )

@@ -18,9 +18,18 @@ from filet.loss.batch import ForwardFn
 from filet.loss.text import check_samples_text, sampled_text
 from filet.model.inputs import Prepared, check_dataloader
 from filet.model.targets import Target
+from filet.system.transfer import values
 from filet_kernels import Moments, SecondMoment
 
-__all__ = ["Keep", "check_keep", "collect_keep"]
+__all__ = [
+    "Keep",
+    "Unlabelled",
+    "check_keep",
+    "check_keep_used",
+    "collect_keep",
+    "hooks_to_keep",
+    "with_unseen",
+]
 
 Keep = Iterable[Any] | Literal["self"]
 
@@ -35,6 +44,34 @@ def check_keep(keep: Any, peft_model: PeftModel) -> None:
         check_samples_text(peft_model.base_model.model)
     else:
         raise ValueError(f"keep={keep!r}; expected batches, or 'self' for the model's own text")
+
+
+def check_keep_used(keep: Any, config: FiletConfig) -> None:
+    """ValueError for data to keep beside a selection that has no use for them."""
+    if keep is not None and config.select not in ("auto", "contrast"):
+        raise ValueError(
+            f"keep= has no effect with select={config.select!r}; expected select='auto' or "
+            "'contrast', or no keep"
+        )
+
+
+def hooks_to_keep(
+    targets: dict[str, Target],
+    counted: Iterable[str],
+    config: FiletConfig,
+    moments: Mapping[str, Moments],
+    shared_input: Mapping[str, str],
+) -> MomentHooks:
+    """Hooks that take the input moments of data to keep, in the spaces of ``moments``, the task's.
+
+    Of those among ``counted`` that saw a token of the task: else the space would be a guess.
+    """
+    there = [name for name in counted if name in moments]
+    tokens = values([moments[name].input.count for name in there])
+    seen = frozenset(name for name, count in zip(there, tokens, strict=True) if count)
+    hooks = MomentHooks(targets, config, seen)
+    hooks.follow(moments, shared_input)
+    return hooks
 
 
 def collect_keep(
@@ -67,13 +104,11 @@ def collect_keep(
     found: dict[str, SecondMoment] = {}
     counts: dict[str, int] = {}
     for number, part in enumerate(parts, start=1):
-        seen = [name for name in part if int(moments[name].input.count)]
         title = "FILet, data to keep"
         title += f", pass {number} of {len(parts)}" if len(parts) > 1 else ""
-        hooks = MomentHooks(targets, config, frozenset(seen))
-        hooks.follow(moments, shared_input)
+        hooks = hooks_to_keep(targets, part, config, moments, shared_input)
         run = _Run(peft_model, config, forward_fn, hooks)
-        data = _Unlabelled(batches) if run.drops_labels else batches
+        data = Unlabelled(batches, batches.dataset) if run.drops_labels else batches
         counts = over_batches(run, hooks, data, config, title, show_progress_bar, "data to keep")
         hooks.finish()
         inputs = {name: its.input for name, its in hooks.moments.items()}
@@ -81,20 +116,30 @@ def collect_keep(
         found |= {name: on_host.get(id(side), side) for name, side in inputs.items()}
         if number == 1:
             warn_of_padding(with_padding(peft_model.base_model.model, hooks.unmasked))
-    for name in targets.keys() - found.keys():
-        of = moments[name].input
-        found[name] = SecondMoment.zeros(
-            of.space, len(of.sum), dtype=of.sum.dtype, device=of.sum.device
-        )
     del counts["loss_terms"]
-    return {name: found[name] for name in targets}, counts
+    return with_unseen(found, moments), counts
 
 
-class _Unlabelled:
+def with_unseen(
+    found: Mapping[str, SecondMoment], moments: Mapping[str, Moments]
+) -> dict[str, SecondMoment]:
+    """What was found of data to keep, and of the other modules of the task moments of nothing."""
+    kept = {}
+    for name, its in moments.items():
+        of = its.input
+        kept[name] = (
+            found[name]
+            if name in found
+            else SecondMoment.zeros(of.space, len(of.sum), dtype=of.sum.dtype, device=of.sum.device)
+        )
+    return kept
+
+
+class Unlabelled:
     """Batches without their labels: no loss is asked for, and whether they fit does not matter."""
 
-    def __init__(self, batches: Batches) -> None:
-        self.dataset = batches.dataset
+    def __init__(self, batches: Iterable[Any], dataset: Any = None) -> None:
+        self.dataset = dataset
         self._batches = batches
 
     def __iter__(self) -> Iterator[Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,13 @@ from filet.system.memory import named_shortage, peak_memory
 from filet.system.tensorfile import write_tensors
 from filet_kernels import Moments, SecondMoment
 
-__all__ = ["Statistics", "check_statistics", "collect_statistics", "statistics_of"]
+__all__ = [
+    "Statistics",
+    "check_statistics",
+    "collect_statistics",
+    "moments_of_all",
+    "statistics_of",
+]
 
 _FORMAT = "filet-statistics-1"
 
@@ -147,6 +154,18 @@ class Statistics:
             keep_samples=header.get("keep_samples", 0),  # files of 0.1 have neither
             keep_tokens=header.get("keep_tokens", 0),
         )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Statistics], seconds: float, peak_memory: int) -> Statistics:
+        """Those of a whole model, given those of its parts on the same data, in one run."""
+        whole: dict[str, Any] = {"moments": {}, "fingerprints": {}, "shared_input": {}}
+        for part in parts:
+            for key, values in whole.items():
+                values.update(getattr(part, key))
+        if any(part.keep is not None for part in parts):
+            whole["keep"] = {name: m for part in parts for name, m in (part.keep or {}).items()}
+        whole |= {"seconds": seconds, "peak_memory": peak_memory, "path": None}
+        return dataclasses.replace(parts[0], **whole)
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics over both data sets, as if one run had seen them all (to rounding).
@@ -311,7 +330,8 @@ def statistics_of(
         found, shared_input, counts = collect_in_passes(
             peft_model, targets, batches, config, forward_fn, show_progress_bar, passes
         )
-        moments = _of_all(targets, found, passes, counts["loss_terms"])
+        place = "cpu" if passes > 1 else None
+        moments = moments_of_all(targets, found, counts["loss_terms"], place)
         kept, kept_counts = None, {"samples": 0, "tokens": 0}
         if keep is not None:
             del batches  # they may be in host memory
@@ -337,14 +357,20 @@ def statistics_of(
     )
 
 
-def _of_all(
-    targets: dict[str, Target], found: dict[str, Moments], passes: int, loss_terms: int
+def moments_of_all(
+    targets: dict[str, Target],
+    found: dict[str, Moments],
+    loss_terms: int,
+    device: torch.device | str | None = None,
 ) -> dict[str, Moments]:
-    """The moments of every target, in their order: empty for an expert that no token went to."""
+    """The moments of every target, in their order: empty for an expert that no token went to.
+
+    Empty ones are on ``device``, by default on that of the weight.
+    """
     moments = {}
     for name, target in targets.items():
         if name not in found:
-            found[name] = empty_moments(target.weight, device="cpu" if passes > 1 else None)
+            found[name] = empty_moments(target.weight, device=device)
             found[name].loss_terms.fill_(loss_terms)
         moments[name] = found[name]
     return moments
