@@ -29,9 +29,10 @@ from effect.context import Context
 from effect.inits import START
 from effect.plan import FIRST, first_round, second_round
 from effect.population import Lora, Population
-from effect.records import Record, Run, append, read
+from effect.records import ALL, Record, Run, append, read
 from effect.runs import train_population
 from effect.start import Start, scaled
+from effect.sweeps import SWEEPS, family
 from effect.tasks import CausalTask, causal_task, order
 from effect.train import Recipe
 from effect.variants import VARIANTS
@@ -97,11 +98,12 @@ class Bench:
         raise FileNotFoundError(f"{self.data} has no {name}.jsonl or {name}.jsonl.gz")
 
     def context(self, run: Run) -> Context:
-        """What is known of a task: the same samples for every seed."""
-        key = (run.task, run.rank, run.samples)
+        """What is known of a task: the same samples for every seed and rank."""
+        key = (run.task, run.samples)
         if key not in self.contexts:
             task = self.task(run.task)
-            rows = order(task.train, _CALIBRATION, 1, run.samples)
+            samples = len(task.train) if run.samples == ALL else run.samples
+            rows = order(task.train, _CALIBRATION, 1, samples)
             chosen = sorted((row for one in rows for row in one), key=lambda row: len(row[0]))
             self.contexts[key] = Context(
                 self.load,
@@ -111,6 +113,7 @@ class Bench:
                 self._batches(task, chosen),
                 self._batches(task, sorted(task.keep, key=lambda row: len(row[0]))),
             )
+        self.contexts[key].rank = run.rank
         return self.contexts[key]
 
     def _batches(self, task: CausalTask, rows: Sequence[Any]) -> list[dict[str, torch.Tensor]]:
@@ -193,10 +196,11 @@ def chunk(runs: Sequence[Run], members: int) -> list[Run]:
 def belongs(run: Run) -> int:
     """A number by which processes share the runs: all of a method's are one process's.
 
-    So what a method computes is computed once. LoRA computes nothing, and has most variants.
+    So are all groups of one sort and scale. What they share is computed once. LoRA computes
+    nothing, and has most variants.
     """
     m = run.member
-    key = (m.method, m.scale, m.ratio, m.decay) if m.method == "lora" else m.method
+    key = (m.method, m.scale, m.ratio, m.decay) if m.method == "lora" else family(m.method)
     return crc32(repr(key).encode())
 
 
@@ -205,6 +209,9 @@ def lacking(options: argparse.Namespace) -> list[Run]:
     records = read(options.output)
     if options.round == "first":
         return [r for task in options.tasks for r in first_round(records, task, options.methods)]
+    if options.round in SWEEPS:
+        seeds = range(options.seeds)
+        return SWEEPS[options.round](records, options.tasks, seeds, options.thorough)
     return second_round(records, options.tasks, range(options.seeds), options.tasks[0])
 
 
@@ -215,12 +222,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data", type=Path, required=True, help="TASK_train, TASK_test, general, keep"
     )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--round", choices=("first", "second"), required=True)
+    parser.add_argument("--round", choices=("first", "second", *SWEEPS), required=True)
     parser.add_argument("--tasks", nargs="+", default=["gsm8k"])
     parser.add_argument(
         "--methods", nargs="+", default=FIRST, choices=sorted({*START, *VARIANTS}), metavar="METHOD"
     )
-    parser.add_argument("--seeds", type=int, default=5, help="of the second round")
+    parser.add_argument("--seeds", type=int, default=5, help="of all rounds but the first")
+    parser.add_argument(
+        "--thorough", action="store_true", help="ranks, samples: three rates; groups: all seeds"
+    )
     parser.add_argument("--members", type=int, default=16, help="adapters trained side by side")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch-size", type=int, default=16)
