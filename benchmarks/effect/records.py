@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
+from effect.lines import read_lines
 from effect.train import Member
 
 __all__ = ["ALL", "OWN", "RANK", "SAMPLES", "Record", "Run", "Variant", "append", "at", "read"]
@@ -85,16 +86,7 @@ def at(records: Iterable[Record], rank: int = RANK, samples: int = SAMPLES) -> l
 
 def read(folder: Path) -> list[Record]:
     """All lines of all CSV files in a folder. ValueError for a file of other columns."""
-    hints = get_type_hints(Record)
-    names = [field.name for field in fields(Record)]
-    found: list[Record] = []
-    for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != names:
-                raise ValueError(f"{path} has the columns {reader.fieldnames}; expected {names}")
-            found += [Record(**{k: hints[k](v) for k, v in row.items()}) for row in reader]
-    return found
+    return [line for path in sorted(folder.glob("*.csv")) for line in read_lines(path, Record)]
 
 
 def append(path: Path, records: Iterable[Record]) -> None:

@@ -31,14 +31,18 @@ LORA: Variant = ("lora", 1.0, 1.0, 0.0)
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean difference of so many pairs, and half the width of its interval at 95%."""
+    """Mean difference of so many pairs, and half the width of its interval at 95%.
+
+    NaN and no interval of a single pair.
+    """
 
     mean: float
     half: float
     pairs: int
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} ± {self.half:.4f}"
+        mean = f"{self.mean:+.4f}"
+        return mean if math.isnan(self.half) else f"{mean} ± {self.half:.4f}"
 
 
 @dataclass(frozen=True)
