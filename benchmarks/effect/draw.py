@@ -24,11 +24,14 @@ from effect.summaries import (
     Point,
     verdict,
 )
+from effect.sweeps import BY_RANK
+from effect.tables import label
 
 __all__ = ["draw_groups", "draw_overlaps", "draw_points", "draw_table4"]
 
 _INK, _MUTED, _GRID = "#1f2933", "#616e7c", "#e4e7eb"
-_COLOURS = ("#616e7c", "#8aadd3", "#1d4e89", "#2f9e44", "#e8590c", "#9c36b5")
+_LINES = ("#616e7c", "#8aadd3", "#1d4e89", "#2f9e44", "#e8590c")
+_COLOURS = dict(zip(map(label, BY_RANK), _LINES, strict=True))
 _OF_SELECTION = {"M": "#1d4e89", "R": "#8aadd3", "P": "#e8590c"}
 _KEYS = {"sigma": "σ", "energy": "energy"}
 _SCALES = {"min": "minimal", "max": "maximal"}
@@ -103,6 +106,7 @@ def _differences(axes: Any, differences: Sequence[Difference]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.axvline(0, color=_INK, linewidth=0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     pairs = sorted({d.pairs for d in differences})
     interval = "95% intervals" if pairs and pairs[0] > 1 else "one pair, no interval"
     axes.set_xlabel(f"difference of losses, {interval}", fontsize=9)
@@ -157,23 +161,21 @@ def draw_points(points: Sequence[Point], by: str, path: Path) -> None:
     """Of one task, by "rank" or "samples": loss, its difference to LoRA, and general loss."""
     figure, axes = _figure(1, 3, 4.4, 3.6)
     values = sorted({getattr(point, by) for point in points}, key=lambda v: (v == ALL, v))
-    panels: list[tuple[str, Callable[[Point], float]]] = [
-        ("loss, nats a token", lambda point: point.loss),
-        ("loss less LoRA's", lambda point: point.difference),
-        ("general loss", lambda point: point.general),
+    panels: list[tuple[str, Callable[[Point], float], bool]] = [
+        ("loss, nats a token", lambda point: point.loss, False),
+        ("loss less LoRA's at that rank, 95%", lambda point: point.difference, True),
+        ("general loss", lambda point: point.general, False),
     ]
-    for axis, (title, y) in zip(axes[0], panels, strict=True):
-        for place, start in enumerate(dict.fromkeys(point.start for point in points)):
-            of = sorted(
-                (p for p in points if p.start == start), key=lambda p: values.index(getattr(p, by))
-            )
-            x = [values.index(getattr(p, by)) + (place - 2) * 0.05 for p in of]
-            half = [_half(p.half) if y is panels[1][1] else 0.0 for p in of]
-            colour = _COLOURS[place % len(_COLOURS)]
-            axis.errorbar(
-                x, [y(p) for p in of], half, marker="o", markersize=4, linewidth=1.2, capsize=2,
-                color=colour, label=start,
-            )  # fmt: skip
+    for axis, (title, y, interval) in zip(axes[0], panels, strict=True):
+        for place, (start, colour) in enumerate(_COLOURS.items()):
+            of = [
+                p for value in values for p in points if (p.start, getattr(p, by)) == (start, value)
+            ]
+            if of:
+                x = [values.index(getattr(p, by)) + (place - 2) * 0.05 for p in of]
+                half = [_half(p.half) if interval else 0.0 for p in of]
+                line = {"linewidth": 1.2, "marker": "o", "markersize": 4, "capsize": 2}
+                axis.errorbar(x, [y(p) for p in of], half, color=colour, label=start, **line)
         axis.set_xticks(range(len(values)), ["all" if v == ALL else str(v) for v in values])
         axis.set_xlabel(by, fontsize=9)
         axis.set_title(title, loc="left", fontsize=9, color=_INK)
@@ -181,42 +183,51 @@ def draw_points(points: Sequence[Point], by: str, path: Path) -> None:
     axes[0][1].axhline(0, color=_INK, linewidth=0.8)
     axes[0][0].legend(fontsize=7, frameon=False)
     seeds = sorted({point.seeds for point in points})
-    figure.suptitle(f"{points[0].task}, {' to '.join(map(str, seeds))} seeds", fontsize=10)
+    figure.suptitle(f"{points[0].task}: {' to '.join(map(str, seeds))} seeds", fontsize=10)
     _save(figure, path)
 
 
 def draw_overlaps(lines: Sequence[Overlap], path: Path) -> None:
     """A row a method: tasks against tasks, and modules by layer for pairs of different tasks."""
     methods = list(dict.fromkeys(line.method for line in lines))
-    figure, axes = _figure(len(methods), 2, 5.4, 3.6)
+    figure, axes = _figure(len(methods), 2, 5.4, 3.2)
     for method, (left, right) in zip(methods, axes, strict=True):
         of = [line for line in lines if line.method == method]
         random = sum(line.random for line in of) / len(of)
-        _tasks(left, of)
+        tasks, between = _by_task(of)
+        modules, within = _by_layer([line for line in of if line.task != line.other])
+        most = max(value for row in (*between, *within) for value in row if math.isfinite(value))
+        _image(left, between, most)
+        for i, row in enumerate(between):
+            for j, value in enumerate(row):
+                colour = "white" if value < 0.6 * most else _INK
+                left.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=8, color=colour)
+        left.set_xticks(range(len(tasks)), tasks)
+        left.set_yticks(range(len(tasks)), tasks)
+        left.set_xlabel("diagonal: another sample of the same task", fontsize=8)
         left.set_title(f"{method} (random: {random:.3f})", loc="left", fontsize=9, color=_INK)
-        picture = _layers(right, [line for line in of if line.task != line.other])
+        picture = _image(right, within, most)
+        right.set_yticks(range(len(modules)), modules)
+        right.xaxis.set_major_locator(MaxNLocator(integer=True))
+        right.set_xlabel("layer", fontsize=9)
         right.set_title("mean over pairs of different tasks", loc="left", fontsize=9, color=_INK)
-        figure.colorbar(picture, ax=[left, right], label="mean squared cosine", shrink=0.8)
+        figure.colorbar(picture, ax=[left, right], label="mean squared cosine", shrink=0.9)
     _save(figure, path)
 
 
-def _tasks(axes: Any, lines: Sequence[Overlap]) -> None:
+def _by_task(lines: Sequence[Overlap]) -> tuple[list[str], list[list[float]]]:
+    """Means over the layers, by task and task."""
     tasks = list(dict.fromkeys(line.task for line in lines))
     grid = [[math.nan] * len(tasks) for _ in tasks]
     for i, task in enumerate(tasks):
         for j, other in enumerate(tasks):
             of = [x.overlap for x in lines if (x.task, x.other) in ((task, other), (other, task))]
             grid[i][j] = sum(of) / len(of)
-            axes.text(j, i, f"{grid[i][j]:.3f}", ha="center", va="center", fontsize=8,
-                      color="white" if grid[i][j] < 0.6 else _INK)  # fmt: skip
-    _image(axes, grid)
-    axes.set_xticks(range(len(tasks)), tasks)
-    axes.set_yticks(range(len(tasks)), tasks)
-    axes.set_xlabel("diagonal: another sample of the same task", fontsize=8)
+    return tasks, grid
 
 
-def _layers(axes: Any, lines: Sequence[Overlap]) -> Any:
-    """Modules upwards, in the order in which they come; the first number in a name is its layer."""
+def _by_layer(lines: Sequence[Overlap]) -> tuple[list[str], list[list[float]]]:
+    """Means over pairs, by module and layer: the last part of a name and the first number in it."""
     by: dict[tuple[str, int], list[float]] = {}
     for line in lines:
         number = re.search(r"\d+", line.layer)
@@ -226,13 +237,9 @@ def _layers(axes: Any, lines: Sequence[Overlap]) -> Any:
     grid = [[math.nan] * (1 + max(layer for _, layer in by)) for _ in modules]
     for (module, layer), of in by.items():
         grid[modules.index(module)][layer] = sum(of) / len(of)
-    picture = _image(axes, grid)
-    axes.set_yticks(range(len(modules)), modules)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("layer", fontsize=9)
-    return picture
+    return modules, grid
 
 
-def _image(axes: Any, grid: Sequence[Sequence[float]]) -> Any:
+def _image(axes: Any, grid: Sequence[Sequence[float]], most: float) -> Any:
     axes.spines[:].set_visible(False)
-    return axes.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    return axes.imshow(grid, cmap="viridis", vmin=0, vmax=most, aspect="auto")
