@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
+from contexts import context
 from made_up import played, record, valley
 
+from effect.groups import singular_groups
 from effect.inits import START
 from effect.plan import first_round
-from effect.records import OWN, Run
-from effect.run import belongs, chunk, subtracts
+from effect.population import Lora, Population
+from effect.records import ALL, OWN, Run
+from effect.run import Bench, belongs, chunk, subtracts
+from effect.runs import evaluate, train_population
 from effect.sweeps import BY_RANK, BY_SAMPLES, RANKS, SAMPLE_COUNTS, SWEEPS, family
-from effect.train import Member
+from effect.tasks import CausalTask
+from effect.train import Member, Recipe
 
 METHODS = ["lora", "pissa", "filet-M.fisher.relative.zero", "contrast.d0.01"]
 LEAST = {"pissa": 1e-3}
@@ -103,3 +109,35 @@ def test_a_rate_that_nobody_looked_for_is_asked_for(first):
         lacks("ranks", [], ("boolq",))
     # The other task's rate where the first round was not on this one.
     assert {r.task for r in lacks("ranks", first, ("boolq",))} == {"boolq"}
+
+
+def tokens(count):
+    ids = [torch.arange(1, 6 + i % 5) for i in range(count)]
+    return [(x, x.clone()) for x in ids]
+
+
+@pytest.mark.parametrize(("samples", "found"), [(7, 7), (ALL, 37)])
+def test_one_context_of_a_task_and_samples_serves_every_rank(samples, found):
+    bench = Bench.__new__(Bench)  # no model: nothing asks for one here
+    bench.contexts, bench.device = {}, torch.device("cpu")
+    bench.tasks = {"a": CausalTask("a", tokens(37), [], keep=tokens(3))}
+    its = bench.context(Run("a", Member("lora", 1e-3), 8, samples))
+    assert its.rank == 8 and sum(len(b["input_ids"]) for b in its.batches) == found
+    assert bench.context(Run("a", Member("lora", 1e-3), 64, samples)) is its and its.rank == 64
+
+
+def test_a_population_of_groups_begins_at_the_base_and_trains():
+    its = context("llama")
+    groups = [group.starts for group in singular_groups(its, "sigma", "max", 4)]
+    assert len({start.A.shape[0] for start in groups[0].values()}) > 1  # a layer's rank is its own
+    base, rows = its.load(), tokens(16)
+    population = Population(its.load(), groups, Lora)
+    data = CausalTask("a", rows, rows)
+    loss, _ = evaluate(population, data, rows, 4)
+    ids, labels = data.batch(rows, torch.device("cpu"))
+    expected = base(**ids, labels=labels).loss.item()
+    assert loss == pytest.approx(4 * [expected], rel=1e-4)
+    members = [Member(f"groups.sigma.max.{i:02}", 1e-2) for i in range(4)]
+    results = train_population(population, data, members, Recipe(20, 4, 2))
+    assert all(result.loss < 0.9 * expected for result in results)
+    assert len({result.loss for result in results}) == 4
