@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
@@ -430,11 +429,14 @@ def test_a_group_has_a_name():
 
 @pytest.mark.parametrize("name", ["contrast.d0.01", "cg-lora", "filet-M.fisher.relative.zero"])
 def test_a_context_serves_every_rank(name):
-    its, fresh = copy.copy(context("llama")), context("llama").batches
+    def fresh(rank):
+        of = context("llama")
+        return Context(of.load, of.targets, rank, of.seed, of.batches, of.keep)
+
+    its = fresh(1)
     for rank in (2, 4, 3):
         its.rank = rank
-        other = Context(its.load, its.targets, rank, its.seed, fresh, its.keep)
-        found, expected = START[name](its), START[name](other)
+        found, expected = START[name](its), START[name](fresh(rank))
         for layer, start in found.items():
             assert start.A.shape[0] == rank
-            close(start.A.T @ start.A, (expected[layer].A.T @ expected[layer].A).double())
+            close(start.A.T @ start.A, (expected[layer].A.T @ expected[layer].A).double(), 1e-4)
