@@ -23,7 +23,7 @@ DEMO := build/demo
 PEFT_TESTS := build/.peft-tests
 
 .PHONY: help demo test bench bench-methods bench-model bench-syrk bench-quadform bench-blockwise
-.PHONY: bench-contrast
+.PHONY: bench-contrast bench-overlap
 .PHONY: accuracy bench-effect bench-training lint sanitize clean test-peft
 .DELETE_ON_ERROR:
 
@@ -70,6 +70,12 @@ bench-blockwise: $(INSTALLED)  ## a block of Llama-3-70B, in and out of a GPU
 bench-effect: $(INSTALLED) $(MODEL)  ## compare starts by fine-tuning; BENCH_ARGS names data and round
 	$(BIN)/python benchmarks/effect/run.py --model $(FILET_SMOLLM2) --output build/effect $(BENCH_ARGS)
 	$(BIN)/python benchmarks/effect/tables.py build/effect
+	$(BIN)/python benchmarks/effect/figures.py build/effect
+
+bench-overlap: $(INSTALLED) $(MODEL)  ## compare the directions chosen for tasks; BENCH_ARGS names data
+	$(BIN)/python benchmarks/effect/overlap.py --model $(FILET_SMOLLM2) \
+	    --output build/effect/figures/overlap.csv $(BENCH_ARGS)
+	$(BIN)/python benchmarks/effect/figures.py build/effect
 
 accuracy: $(INSTALLED) $(MODEL)  ## print the table of docs/accuracy.md
 	$(BIN)/python benchmarks/accuracy.py --model $(FILET_SMOLLM2)

@@ -30,7 +30,7 @@ class Context:
     Attributes:
         load: a fresh base model each time, float32, on its device; some methods write into it.
         targets: the target layers' names or their endings, as LoRA's ``target_modules``.
-        rank: r of every layer. α = r, so PEFT's scaling is 1.
+        rank: r of every layer. α = r, so PEFT's scaling is 1. It and the seed may be set anew.
         seed: of whatever is random.
         batches: the task's calibration data, with labels, on the model's device. Padding is what
             their ``attention_mask`` says it is; without one every token counts.

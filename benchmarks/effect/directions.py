@@ -91,7 +91,8 @@ def contrast(
         rows: only directions in W's row space, a = Wᵀ z: those that W does not ignore.
         start: "zero" has B = 0; "untouched" B = normalize_columns(W Aᵀ) / √3, subtracted.
     """
-    chosen = context.once(("contrast", delta, rows), lambda: _contrasted(context, delta, rows))
+    key = ("contrast", delta, rows, context.rank)
+    chosen = context.once(key, lambda: _contrasted(context, delta, rows))
     found = {}
     for name, W in context.weights.items():
         A = _sized(*chosen[name], power)

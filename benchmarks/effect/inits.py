@@ -12,9 +12,10 @@ what they are made of:
     eva-ref, eva-ref.p-0.25                               rows times λ^p
     filet-keep.d{0.1, 0.01}, filet-keep.d0.01.self        the library's keep=, of data or "self"
     {contrast, contrast-row}.d{0.1, 0.01, 0.001}[.p0.25, .p0.5][.untouched]
+    groups.{sigma, energy}.{min, max}.{00 … 31}           a group of singular directions
 
-α = r and the scaling is 1 everywhere. All but the orthogonal one, whose B A vanishes to rounding,
-start at exactly the base's function.
+α = r and the scaling is 1 everywhere; a group has its own r. All but the orthogonal one, whose B A
+vanishes to rounding, start at exactly the base's function.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 from effect.context import Context
 from effect.directions import contrast, eva_like
 from effect.filet_forms import filet, filet_keep
+from effect.groups import GROUPS, KEYS, SCALES, group_start
 from effect.of_peft import BY_PEFT, starts_of
 from effect.published import cg_lora, farss, lora_da, milora, whitened
 from effect.start import Start
@@ -76,6 +78,17 @@ def _contrasts() -> dict[str, Method]:
     return found
 
 
+def _groups() -> dict[str, Method]:
+    return {
+        f"groups.{key}.{scale}.{number:02}": partial(
+            group_start, key=key, scale=scale, number=number
+        )
+        for key in KEYS
+        for scale in SCALES
+        for number in range(GROUPS)
+    }
+
+
 START: dict[str, Method] = {
     **{name: partial(starts_of, method=name) for name in BY_PEFT},
     "milora": milora,
@@ -90,4 +103,5 @@ START: dict[str, Method] = {
     "filet-keep.d0.01": partial(filet_keep, damping=0.01),
     "filet-keep.d0.01.self": partial(filet_keep, damping=0.01, own_text=True),
     **_contrasts(),
+    **_groups(),
 }

@@ -1,4 +1,4 @@
-"""What is still to be run, from what has been: two rounds.
+"""What is still to be run, from what has been: two rounds, at one rank and number of samples.
 
 The first finds every method's rate: one seed, half-decades, extended until the best is inside. The
 second compares at it: paired seeds, the best rate and its neighbours, on several tasks.
@@ -10,10 +10,20 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from effect.records import Record, Run, Variant
+from effect.records import Record, Run, Variant, at
 from effect.train import Member
 
-__all__ = ["CONTROLS", "FIRST", "SCALES", "SECOND", "best", "first_round", "second_round", "step"]
+__all__ = [
+    "CONTROLS",
+    "FIRST",
+    "SCALES",
+    "SECOND",
+    "best",
+    "first_round",
+    "missing",
+    "second_round",
+    "step",
+]
 
 SCALES = (1.0, 2.0)
 _UNSCALED = ("kasa",)  # its diagonal, and what it drops of W, are not A and B
@@ -74,11 +84,14 @@ def step(rate: float, halves: int) -> float:
 
 
 def best(records: Iterable[Record]) -> dict[tuple[str, Variant], tuple[float, float]]:
-    """Of each task and variant, the rate of the least mean loss over seeds, and that loss."""
+    """Of each task and variant, the rate of the least mean loss over seeds, and that loss.
+
+    Of the runs at the rank and samples of the rounds.
+    """
     losses: dict[tuple[str, Variant], dict[float, list[float]]] = defaultdict(
         lambda: defaultdict(list)
     )
-    for record in records:
+    for record in at(records):
         losses[record.task, record.variant][record.rate].append(record.reached)
     found = {}
     for key, by_rate in losses.items():
@@ -90,25 +103,28 @@ def best(records: Iterable[Record]) -> dict[tuple[str, Variant], tuple[float, fl
 
 def _open(found: dict[float, float], rates: Sequence[float]) -> list[float]:
     """The rates that are missing until the best has one tried on either side."""
-    missing = [rate for rate in rates if rate not in found]
-    if missing:
-        return missing
+    untried = [rate for rate in rates if rate not in found]
+    if untried:
+        return untried
     least = min(found, key=lambda rate: (found[rate], rate))
     sides = [step(least, -1), step(least, 1)]
     return [rate for rate in sides if rate not in found and _LOWEST <= rate <= _HIGHEST]
 
 
-def _missing(
+def missing(
     records: Sequence[Record],
     task: str,
     variant: Variant,
     seeds: Sequence[int],
     rates: Sequence[float],
 ) -> list[Run]:
-    """What a variant lacks on a task: the rates asked for, and more while the best is outermost."""
+    """What a variant lacks on a task: the rates asked for, and more while the best is outermost.
+
+    A run at another rank or with other samples does not count.
+    """
     method, scale, ratio, decay = variant
     by_rate: dict[float, dict[int, float]] = defaultdict(dict)
-    for record in records:
+    for record in at(records):
         if record.task == task and record.variant == variant and record.seed in seeds:
             by_rate[record.rate][record.seed] = record.reached
     whole = {rate: sum(of.values()) for rate, of in by_rate.items() if len(of) == len(seeds)}
@@ -135,7 +151,7 @@ def first_round(
     if "lora" in methods:
         variants += [variant for variant in CONTROLS if variant not in variants]
     rates = [step(rate, 0) for rate in _RATES]
-    return [run for v in variants for run in _missing(records, task, v, (0,), rates)]
+    return [run for v in variants for run in missing(records, task, v, (0,), rates)]
 
 
 def second_round(
@@ -156,5 +172,5 @@ def second_round(
             places = [(task, variant), (rated_on, variant), (rated_on, variants[0])]
             rate = next((reached[place][0] for place in places if place in reached), _RATES[1])
             rates = [step(rate, halves) for halves in (-1, 0, 1)]
-            found += _missing(records, task, variant, seeds, rates)
+            found += missing(records, task, variant, seeds, rates)
     return found

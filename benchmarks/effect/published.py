@@ -119,7 +119,7 @@ def _newton(context: Context) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
             found[name] = (right.T, sigma, torch.linalg.solve_triangular(L_Y.T, U, upper=True))
         return found
 
-    return context.once("newton", make)
+    return context.once(("newton", context.rank), make)
 
 
 def whitened(context: Context, start: str) -> dict[str, Start]:

@@ -7,11 +7,16 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
+from effect.lines import read_lines
 from effect.train import Member
 
-__all__ = ["Record", "Run", "Variant", "append", "read"]
+__all__ = ["ALL", "OWN", "RANK", "SAMPLES", "Record", "Run", "Variant", "append", "at", "read"]
+
+RANK, SAMPLES = 32, 320  # where starts are compared
+OWN = 0  # in place of a rank: the method has its own
+ALL = 0  # in place of a number of samples
 
 # Method, scale of A and B, rate of B over A's, weight decay: what is tuned by the rate alone.
 Variant = tuple[str, float, float, float]
@@ -19,12 +24,17 @@ Variant = tuple[str, float, float, float]
 
 @dataclass(frozen=True)
 class Run:
-    """A member, and what it is trained on."""
+    """A member, and what it is trained on.
+
+    Attributes:
+        rank: r of every layer, or :data:`OWN`.
+        samples: how many of the task's a start is chosen by, or :data:`ALL`.
+    """
 
     task: str
     member: Member
-    rank: int = 32
-    samples: int = 320
+    rank: int = RANK
+    samples: int = SAMPLES
 
 
 @dataclass(frozen=True)
@@ -69,18 +79,14 @@ class Record:
         return self.loss if math.isfinite(self.loss) else math.inf
 
 
+def at(records: Iterable[Record], rank: int = RANK, samples: int = SAMPLES) -> list[Record]:
+    """Those of one rank and one number of samples: others are not to be compared with them."""
+    return [record for record in records if (record.rank, record.samples) == (rank, samples)]
+
+
 def read(folder: Path) -> list[Record]:
     """All lines of all CSV files in a folder. ValueError for a file of other columns."""
-    hints = get_type_hints(Record)
-    names = [field.name for field in fields(Record)]
-    found: list[Record] = []
-    for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != names:
-                raise ValueError(f"{path} has the columns {reader.fieldnames}; expected {names}")
-            found += [Record(**{k: hints[k](v) for k, v in row.items()}) for row in reader]
-    return found
+    return [line for path in sorted(folder.glob("*.csv")) for line in read_lines(path, Record)]
 
 
 def append(path: Path, records: Iterable[Record]) -> None:

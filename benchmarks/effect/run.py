@@ -29,9 +29,10 @@ from effect.context import Context
 from effect.inits import START
 from effect.plan import FIRST, SCALES, first_round, second_round
 from effect.population import Lora, Population
-from effect.records import Record, Run, append, read
+from effect.records import ALL, Record, Run, append, read
 from effect.runs import train_population
 from effect.start import Start, scaled
+from effect.sweeps import SWEEPS
 from effect.tasks import CausalTask, causal_task, order
 from effect.train import Recipe
 from effect.variants import VARIANTS
@@ -98,11 +99,12 @@ class Bench:
         raise FileNotFoundError(f"{self.data} has no {name}.jsonl or {name}.jsonl.gz")
 
     def context(self, run: Run) -> Context:
-        """What is known of a task: the same samples for every seed."""
-        key = (run.task, run.rank, run.samples)
+        """What is known of a task: the same samples for every seed and rank."""
+        key = (run.task, run.samples)
         if key not in self.contexts:
             task = self.task(run.task)
-            rows = order(task.train, _CALIBRATION, 1, run.samples)
+            samples = len(task.train) if run.samples == ALL else run.samples
+            rows = order(task.train, _CALIBRATION, 1, samples)
             chosen = sorted((row for one in rows for row in one), key=lambda row: len(row[0]))
             self.contexts[key] = Context(
                 self.load,
@@ -112,6 +114,7 @@ class Bench:
                 self._batches(task, chosen),
                 self._batches(task, sorted(task.keep, key=lambda row: len(row[0]))),
             )
+        self.contexts[key].rank = run.rank
         return self.contexts[key]
 
     def _batches(self, task: CausalTask, rows: Sequence[Any]) -> list[dict[str, torch.Tensor]]:
@@ -178,7 +181,10 @@ def lacking(options: argparse.Namespace, records: Sequence[Record]) -> list[Run]
     if options.round == "first":
         of = options.methods, options.scales
         return [run for task in options.tasks for run in first_round(records, task, *of)]
-    return second_round(records, options.tasks, range(options.seeds), options.tasks[0])
+    seeds = range(options.seeds)
+    if options.round in SWEEPS:
+        return SWEEPS[options.round](records, options.tasks, seeds, options.thorough)
+    return second_round(records, options.tasks, seeds, options.tasks[0])
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -188,13 +194,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data", type=Path, required=True, help="TASK_train, TASK_test, general, keep"
     )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--round", choices=("first", "second"), required=True)
+    parser.add_argument("--round", choices=("first", "second", *SWEEPS), required=True)
     parser.add_argument("--tasks", nargs="+", default=["gsm8k"])
     parser.add_argument(
         "--methods", nargs="+", default=FIRST, choices=sorted({*START, *VARIANTS}), metavar="METHOD"
     )
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="of A and B")
-    parser.add_argument("--seeds", type=int, default=5, help="of the second round")
+    parser.add_argument("--seeds", type=int, default=5, help="of all rounds but the first")
+    parser.add_argument(
+        "--thorough", action="store_true", help="ranks, samples: three rates; groups: all seeds"
+    )
     parser.add_argument("--members", type=int, default=16, help="adapters trained side by side")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch-size", type=int, default=16)

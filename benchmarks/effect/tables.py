@@ -22,23 +22,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called as a scri
 from scipy.stats import t as student
 
 from effect.plan import step
-from effect.records import Record, Variant, read
+from effect.records import RANK, SAMPLES, Record, Variant, at, read
 
-__all__ = ["Interval", "Tuned", "compared", "paired", "tuned"]
+__all__ = ["LORA", "Interval", "Tuned", "compared", "label", "paired", "table", "tuned"]
 
 LORA: Variant = ("lora", 1.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean difference of so many pairs, and half the width of its interval at 95%."""
+    """Mean difference of so many pairs, and half the width of its interval at 95%.
+
+    NaN and no interval of a single pair.
+    """
 
     mean: float
     half: float
     pairs: int
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} ± {self.half:.4f}"
+        mean = f"{self.mean:+.4f}"
+        return mean if math.isnan(self.half) else f"{mean} ± {self.half:.4f}"
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,18 @@ class Tuned:
         return sum(r.general for r in self.seeds.values()) / len(self.seeds)
 
 
-def tuned(records: Iterable[Record], task: str) -> dict[Variant, Tuned]:
+def tuned(
+    records: Iterable[Record], task: str, rank: int = RANK, samples: int = SAMPLES
+) -> dict[Variant, Tuned]:
     """Every variant at its best rate, by the rates that have all the seeds it has at any rate.
+
+    Of the runs at one rank and with one number of samples.
 
     Where only some rates were run with all seeds, those of seed 0 say which is best and whether it
     is inside; the differences take all seeds of that rate.
     """
     by: dict[Variant, dict[float, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
-    for record in records:
+    for record in at(records, rank, samples):
         if record.task == task:
             by[record.variant][record.rate][record.seed] = record
     found = {}
@@ -102,20 +110,29 @@ def paired(one: Tuned, other: Tuned, key: str = "loss") -> Interval:
     return Interval(mean, float(student.ppf(0.975, len(pairs) - 1)) * spread, len(pairs))
 
 
+def label(variant: Variant) -> str:
+    """A variant as a row or a line is named."""
+    method, scale, ratio, decay = variant
+    name = method + (f" ×{scale:g}" if scale != 1 else "")
+    name += f", B {ratio:g}×" if ratio != 1 else ""
+    return name + (f", decay {decay:g}" if decay else "")
+
+
 def compared(found: dict[Variant, Tuned], least: int = 1) -> list[list[str]]:
-    """Rows of a table, the best loss first, of the variants with at least so many seeds."""
-    reference = found[LORA]
+    """Rows of a table, the best loss first, of the variants with at least so many seeds.
+
+    None where LoRA has too few, to which all are compared.
+    """
     loras = [one for v, one in found.items() if v[0] == "lora" and len(one.seeds) >= least]
-    best = min(loras, key=lambda one: one.loss)
+    if LORA not in found or not loras:
+        return []
+    reference, best = found[LORA], min(loras, key=lambda one: one.loss)
     rows = []
     for one in sorted(found.values(), key=lambda one: one.loss):
         if len(one.seeds) < least:
             continue
-        method, scale, ratio, decay = one.variant
-        name = method + (f" ×{scale:g}" if scale != 1 else "")
-        name += (f", B {ratio:g}×" if ratio != 1 else "") + (f", decay {decay:g}" if decay else "")
         rate = f"{one.rate:.2g}" + ("" if one.inside else " (edge)")
-        rows.append([name, rate, f"{one.loss:.4f}", f"{one.general:.3f}"])
+        rows.append([label(one.variant), rate, f"{one.loss:.4f}", f"{one.general:.3f}"])
         if least > 1:
             rows[-1] += [str(paired(one, reference)), str(paired(one, best))]
             rows[-1] += [str(paired(one, reference, "general")), str(len(one.seeds))]
@@ -134,7 +151,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=5, help="what the second table asks for")
     options = parser.parse_args()
-    records = read(options.folder)
+    records = at(read(options.folder))
     for task in dict.fromkeys(record.task for record in records):
         found = tuned(records, task)
         print(f"\n## {task}: at least {options.seeds} paired seeds\n")

@@ -12,6 +12,7 @@ import torch
 from torch.multiprocessing import get_context
 
 from effect.records import Record, Run
+from effect.sweeps import family
 from effect.variants import VARIANTS
 
 __all__ = ["Trains", "chunks", "devices", "subtracts", "trained"]
@@ -67,7 +68,7 @@ class _Worker:
 
 
 def _methods(runs: Iterable[Run]) -> set[tuple[str, str]]:
-    return {(run.task, run.member.method) for run in runs}
+    return {(run.task, family(run.member.method)) for run in runs}
 
 
 def trained(

@@ -11,7 +11,8 @@ from peft import get_peft_model
 from torch.nn.functional import normalize
 
 import oracle
-from effect.groups import singular_groups
+from effect.context import Context
+from effect.groups import GROUPS, singular_groups
 from effect.inits import START
 from effect.of_peft import BY_PEFT, adapted
 from models import observe, weight_of
@@ -43,10 +44,12 @@ def same_rows(actual, expected, rel=2e-6):
     close(actual.double() * signs, expected, rel)
 
 
-# Of all.
+# Of all but the groups, for which these models have too few directions.
+
+ALL = [name for name in START if not name.startswith("groups.")]
 
 
-@pytest.mark.parametrize("name", START)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_start_is_of_all_targets_and_keeps_the_function(kind, name, one_thread):
     if kind == "vit" and name.endswith(".self"):
@@ -76,10 +79,10 @@ def test_every_start_is_of_all_targets_and_keeps_the_function(kind, name, one_th
 
 def test_names_are_of_what_they_say():
     assert len(FORMS) == 2 * 10 * 2  # M and P, ten magnitudes, two starts
-    subtracted = {n for n in START if START[n](context("llama"))[LAYER].A0 is not None}
+    subtracted = {n for n in ALL if START[n](context("llama"))[LAYER].A0 is not None}
     assert subtracted & set(BY_PEFT) == set(SUBTRACTING)
-    assert {n for n in START if n.endswith(".untouched")} < subtracted
-    assert not {n for n in START if n.endswith(".zero")} & subtracted
+    assert {n for n in ALL if n.endswith(".untouched")} < subtracted
+    assert not {n for n in ALL if n.endswith(".zero")} & subtracted
 
 
 LAYER = "model.layers.1.self_attn.k_proj"  # 16 × 32: fewer outputs than inputs
@@ -379,27 +382,64 @@ def test_a_random_choice_is_of_the_seed():
 
 
 @pytest.mark.parametrize("key", ["sigma", "energy"])
+@pytest.mark.parametrize("scale", ["min", "max"])
 @pytest.mark.parametrize("groups", [4, 5])
-def test_groups_of_singular_directions(key, groups):
-    found = singular_groups(context("llama"), key, groups, c=0.09)
+def test_groups_of_singular_directions(key, scale, groups):
+    found = singular_groups(context("llama"), key, scale, groups)
     assert len(found) == groups
     assert found[0].key > found[-1].key
     for name, (W, x, g) in exact("llama")[0].items():
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         keys = S if key == "sigma" else (x @ Vh.T).square().mean(0) * (g @ U).square().mean(0)
         order, size = keys.argsort(descending=True), len(S) // groups
+        c = S[-size:].mean() if scale == "min" else S[:size].mean()
         for i, group in enumerate(found):
             chosen = order[i * len(S) // groups :][:size]
             start = group.starts[name]
             assert start.A.shape == (size, W.shape[1])
-            close(start.B @ start.A, 0.09 * U[:, chosen] @ Vh[chosen])
-            close(start.A.norm(dim=1), torch.full((size,), 0.3).double())
+            close(start.B @ start.A, c * U[:, chosen] @ Vh[chosen])
+            close(start.A.norm(dim=1), c.sqrt().expand(size))
             assert torch.equal(start.A, start.A0) and torch.equal(start.B, start.B0)
             assert group.keys[name] == pytest.approx(float(keys[chosen].mean()), rel=1e-6)
 
 
 def test_groups_refuse_what_they_cannot_be():
     with pytest.raises(ValueError, match="key='norm'"):
-        singular_groups(context("llama"), "norm")
+        singular_groups(context("llama"), "norm", "min")
+    with pytest.raises(ValueError, match="scale='mean'"):
+        singular_groups(context("llama"), "sigma", "mean")
     with pytest.raises(ValueError, match="16 singular directions; expected at least 20"):
-        singular_groups(context("llama"), "sigma", 20)
+        singular_groups(context("llama"), "sigma", "min", 20)
+
+
+def test_a_group_has_a_name():
+    W = torch.randn(40, 70, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def load():
+        model = torch.nn.Sequential(torch.nn.Linear(70, 40, bias=False))
+        model[0].weight.data = W.float()
+        return model
+
+    its = Context(load, ["0"], 0, 0, [])
+    names = [name for name in START if name.startswith("groups.sigma.max.")]
+    assert len(names) == GROUPS == 32
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    for number, name in enumerate(names):
+        assert name.endswith(f".{number:02}")
+        start, of = START[name](its)["0"], number * 40 // 32
+        close(start.B @ start.A, S[0] * torch.outer(U[:, of], Vh[of]), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["contrast.d0.01", "cg-lora", "filet-M.fisher.relative.zero"])
+def test_a_context_serves_every_rank(name):
+    def fresh(rank):
+        of = context("llama")
+        return Context(of.load, of.targets, rank, of.seed, of.batches, of.keep)
+
+    its = fresh(1)
+    for rank in (2, 4, 3):
+        its.rank = rank
+        found, expected = START[name](its), START[name](fresh(rank))
+        for layer, start in found.items():
+            assert start.A.shape[0] == rank
+            close(start.A.T @ start.A, (expected[layer].A.T @ expected[layer].A).double(), 1e-4)

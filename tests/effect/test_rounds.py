@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from made_up import played, record, valley
 from scipy.stats import ttest_rel
 
 from effect.plan import CONTROLS, FIRST, SCALES, best, first_round, second_round, step
@@ -18,27 +20,9 @@ from effect.workers import chunks, subtracts, trained
 RATES = [1e-3, 3.162e-3, 1e-2]
 
 
-def record(run: Run, loss: float, general: float = 4.0) -> Record:
-    result = {"loss": loss, "middle": loss, "general": general, "accuracy": math.nan}
-    return Record.of(run, steps=250, device="CPU", **result)
-
-
-def played(rounds, valley: dict[str, float]) -> list[Record]:
-    """A round until it lacks nothing: the loss is least at the method's rate."""
-    records: list[Record] = []
-    for _ in range(50):
-        wanted = rounds(records)
-        if not wanted:
-            return records
-        for run in wanted:
-            away = math.log10(run.member.rate / valley.get(run.member.method, 3.162e-3))
-            records.append(record(run, 1 + abs(away) + run.member.seed / 100))
-    raise AssertionError("the round does not end")
-
-
 @pytest.mark.parametrize("least", [3.162e-5, 1e-3, 3.162e-3, 1e-2, 0.1])
 def test_rates_are_extended_until_the_best_is_inside(least):
-    records = played(lambda r: first_round(r, "task", ["pissa"]), {"pissa": least})
+    records = played(lambda r: first_round(r, "task", ["pissa"]), partial(valley, least=least))
     of = [r for r in records if r.method == "pissa" and r.scale == 1]
     rates = sorted(r.rate for r in of)
     assert len(set(rates)) == len(rates) and set(RATES) <= set(rates)
@@ -64,8 +48,13 @@ def test_the_first_round_has_every_method_at_every_scale_and_the_controls():
 
 def test_the_second_round_has_every_seed_around_each_variants_own_rate():
     least = {"lora": 3.162e-3, "pissa": 1e-3}
-    first = played(lambda r: first_round(r, "a", ["lora", "pissa"], scales=[1.0]), least)
-    first += played(lambda r: first_round(r, "b", ["pissa"], scales=[1.0]), {"pissa": 1e-2})
+    first = played(
+        lambda r: first_round(r, "a", ["lora", "pissa"], scales=[1.0]),
+        lambda run: valley(run, least[run.member.method]),
+    )
+    first += played(
+        lambda r: first_round(r, "b", ["pissa"], scales=[1.0]), partial(valley, least=1e-2)
+    )
     variants = [("lora", 1.0, 1.0, 0.0), ("pissa", 1.0, 1.0, 0.0), ("olora", 1.0, 1.0, 0.0)]
     wanted = second_round(first, ("a", "b"), range(3), "a", variants)
     rates = {
@@ -175,3 +164,30 @@ def test_an_order_is_the_seeds_and_has_every_row_once_an_epoch():
     assert numbers(3) == numbers(3) != numbers(4)
     with pytest.raises(ValueError, match="expected at least a batch"):
         order(rows[:3], 0, 4, 1)
+
+
+def test_rounds_and_tables_look_at_one_rank_and_number_of_samples():
+    # Those of another rank, and of other samples, are far better, at another rate.
+    others = [
+        record(Run("task", Member(method, rate), rank, samples), rate)
+        for rank, samples in ((8, 320), (32, 80))
+        for method in ("lora", "pissa")
+        for rate in RATES
+    ]
+    assert best(others) == {} and tuned(others, "task") == {}
+    assert first_round(others, "task") == first_round([], "task")
+    records = played(lambda r: first_round(r, "task", ["lora", "pissa"]), begun=others)
+    variant = ("pissa", 1.0, 1.0, 0.0)
+    assert best(records)["task", variant] == (3.162e-3, 1.0)
+    pissa = [v for v in best(records) if v[1][0] == "pissa"]
+    assert second_round(records, ["task"], range(1), "task", [v for _, v in pissa]) == []
+    assert tuned(records, "task")[variant].rate == 3.162e-3
+    for key, of in (("rank", 8), ("samples", 80)):
+        found = tuned(records, "task", **{key: of})
+        assert found.keys() == {variant, ("lora", 1.0, 1.0, 0.0)} and found[variant].rate == 1e-3
+        assert [getattr(r, key) for r in found[variant].seeds.values()] == [of]
+
+
+def test_a_task_without_lora_has_nothing_to_compare_with():
+    found = tuned([record(Run("task", Member("pissa", 1e-3)), 1.0)], "task")
+    assert compared(found) == []
