@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from effect.records import Record, Run, Variant
 from effect.train import Member
@@ -119,24 +119,22 @@ def first_round(records: Sequence[Record], task: str, methods: Sequence[str] = F
 
 
 def second_round(
-    records: Sequence[Record],
-    tasks: Sequence[str],
-    seeds: Sequence[int],
-    rated_on: str,
-    count: int = 10,
+    records: Sequence[Record], rated_on: Mapping[str, str], seeds: Sequence[int], count: int = 10
 ) -> list[Run]:
-    """The best ``count`` methods of the first round, each at its better scale, and the controls."""
-    first = [r for r in records if r.task == rated_on and r.seed == 0]
-    reached = {variant: value for (_, variant), value in best(first).items()}
-    chosen: dict[str, Variant] = {}
-    for variant in sorted(reached, key=lambda v: reached[v][1]):
-        if variant not in CONTROLS:
-            chosen.setdefault(variant[0], variant)
-    named = [chosen[method] for method in _NAMED if method in chosen]
-    variants = [*CONTROLS, *named, *list(chosen.values())[:count]]
+    """The best ``count`` methods of the first round, each at its better scale, and the controls.
+
+    ``rated_on`` says of every task on which task's first round that is, and the best rates.
+    """
     found: list[Run] = []
-    for task in tasks:
-        for variant in dict.fromkeys(variants):
+    for task, rated in rated_on.items():
+        first = [r for r in records if r.task == rated and r.seed == 0]
+        reached = {variant: value for (_, variant), value in best(first).items()}
+        chosen: dict[str, Variant] = {}
+        for variant in sorted(reached, key=lambda v: reached[v][1]):
+            if variant not in CONTROLS:
+                chosen.setdefault(variant[0], variant)
+        named = [chosen[method] for method in _NAMED if method in chosen]
+        for variant in dict.fromkeys([*CONTROLS, *named, *list(chosen.values())[:count]]):
             rate = reached[variant][0]
             rates = [step(rate, halves) for halves in (-1, 0, 1)]
             found += _missing(records, task, variant, seeds, rates)

@@ -69,12 +69,12 @@ class Record:
         return self.loss if math.isfinite(self.loss) else math.inf
 
 
-def read(folder: Path) -> list[Record]:
-    """All lines of all CSV files in a folder. ValueError for a file of other columns."""
+def read(folder: Path, pattern: str = "*.csv") -> list[Record]:
+    """All lines of the CSV files in a folder. ValueError for a file of other columns."""
     hints = get_type_hints(Record)
     names = [field.name for field in fields(Record)]
     found: list[Record] = []
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted(folder.glob(pattern)):
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames != names:

@@ -70,7 +70,7 @@ def test_the_second_round_takes_the_best_at_their_better_scale_and_all_seeds():
         record(r.run, r.loss + worse.get(r.method, 0) + (r.scale == 1) / 10) for r in records
     ]
     first = list(records)
-    wanted = second_round(records, ("a", "b"), range(3), "a", count=1)
+    wanted = second_round(records, {"a": "a", "b": "a"}, range(3), count=1)
     of = {(r.member.method, r.member.scale) for r in wanted if r.member.method != "lora"}
     assert of == {("pissa", 2.0), ("filet-M.fisher.relative.zero", 2.0)}
     assert {r.task for r in wanted} == {"a", "b"} and {r.member.seed for r in wanted} == {0, 1, 2}
