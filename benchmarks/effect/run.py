@@ -3,7 +3,8 @@
     python benchmarks/effect/run.py --model DIR --data DIR --output FOLDER --round first
 
 Stopped and called again, it goes on where it was: the files in the folder are all it knows. With
-several GPUs, a process each: --part 0/2 and --part 1/2.
+several GPUs, a process each: --part 0/2 and --part 1/2. The model is a causal language model or an
+image classifier of several data sets; vit.py makes one.
 """
 
 from __future__ import annotations
