@@ -32,7 +32,7 @@ __all__ = ["digits", "features", "fit_probe", "idx", "resized_positions", "write
 
 SIDE = 112  # of an image in pixels: 8 × 8 patches
 TRAIN, TEST = 6000, 1000  # rows, of the digits what there is
-_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 _PREFIX = "backbone."
 _IDX = ("images-idx3", "labels-idx1")
 
@@ -102,13 +102,21 @@ def features(model: torch.nn.Module, images: Tensor, batch_size: int = 100) -> T
 
 
 def _fitted(x: Tensor, labels: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:
-    """Of mean cross-entropy + penalty / 2 ‖W‖², the minimum by L-BFGS from 0."""
-    W = x.new_zeros(classes, x.shape[1], requires_grad=True)
+    """Of mean cross-entropy + penalty / 2 ‖W‖², the minimum by L-BFGS from 0.
+
+    W = V L⁻¹, L Lᵀ = cov(x) / classes + penalty: V's curvature is about 1 in all directions, which
+    takes tens of steps where W takes thousands.
+    """
+    eye = torch.eye(x.shape[1], dtype=x.dtype)
+    L = torch.linalg.cholesky(x.T.cov(correction=0) / classes + penalty * eye)
+    inverse = torch.linalg.solve_triangular(L, eye, upper=False)
+    rows = x @ inverse.T
+    V = x.new_zeros(classes, x.shape[1], requires_grad=True)
     b = x.new_zeros(classes, requires_grad=True)
     solver = torch.optim.LBFGS(
-        [W, b],
-        max_iter=2000,
-        tolerance_grad=1e-8,
+        [V, b],
+        max_iter=1000,
+        tolerance_grad=1e-7,
         tolerance_change=0,
         history_size=20,
         line_search_fn="strong_wolfe",
@@ -116,12 +124,13 @@ def _fitted(x: Tensor, labels: Tensor, classes: int, penalty: float) -> tuple[Te
 
     def closure() -> Tensor:
         solver.zero_grad()
-        loss = F.cross_entropy(F.linear(x, W, b), labels) + penalty / 2 * W.square().sum()
+        loss = F.cross_entropy(F.linear(rows, V, b), labels)
+        loss = loss + penalty / 2 * (V @ inverse).square().sum()
         loss.backward()
         return loss
 
     solver.step(closure)
-    return W.detach(), b.detach()
+    return V.detach() @ inverse, b.detach()
 
 
 def fit_probe(x: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
