@@ -90,9 +90,21 @@ def token_losses(
     return Losses(sums, terms, right)
 
 
-def class_losses(logits: Tensor, labels: Tensor, members: int) -> Losses:
-    """Of a classifier: logits (K · b, classes), labels (K · b,) on the CPU."""
-    labels = labels.to(logits.device, non_blocking=True)
-    losses = F.cross_entropy(logits.float(), labels, reduction="none")
-    right = (logits.argmax(-1) == labels).view(members, -1).sum(1)
-    return Losses(losses.view(members, -1).sum(1), members * [len(labels) // members], right)
+def class_losses(
+    logits: Tensor, labels: Tensor, members: int, groups: Tensor, asked: bool = False
+) -> Losses:
+    """Of a classifier of one or several data sets.
+
+    Args:
+        logits: (K · b, classes).
+        labels: (K · b,) on the CPU, IGNORED where there is none.
+        groups: (classes,) a number for every class, on the device: the label is chosen among the
+            classes of its own number alone.
+    """
+    terms = labels.ne(IGNORED).view(members, -1).sum(1).tolist()
+    wanted = labels.to(logits.device, non_blocking=True)
+    others = groups != groups[wanted.clamp_min(0)].unsqueeze(1)
+    logits = logits.float().masked_fill(others, -torch.inf)
+    losses = F.cross_entropy(logits, wanted, reduction="none", ignore_index=IGNORED)
+    right = (logits.argmax(-1) == wanted).view(members, -1).sum(1) if asked else None
+    return Losses(losses.view(members, -1).sum(1), terms, right)

@@ -26,12 +26,16 @@ _WINDOW = 128  # rows among which batches of like lengths are made
 
 
 class Task(Protocol):
-    """One data set: rows to learn from, rows to be tested on, rows that measure what is kept."""
+    """One data set: rows to learn from, rows to be tested on, rows that measure what is kept.
+
+    ``keep`` are rows by which a start may choose what to leave alone.
+    """
 
     name: str
     train: list[Row]
     test: list[Row]
     general: list[Row]
+    keep: list[Row]
 
     def batch(self, rows: Sequence[Row], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs on the device, and labels on the CPU."""
