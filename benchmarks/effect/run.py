@@ -27,7 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from effect.context import Context
 from effect.inits import START
-from effect.plan import FIRST, first_round, second_round
+from effect.plan import FIRST, SCALES, first_round, given_round, second_round
 from effect.population import Lora, Population
 from effect.records import Record, Run, append, read
 from effect.runs import train_population
@@ -205,6 +205,10 @@ def lacking(options: argparse.Namespace) -> list[Run]:
     records = read(options.output)
     if options.round == "first":
         return [r for task in options.tasks for r in first_round(records, task, options.methods)]
+    if options.round == "given":
+        grid = (options.methods, options.scales, options.rates, range(options.seeds))
+        wanted = [given_round(records, task, *grid, options.samples) for task in options.tasks]
+        return [run for runs in wanted for run in runs]
     return second_round(records, options.tasks, range(options.seeds), options.tasks[0])
 
 
@@ -215,12 +219,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data", type=Path, required=True, help="TASK_train, TASK_test, general, keep"
     )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--round", choices=("first", "second"), required=True)
+    parser.add_argument("--round", choices=("first", "second", "given"), required=True)
     parser.add_argument("--tasks", nargs="+", default=["gsm8k"])
     parser.add_argument(
         "--methods", nargs="+", default=FIRST, choices=sorted({*START, *VARIANTS}), metavar="METHOD"
     )
-    parser.add_argument("--seeds", type=int, default=5, help="of the second round")
+    parser.add_argument("--seeds", type=int, default=5, help="of all rounds but the first")
+    given = parser.add_argument_group("the given round, which has no other runs than these")
+    given.add_argument("--rates", type=float, nargs="+", default=[1e-3, 10**-2.5, 1e-2])
+    given.add_argument("--scales", type=float, nargs="+", default=SCALES)
+    given.add_argument("--samples", type=int, default=320, help="that a start may look at")
     parser.add_argument("--members", type=int, default=16, help="adapters trained side by side")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch-size", type=int, default=16)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
-from effect.plan import CONTROLS, FIRST, SCALES, best, first_round, second_round, step
+from effect.plan import CONTROLS, FIRST, SCALES, best, first_round, given_round, second_round, step
 from effect.records import Record, Run, append, read
 from effect.run import belongs, chunk, subtracts
 from effect.tables import compared, paired, tuned
@@ -76,6 +76,20 @@ def test_the_second_round_takes_the_best_at_their_better_scale_and_all_seeds():
     assert {r.task for r in wanted} == {"a", "b"} and {r.member.seed for r in wanted} == {0, 1, 2}
     done = {r.run for r in first}
     assert not done & set(wanted)  # what the first round has is not run again
+
+
+def test_what_is_given_is_run_once_and_nothing_else():
+    methods, seeds = ["lora", "kasa"], (0, 1)
+    wanted = given_round([], "task", methods, (1.0, 2.0), [1e-3, 0.00316], seeds, 32)
+    assert {(r.member.method, r.member.scale) for r in wanted} == {
+        ("lora", 1.0), ("lora", 2.0), ("kasa", 1.0)
+    }  # fmt: skip
+    assert {r.member.rate for r in wanted} == {1e-3, 3.162e-3} and len(wanted) == 3 * 2 * 2
+    assert {(r.task, r.samples, r.member.ratio) for r in wanted} == {("task", 32, 1.0)}
+    records = [record(run, 1 + run.member.rate) for run in wanted[:-1]]  # the least is outermost
+    grid = (methods, (1.0, 2.0), [1e-3, 0.00316], seeds, 32)
+    assert given_round(records, "task", *grid) == wanted[-1:]
+    assert len(given_round(records, "task", *grid[:-1], 320)) == len(wanted)
 
 
 def test_rates_are_the_same_number_however_they_are_reached():
