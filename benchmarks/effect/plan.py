@@ -1,8 +1,8 @@
 """What is still to be run, from what has been: two rounds.
 
 The first finds every method's rate: one seed, half-decades, extended until the best is inside. The
-second compares at it: paired seeds, the best rate and its neighbours, on several tasks. Beside them stands
-a round of what is given and nothing more.
+second compares at it: paired seeds, the best rate and its neighbours, on several tasks. Beside them
+stands a round of what is given and nothing more.
 """
 
 from __future__ import annotations
