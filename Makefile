@@ -11,7 +11,7 @@ BENCH_ARGS ?=
 SMALL := build/effect-small
 SMALL_ARGS := --data $(SMALL)/data --round given --tasks python --samples 32 --seeds 2 --scales 1 \
     --methods lora pissa filet-M.fisher.relative.zero contrast-row.d0.01 \
-    --steps 20 --batch-size 1 --members 6
+    --steps 16 --batch-size 1 --members 6
 FILET_ARGS ?=
 KEEP_ARGS ?=
 VENV := .venv
