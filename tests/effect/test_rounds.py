@@ -12,8 +12,9 @@ from effect.plan import CONTROLS, FIRST, SCALES, best, first_round, given_round,
 from effect.records import Record, Run, append, read
 from effect.run import belongs, chunk, subtracts
 from effect.tables import compared, paired, tuned
-from effect.tasks import order
+from effect.tasks import causal_task, order
 from effect.train import Member
+from test_data import Letters, write_jsonl
 
 RATES = [1e-3, 3.162e-3, 1e-2]
 
@@ -146,3 +147,12 @@ def test_an_order_is_the_seeds_and_has_every_row_once_an_epoch():
     assert numbers(3) == numbers(3) != numbers(4)
     with pytest.raises(ValueError, match="expected at least a batch"):
         order(rows[:3], 0, 4, 1)
+
+
+def test_a_text_has_labels_everywhere_and_a_prompt_has_none(tmp_path):
+    texts = write_jsonl(tmp_path / "texts.jsonl", {"text": "abc"})
+    answers = write_jsonl(tmp_path / "answers.jsonl", {"prompt": "ab ", "completion": "c"})
+    task = causal_task("task", texts, answers, Letters(), general=texts)
+    for (ids, labels), labelled in ((task.train[0], 5), (task.test[0], 2), (task.general[0], 5)):
+        expected = torch.where(torch.arange(len(ids)) < len(ids) - labelled, -100, ids)
+        assert torch.equal(labels, expected) and len(ids) == (5 if labelled == 5 else 6)
