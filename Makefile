@@ -7,7 +7,13 @@ PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+# What a CPU can do: some starts and rates, short texts of Python's own documents, few steps.
+SMALL := build/effect-small
+SMALL_ARGS := --data $(SMALL)/data --round given --tasks python --samples 32 --seeds 2 --scales 1 \
+    --methods lora pissa filet-M.fisher.relative.zero contrast-row.d0.01 \
+    --steps 16 --batch-size 1 --members 6
 FILET_ARGS ?=
+KEEP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -32,10 +38,16 @@ help:  ## show this list
 
 demo: $(INSTALLED) $(MODEL)  ## initialise a real model with FILet, fine-tune it, draw the loss curves
 	$(BIN)/python examples/python_docs.py $(DEMO)
-	$(BIN)/filet init --model $(FILET_SMOLLM2) --data $(DEMO)/train.jsonl --output $(DEMO)/adapter \
-	    --rank 32 --samples 64 --max-length 128 --batch-size 8 --overwrite $(FILET_ARGS)
+	$(BIN)/filet stats --model $(FILET_SMOLLM2) --data $(DEMO)/python_train.jsonl \
+	    --keep $(DEMO)/keep.jsonl --samples 32 --max-length 128 --batch-size 8 \
+	    --output $(DEMO)/statistics.safetensors
+	$(BIN)/filet init --model $(FILET_SMOLLM2) --statistics $(DEMO)/statistics.safetensors --select min \
+	    --output $(DEMO)/adapter --rank 32 --overwrite $(FILET_ARGS)
+	$(BIN)/filet init --model $(FILET_SMOLLM2) --statistics $(DEMO)/statistics.safetensors \
+	    --output $(DEMO)/keep-adapter --rank 32 --overwrite $(KEEP_ARGS)
 	$(BIN)/filet inspect $(DEMO)/adapter >$(DEMO)/table.txt
-	$(BIN)/python examples/finetune.py --model $(FILET_SMOLLM2) --adapter $(DEMO)/adapter --data $(DEMO)
+	$(BIN)/python examples/finetune.py --model $(FILET_SMOLLM2) --data $(DEMO) \
+	    --adapter $(DEMO)/adapter --keep-adapter $(DEMO)/keep-adapter
 
 test: $(INSTALLED) $(MODEL) $(PEFT_TESTS)  ## run the test suite
 	$(if $(TOGETHER),OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(TOGETHER) $(PYTEST_ARGS)
@@ -67,10 +79,16 @@ bench-training: $(INSTALLED)  ## what the frozen half of an adapter costs in tra
 bench-blockwise: $(INSTALLED)  ## a block of Llama-3-70B, in and out of a GPU
 	$(BIN)/python benchmarks/bench_blockwise.py $(BENCH_ARGS)
 
-bench-effect: $(INSTALLED) $(MODEL)  ## compare starts by fine-tuning; BENCH_ARGS names data and round
+bench-effect: $(INSTALLED) $(MODEL)  ## compare starts; with BENCH_ARGS on other data, on a GPU
+ifeq ($(strip $(BENCH_ARGS)),)
+	$(BIN)/python examples/python_docs.py $(SMALL)/data --characters 240 --held-out 12
+	$(BIN)/python benchmarks/effect/run.py --model $(FILET_SMOLLM2) --output $(SMALL) $(SMALL_ARGS)
+	$(BIN)/python benchmarks/effect/tables.py $(SMALL) --seeds 2 --samples 32
+else
 	$(BIN)/python benchmarks/effect/run.py --model $(FILET_SMOLLM2) --output build/effect $(BENCH_ARGS)
 	$(BIN)/python benchmarks/effect/tables.py build/effect
 	$(BIN)/python benchmarks/effect/figures.py build/effect
+endif
 
 bench-overlap: $(INSTALLED) $(MODEL)  ## compare the directions chosen for tasks; BENCH_ARGS names data
 	$(BIN)/python benchmarks/effect/overlap.py --model $(FILET_SMOLLM2) \

@@ -205,7 +205,8 @@ def test_values_on_the_meta_device_become_real() -> None:
 def test_the_demo_compares_equal_ranks(settings: dict[str, Any], tmp_path: Path) -> None:
     """Of what trains, by each of its methods; and equal scalings."""
     filet.save_as_lora(start(wrap(llama(), r=3, lora_alpha=6), **settings), tmp_path)
-    for method, model in finetune.methods(llama, tmp_path):
+    for method, make in finetune.methods(llama, {"FILet": tmp_path}).items():
+        model = make()
         ranks = {len(p) for n, p in model.named_parameters() if ".lora_A." in n}
         scalings = {layer.scaling["default"] for layer in lora_layers(model).values()}
         assert (ranks, scalings) == ({3}, {2.0}), method

@@ -1,7 +1,8 @@
 """What is still to be run, from what has been: two rounds, at one rank and number of samples.
 
 The first finds every method's rate: one seed, half-decades, extended until the best is inside. The
-second compares at it: paired seeds, the best rate and its neighbours, on several tasks.
+second compares at it: paired seeds, the best rate and its neighbours, on several tasks. Beside them
+stands a round of what is given and nothing more.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = [
     "SECOND",
     "best",
     "first_round",
+    "given_round",
     "missing",
     "second_round",
     "step",
@@ -174,3 +176,24 @@ def second_round(
             rates = [step(rate, halves) for halves in (-1, 0, 1)]
             found += missing(records, task, variant, seeds, rates)
     return found
+
+
+def given_round(
+    records: Sequence[Record],
+    task: str,
+    methods: Sequence[str],
+    scales: Sequence[float],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    samples: int,
+) -> list[Run]:
+    """Every method at every scale and rate with every seed."""
+    done = {record.run for record in records}
+    runs = [
+        Run(task, Member(method, step(rate, 0), scale, seed=seed), samples=samples)
+        for method in methods
+        for scale in (scales if method not in _UNSCALED else (1.0,))
+        for rate in rates
+        for seed in seeds
+    ]
+    return [run for run in runs if run not in done]

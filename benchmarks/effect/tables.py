@@ -150,8 +150,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=5, help="what the second table asks for")
+    parser.add_argument("--samples", type=int, default=320, help="that starts have looked at")
     options = parser.parse_args()
-    records = at(read(options.folder))
+    records = at(read(options.folder), samples=options.samples)
     for task in dict.fromkeys(record.task for record in records):
         found = tuned(records, task)
         print(f"\n## {task}: at least {options.seeds} paired seeds\n")

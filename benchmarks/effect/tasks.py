@@ -54,7 +54,7 @@ class Task(Protocol):
 
 @dataclass
 class CausalTask:
-    """Answers to be predicted; the prompt has no labels.
+    """Answers to be predicted, whose prompt has no labels; or texts.
 
     Rows are padded on the right, so a causal model needs no mask: what follows a token is not seen
     by it, and padding has no label. Attention without a mask has the fast kernels.
@@ -130,17 +130,18 @@ def causal_task(
     tests: int = 256,
     generals: int = 128,
 ) -> CausalTask:
-    """A task from files that ``filet`` reads; ``general`` and ``keep`` are plain text.
+    """A task from files that ``filet`` reads: prompts and answers, or plain text, all labelled.
 
     Args:
         options: words that a multiple choice ends in, told apart by the last token of each.
         tests, generals: how many rows to test on, from the beginning of the file.
     """
 
-    def rows(path: Path | None, limit: int | None, text: bool = False) -> list[Row]:
+    def rows(path: Path | None, limit: int | None) -> list[Row]:
         if path is None:
             return []
         samples: list[Sample] = read_samples(path, limit=limit)
+        text = all(sample.response is None for sample in samples)
         length = min(max_length, 256) if text else max_length
         encoded = encode(samples, tokenizer, max_length=length, mask_prompt=not text)
         return [(torch.tensor(ids), torch.tensor(labels)) for ids, labels in encoded.rows]
@@ -152,8 +153,8 @@ def causal_task(
         name,
         rows(train, None),
         rows(test, tests),
-        rows(general, generals, text=True),
-        rows(keep, None, text=True),
+        rows(general, generals),
+        rows(keep, None),
         tuple(map(last, options)),
         tokenizer.pad_token_id or 0,
     )

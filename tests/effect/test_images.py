@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import gzip
 import struct
 
@@ -20,7 +19,7 @@ from effect.bench import Bench
 from effect.image_task import pixels
 from effect.kinds import ImageKind, kind_of
 from effect.loss import class_losses
-from effect.plan import FIRST, step
+from effect.plan import FIRST
 from effect.population import Population
 from effect.records import Run, read
 from effect.runs import evaluate, train_population
@@ -227,30 +226,16 @@ def test_a_population_of_layers_with_biases_is_as_many_separate_runs(folders):
         assert 0 <= result.accuracy <= 1
 
 
-def test_both_rounds_on_both_tasks_each_at_its_own_rates(folders, tmp_path, one_thread):
+def test_a_round_on_both_tasks(folders, tmp_path, one_thread):
     model, data = map(str, folders)
     given = ["--model", model, "--data", data, "--output", str(tmp_path), "--members", "8"]
     given += ["--steps", "2", "--batch-size", "4", "--tasks", "a", "b", "--methods", "pissa"]
     script.main([*given, "--round", "first"])
     first = read(tmp_path)
     assert {r.task for r in first} == {"a", "b"} and {r.seed for r in first} == {0}
-    # As if on b every variant were best at 1e-5 alone.
-    for path in tmp_path.glob("*.csv"):
-        rows = list(csv.DictReader(path.open()))
-        for row in rows:
-            row["loss"] = row["loss"] if row["task"] == "a" else str(1 + float(row["rate"]))
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    options = script.parse_arguments([*given, "--round", "second", "--seeds", "2"])
-    wanted = script.lacking(options)
-    lowest = {t: min(r.member.rate for r in wanted if r.task == t) for t in "ab"}
-    least = min(r.rate for r in first if r.task == "b")
-    assert lowest["b"] == step(least, -1) < lowest["a"]
-    options.tasks = ["a", "c"]  # of which no first round was run
-    rates = {t: {r.member.rate for r in script.lacking(options) if r.task == t} for t in "ac"}
-    assert rates["a"] == rates["c"]
+    assert script.lacking(script.parse_arguments([*given, "--round", "first"]), first) == []
+    wanted = script.lacking(script.parse_arguments([*given, "--round", "second"]), first)
+    assert {r.task for r in wanted} == {"a", "b"}
 
 
 def test_a_folder_says_what_kind_it_holds(folders, tmp_path):

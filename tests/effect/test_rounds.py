@@ -10,12 +10,13 @@ import torch
 from made_up import played, record, valley
 from scipy.stats import ttest_rel
 
-from effect.plan import CONTROLS, FIRST, SCALES, best, first_round, second_round, step
+from effect.plan import CONTROLS, FIRST, SCALES, best, first_round, given_round, second_round, step
 from effect.records import Record, Run, append, read
 from effect.tables import compared, paired, tuned
-from effect.tasks import order
+from effect.tasks import causal_task, order
 from effect.train import Member
 from effect.workers import chunks, subtracts, trained
+from test_data import Letters, write_jsonl
 
 RATES = [1e-3, 3.162e-3, 1e-2]
 
@@ -70,6 +71,20 @@ def test_the_second_round_has_every_seed_around_each_variants_own_rate():
     assert rates["b", "lora"] == rates["b", "olora"] == rates["a", "olora"] == set(RATES)
     assert {r.member.seed for r in wanted} == {0, 1, 2}
     assert not {r.run for r in first} & set(wanted)  # what the first round has is not run again
+
+
+def test_what_is_given_is_run_once_and_nothing_else():
+    methods, seeds = ["lora", "kasa"], (0, 1)
+    wanted = given_round([], "task", methods, (1.0, 2.0), [1e-3, 0.00316], seeds, 32)
+    assert {(r.member.method, r.member.scale) for r in wanted} == {
+        ("lora", 1.0), ("lora", 2.0), ("kasa", 1.0)
+    }  # fmt: skip
+    assert {r.member.rate for r in wanted} == {1e-3, 3.162e-3} and len(wanted) == 3 * 2 * 2
+    assert {(r.task, r.samples, r.member.ratio) for r in wanted} == {("task", 32, 1.0)}
+    records = [record(run, 1 + run.member.rate) for run in wanted[:-1]]  # the least is outermost
+    grid = (methods, (1.0, 2.0), [1e-3, 0.00316], seeds, 32)
+    assert given_round(records, "task", *grid) == wanted[-1:]
+    assert len(given_round(records, "task", *grid[:-1], 320)) == len(wanted)
 
 
 def test_rates_are_the_same_number_however_they_are_reached():
@@ -191,3 +206,12 @@ def test_rounds_and_tables_look_at_one_rank_and_number_of_samples():
 def test_a_task_without_lora_has_nothing_to_compare_with():
     found = tuned([record(Run("task", Member("pissa", 1e-3)), 1.0)], "task")
     assert compared(found) == []
+
+
+def test_a_text_has_labels_everywhere_and_a_prompt_has_none(tmp_path):
+    texts = write_jsonl(tmp_path / "texts.jsonl", {"text": "abc"})
+    answers = write_jsonl(tmp_path / "answers.jsonl", {"prompt": "ab ", "completion": "c"})
+    task = causal_task("task", texts, answers, Letters(), general=texts)
+    for (ids, labels), labelled in ((task.train[0], 5), (task.test[0], 2), (task.general[0], 5)):
+        expected = torch.where(torch.arange(len(ids)) < len(ids) - labelled, -100, ids)
+        assert torch.equal(labels, expected) and len(ids) == (5 if labelled == 5 else 6)

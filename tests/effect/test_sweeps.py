@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from contexts import context
 from made_up import played, record, valley
 
+from effect.bench import Bench
 from effect.groups import singular_groups
 from effect.inits import START
 from effect.plan import first_round
 from effect.population import Lora, Population
 from effect.records import ALL, OWN, Run
-from effect.run import Bench
 from effect.runs import evaluate, train_population
 from effect.sweeps import BY_RANK, BY_SAMPLES, RANKS, SAMPLE_COUNTS, SWEEPS, family
 from effect.tasks import CausalTask
@@ -117,10 +118,15 @@ def tokens(count):
     return [(x, x.clone()) for x in ids]
 
 
+def by_row(task, rows):
+    return {"input_ids": [ids for ids, _ in rows]}
+
+
 @pytest.mark.parametrize(("samples", "found"), [(7, 7), (ALL, 37)])
 def test_one_context_of_a_task_and_samples_serves_every_rank(samples, found):
     bench = Bench.__new__(Bench)  # no model: nothing asks for one here
-    bench.contexts, bench.device = {}, torch.device("cpu")
+    bench.contexts = {}
+    bench.kind = SimpleNamespace(load=lambda task: None, targets=["q_proj"], batch=by_row)
     bench.tasks = {"a": CausalTask("a", tokens(37), [], keep=tokens(3))}
     its = bench.context(Run("a", Member("lora", 1e-3), 8, samples))
     assert its.rank == 8 and sum(len(b["input_ids"]) for b in its.batches) == found
