@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from effect.records import Record, Run, Variant
 from effect.train import Member
 
-__all__ = ["CONTROLS", "FIRST", "SCALES", "best", "first_round", "second_round", "step"]
+__all__ = ["CONTROLS", "FIRST", "RATES", "SCALES", "best", "first_round", "second_round", "step"]
 
 SCALES = (1.0, 2.0)
 _UNSCALED = ("kasa",)  # its diagonal, and what it drops of W, are not A and B
-_RATES = (1e-3, 10**-2.5, 1e-2)
+RATES = (1e-3, 10**-2.5, 1e-2)
 _LOWEST, _HIGHEST = 1e-5, 1.0
 
 FIRST = (
@@ -106,15 +106,23 @@ def _missing(
     ]
 
 
-def first_round(records: Sequence[Record], task: str, methods: Sequence[str] = FIRST) -> list[Run]:
-    """Every method at two magnitudes, and the controls, with seed 0."""
+def first_round(
+    records: Sequence[Record],
+    task: str,
+    methods: Sequence[str] = FIRST,
+    rates: Sequence[float] = RATES,
+) -> list[Run]:
+    """Every method at two magnitudes, and the controls, with seed 0.
+
+    ``rates``, rounded to half-decades, are where it begins.
+    """
     variants = [
         (method, scale, 1.0, 0.0)
         for method in methods
         for scale in (SCALES if method not in _UNSCALED else (1.0,))
     ]
     variants += [variant for variant in CONTROLS if variant not in variants]
-    rates = [step(rate, 0) for rate in _RATES]
+    rates = [step(rate, 0) for rate in rates]
     return [run for v in variants for run in _missing(records, task, v, (0,), rates)]
 
 

@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from effect.bench import Bench
 from effect.inits import START
-from effect.plan import FIRST, first_round, second_round
+from effect.plan import FIRST, RATES, first_round, second_round
 from effect.records import Run, append, read
 from effect.train import Recipe
 from effect.variants import VARIANTS
@@ -63,7 +63,8 @@ def lacking(options: argparse.Namespace) -> list[Run]:
     """What the round still lacks, by the files in the folder."""
     records = read(options.output)
     if options.round == "first":
-        return [r for task in options.tasks for r in first_round(records, task, options.methods)]
+        given = (options.methods, options.rates)
+        return [run for task in options.tasks for run in first_round(records, task, *given)]
     # Rates of a task are its own where it had a first round, otherwise those of the first task.
     had = {record.task for record in read(options.output, "first-*.csv")}
     rated_on = {task: task if task in had else options.tasks[0] for task in options.tasks}
@@ -84,6 +85,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=["gsm8k"])
     parser.add_argument(
         "--methods", nargs="+", default=FIRST, choices=sorted({*START, *VARIANTS}), metavar="METHOD"
+    )
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=RATES, help="where the first round begins"
     )
     parser.add_argument("--seeds", type=int, default=5, help="of the second round")
     parser.add_argument("--members", type=int, default=16, help="adapters trained side by side")
