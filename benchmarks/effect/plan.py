@@ -17,6 +17,7 @@ from effect.train import Member
 __all__ = [
     "CONTROLS",
     "FIRST",
+    "RATES",
     "SCALES",
     "SECOND",
     "best",
@@ -29,7 +30,7 @@ __all__ = [
 
 SCALES = (1.0, 2.0)
 _UNSCALED = ("kasa",)  # its diagonal, and what it drops of W, are not A and B
-_RATES = (1e-3, 10**-2.5, 1e-2)
+RATES = (1e-3, 10**-2.5, 1e-2)
 _LOWEST, _HIGHEST = 1e-5, 1.0
 
 FIRST = (
@@ -143,8 +144,12 @@ def first_round(
     task: str,
     methods: Sequence[str] = FIRST,
     scales: Sequence[float] = SCALES,
+    rates: Sequence[float] = RATES,
 ) -> list[Run]:
-    """Every method at some magnitudes with seed 0; with "lora" the controls."""
+    """Every method at some magnitudes with seed 0; with "lora" the controls.
+
+    ``rates``, rounded to half-decades, are where it begins.
+    """
     variants: list[Variant] = [
         (method, scale, 1.0, 0.0)
         for method in methods
@@ -152,7 +157,7 @@ def first_round(
     ]
     if "lora" in methods:
         variants += [variant for variant in CONTROLS if variant not in variants]
-    rates = [step(rate, 0) for rate in _RATES]
+    rates = [step(rate, 0) for rate in rates]
     return [run for v in variants for run in missing(records, task, v, (0,), rates)]
 
 
@@ -162,17 +167,19 @@ def second_round(
     seeds: Sequence[int],
     rated_on: str,
     variants: Sequence[Variant] = SECOND,
+    otherwise: float = RATES[1],
 ) -> list[Run]:
     """Each variant at the rate that was best for it, and its neighbours, with paired seeds.
 
-    Best by seed 0 on the task itself, where that was run, else on ``rated_on``, else by LoRA there.
+    Best by seed 0 on the task itself, where that was run, else on ``rated_on``, else by LoRA there,
+    else ``otherwise``.
     """
     reached = best(record for record in records if record.seed == 0)
     found: list[Run] = []
     for task in tasks:
         for variant in variants:
             places = [(task, variant), (rated_on, variant), (rated_on, variants[0])]
-            rate = next((reached[place][0] for place in places if place in reached), _RATES[1])
+            rate = next((reached[place][0] for place in places if place in reached), otherwise)
             rates = [step(rate, halves) for halves in (-1, 0, 1)]
             found += missing(records, task, variant, seeds, rates)
     return found

@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from effect.bench import Bench
 from effect.inits import START
-from effect.plan import FIRST, SCALES, first_round, given_round, second_round
+from effect.plan import FIRST, RATES, SCALES, first_round, given_round, second_round
 from effect.records import Record, Run, append, read
 from effect.sweeps import SWEEPS
 from effect.train import Recipe
@@ -35,7 +35,7 @@ from effect.workers import trained
 def lacking(options: argparse.Namespace, records: Sequence[Record]) -> list[Run]:
     """What the round still lacks."""
     if options.round == "first":
-        of = options.methods, options.scales
+        of = options.methods, options.scales, options.rates
         return [run for task in options.tasks for run in first_round(records, task, *of)]
     seeds = range(options.seeds)
     if options.round == "given":
@@ -43,7 +43,8 @@ def lacking(options: argparse.Namespace, records: Sequence[Record]) -> list[Run]
         return [run for task in options.tasks for run in given_round(records, task, *grid)]
     if options.round in SWEEPS:
         return SWEEPS[options.round](records, options.tasks, seeds, options.thorough)
-    return second_round(records, options.tasks, seeds, options.tasks[0])
+    middle = sorted(options.rates)[len(options.rates) // 2]
+    return second_round(records, options.tasks, seeds, options.tasks[0], otherwise=middle)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,9 +67,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--thorough", action="store_true", help="ranks, samples: three rates; groups: all seeds"
     )
-    given = parser.add_argument_group("the given round, which has no other runs than these")
-    given.add_argument("--rates", type=float, nargs="+", default=[1e-3, 10**-2.5, 1e-2])
-    given.add_argument("--samples", type=int, default=320, help="that a start may look at")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=RATES, help="all of given, where first begins"
+    )
+    parser.add_argument("--samples", type=int, default=320, help="of given, for a start to look at")
     parser.add_argument("--members", type=int, default=16, help="adapters trained side by side")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch-size", type=int, default=16)

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from effect.groups import KEYS, SCALES
 from effect.records import OWN, RANK, SAMPLES, Record, Variant
 from effect.sweeps import table4_method
-from effect.tables import LORA, Tuned, label, paired, tuned
+from effect.tables import LORA, label, paired, tuned
 
 __all__ = [
     "SCALINGS",
@@ -63,10 +63,6 @@ class Difference:
     pairs: int
 
 
-def _mean(one: Tuned, key: str) -> float:
-    return sum(getattr(r, key) for r in one.seeds.values()) / len(one.seeds)
-
-
 def table4(records: Iterable[Record], task: str) -> tuple[list[Cell], list[Difference]]:
     """The cells that were run, and the differences of selections that both were."""
     found = tuned(records, task)
@@ -75,7 +71,7 @@ def table4(records: Iterable[Record], task: str) -> tuple[list[Cell], list[Diffe
         by = {s: found.get((table4_method(s, scaling), 1.0, 1.0, 0.0)) for s in SELECTIONS}
         for selection, one in by.items():
             if one is not None:
-                means = [_mean(one, key) for key in ("loss", "general", "accuracy")]
+                means = [one.mean(key) for key in ("loss", "general", "accuracy")]
                 at = (one.rate, int(one.inside), len(one.seeds))
                 cells.append(Cell(task, selection, scaling, *at, *means))
         for first, second in (("M", "R"), ("R", "P")):

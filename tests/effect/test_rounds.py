@@ -31,6 +31,11 @@ def test_rates_are_extended_until_the_best_is_inside(least):
     assert best(of)["task", ("pissa", 1.0, 1.0, 0.0)][0] == pytest.approx(least, rel=1e-3)
 
 
+def test_rates_begin_where_they_are_asked_to():
+    wanted = first_round([], "task", ["pissa"], [1e-4, 3e-4])
+    assert {r.member.rate for r in wanted} == {1e-4, 3.162e-4}
+
+
 def test_a_run_that_diverged_is_the_worst():
     runs = [Run("task", Member("pissa", rate)) for rate in RATES]
     records = [record(runs[0], 2.0), record(runs[1], 1.0), record(runs[2], math.nan)]
