@@ -32,7 +32,7 @@ def test_rates_are_extended_until_the_best_is_inside(least):
 
 
 def test_rates_begin_where_they_are_asked_to():
-    wanted = first_round([], "task", ["pissa"], [1e-4, 3e-4])
+    wanted = first_round([], "task", ["pissa"], rates=[1e-4, 3e-4])
     assert {r.member.rate for r in wanted} == {1e-4, 3.162e-4}
 
 
