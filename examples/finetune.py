@@ -42,7 +42,7 @@ REFERENCE = "LoRA"
 OTHERS: dict[str, Any] = {REFERENCE: True, "PiSSA": "pissa_niter_16"}  # PEFT's init_lora_weights
 # The best of the half-decades tried with seed 0, which the comparison does not use (docs/demo.md):
 # --seeds 0 --rates 3.16e-4 1e-3 3.16e-3 1e-2
-RATES = {"FILet": 3.16e-3, "FILet, keep": 3.16e-3, "LoRA": 1e-3, "PiSSA": 3.16e-4}
+RATES = {"FILet": 3.16e-3, "FILet, keep": 3.16e-3, "LoRA": 3.16e-3, "PiSSA": 3.16e-4}
 COLORS = {"FILet": "#0b6e99", "FILet, keep": "#4ba387", "LoRA": "#8c8c8c", "PiSSA": "#d9822b"}
 
 

@@ -30,7 +30,8 @@ def inputs(n: int, seed: int, outliers: int = 0, decay: float = 0.5) -> Tensor:
 
 def moment(v: Tensor, space: Any = "x", dtype: torch.dtype = F64) -> SecondMoment:
     """The moment of rows v, with numbers above the diagonal that nobody may read."""
-    S = (v.T @ v).to(dtype).tril() + torch.full((v.shape[1],) * 2, 7e9, dtype=dtype).triu(1)
+    S = (v.T @ v).to(dtype).tril()
+    S += torch.full_like(S, 7e9).triu(1)
     return SecondMoment(space, S, torch.tensor(len(v)))
 
 

@@ -7,8 +7,8 @@ differences are paired, seed by seed, to LoRA and to LoRA at its own best magnit
 Student's, of the mean of the pairs, at 95%.
 
 The best rate by loss alone may forget much for nothing. So every method is compared once more at
-the rate after which general loss is least, of those whose loss is at most half a percent above
-LoRA's: what is forgotten at equal loss.
+the rate after which general loss is least, of those whose loss is at most 1% above LoRA's: what is
+forgotten at equal loss.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from effect.plan import step
 from effect.records import RANK, SAMPLES, Record, Variant, at, read
 
 __all__ = [
+    "FORMS",
     "LORA",
     "Interval",
     "Tuned",
     "compared",
+    "forms_against",
     "label",
     "paired",
     "retaining",
@@ -41,7 +43,12 @@ __all__ = [
 ]
 
 LORA: Variant = ("lora", 1.0, 1.0, 0.0)
-_EQUAL = 1.005  # losses over each other that count as equal
+FORMS: tuple[Variant, ...] = (  # what the library does by default, without and with keep=
+    ("filet-M-orthogonal.fisher.relative.zero", 2.0, 1.0, 0.0),
+    ("filet-keep.d0.01", 2.0, 1.0, 0.0),
+    ("filet-keep.d0.01.self", 2.0, 1.0, 0.0),
+)
+_EQUAL = 1.01  # losses over each other that count as equal, as in the band
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ def tuned(
         worse = {r: of[0].reached / full[rate][0].reached for r, of in rates.items() if 0 in of}
         worse |= {r: mean / means[rate] for r, mean in means.items()}
         sides = [worse.get(step(rate, side), math.nan) for side in (-1, 1)]
-        near = [r for r, by_best in worse.items() if by_best <= 1.01]
+        near = [r for r, by_best in worse.items() if by_best <= _EQUAL]
         inside = all(side >= 1 for side in sides)
         found[variant] = Tuned(variant, rate, inside, max(near) / min(near), full)
     return found
@@ -173,6 +180,17 @@ def compared(found: dict[Variant, Tuned], least: int = 1) -> list[list[str]]:
     return rows
 
 
+def forms_against(found: dict[Variant, Tuned], least: int) -> list[list[str]]:
+    """A header, and for each other variant :data:`FORMS` less it, in loss and general loss."""
+    forms = [found[form] for form in FORMS if form in found]
+    rows = [["start", *(f"{label(form.variant)}: {key}" for form in forms for key in _MEASURES)]]
+    for other in sorted(found.values(), key=lambda one: one.loss):
+        if len(other.seeds) >= least and other.variant not in FORMS:
+            cells = [str(paired(form, other, key)) for form in forms for key in _MEASURES]
+            rows.append([label(other.variant), *cells])
+    return rows
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -189,11 +207,15 @@ def main() -> None:
         found = tuned(records, task)
         print(f"\n## {task}: at least {options.seeds} paired seeds\n")
         print(table(_PAIRED, compared(found, options.seeds)))
+        header, *rest = forms_against(found, options.seeds)
+        print(f"\n## {task}: the library's forms less each other start\n")
+        print(table(header, rest))
         first = tuned([r for r in records if r.seed == 0], task)
         print(f"\n## {task}: one seed, every rate\n")
         print(table(_FIRST, compared(first)))
 
 
+_MEASURES = ("loss", "general")
 _FIRST = ["start", "rate", "loss", "general", "band"]
 _PAIRED = [
     *("start", "rate", "loss", "right", "general", "loss to LoRA", "loss to the best LoRA"),
