@@ -40,8 +40,7 @@ Batch = dict[str, torch.Tensor]
 LoadBase = Callable[[], PreTrainedModel]
 REFERENCE = "LoRA"
 OTHERS: dict[str, Any] = {REFERENCE: True, "PiSSA": "pissa_niter_16"}  # PEFT's init_lora_weights
-# The best of the half-decades tried with seed 0, which the comparison does not use (docs/demo.md):
-# --seeds 0 --rates 3.16e-4 1e-3 3.16e-3 1e-2
+# The best of half-decades, tried by another program and in other batches (docs/demo.md).
 RATES = {"FILet": 3.16e-3, "FILet, keep": 3.16e-3, "LoRA": 3.16e-3, "PiSSA": 3.16e-4}
 COLORS = {"FILet": "#0b6e99", "FILet, keep": "#4ba387", "LoRA": "#8c8c8c", "PiSSA": "#d9822b"}
 
@@ -285,11 +284,11 @@ def parse_arguments() -> argparse.Namespace:
         "--data", type=Path, required=True, help="has python_train, python_test, general (.jsonl)"
     )
     parser.add_argument("--output", type=Path, help="where to write (default: the data folder)")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--rates", type=float, nargs="+", help="for all (default: one per method)")
-    parser.add_argument("--evaluate-every", type=int, default=8)
+    parser.add_argument("--evaluate-every", type=int, default=20)
     parser.add_argument("--held-out", type=int, default=16, help="samples to measure on, of each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     return parser.parse_args()
