@@ -10,7 +10,7 @@ BENCH_ARGS ?=
 # What a CPU can do: some starts and rates, short texts of Python's own documents, few steps.
 SMALL := build/effect-small
 SMALL_ARGS := --data $(SMALL)/data --round given --tasks python --samples 32 --seeds 2 --scales 1 \
-    --methods lora pissa filet-M.fisher.relative.zero contrast-row.d0.01 \
+    --methods lora pissa filet-M-orthogonal.fisher.relative.zero filet-keep.d0.01 \
     --steps 16 --batch-size 1 --members 6
 FILET_ARGS ?=
 KEEP_ARGS ?=
