@@ -263,7 +263,7 @@ def initialize_folder(
     folder, output = Path(model), Path(output)
     saved = None if save_statistics is None else Path(save_statistics)
     config, device = checked_folder_arguments(
-        batches, output, lora_config, config, engine, device, host_memory, overwrite, saved
+        folder, batches, output, lora_config, config, engine, device, host_memory, overwrite, saved
     )
     how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if engine == "auto":
