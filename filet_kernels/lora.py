@@ -106,7 +106,8 @@ def lora_factors(
         orthogonal: takes Q of V̂_I = Q R, with a positive diagonal and in the order of ``indices``,
             for V̂_I, and normalize_columns(W Q) for Û_I. Directions of low energy lie close
             together: the first stays, and of every other what it adds. What becomes of one that
-            adds nothing but rounding is a row of length √c in some direction.
+            adds nothing but rounding is a row of length √c in some direction, beside a column of
+            B that is 0 where W takes it to 0.
         dtype: of the returned factors, to which they are rounded once.
 
     Returns:
@@ -179,7 +180,8 @@ def _factors(
         root = _root(of_WV / of_V, gamma)
     A, B = (V.new_empty(shape, dtype=dtype) for shape in (V.T.shape, WV.shape))
     torch.mul(V.T, (root / of_V).unsqueeze(1), out=A)
-    torch.mul(WV, root / of_WV, out=B)
+    # W takes some direction that rounding made to nothing: its column is 0, and not 0 / 0.
+    torch.mul(WV, root / torch.where(of_WV > 0, of_WV, 1), out=B)
     return A, B
 
 

@@ -364,6 +364,8 @@ def test_invalid_config() -> None:
         {"gamma": float("inf")},
         {"gamma": float("nan")},
         {"gamma": "1/3"},
+        {"gamma": True},
+        {"damping": True},
         {"orthogonal": 1},
         {"gamma": 0.5, "normalization": "sum"},
         {"scaling": None},

@@ -154,6 +154,23 @@ def test_orthogonal_of_directions_that_are_nearly_or_all_the_same(device, dtype,
     torch.testing.assert_close(A[:4] @ A[:4].T, torch.eye(4).to(A), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("scaling", ["fisher", "singular"])
+@pytest.mark.parametrize("gamma", [None, 1 / 3])
+def test_orthogonal_beyond_the_rank_of_w(device, scaling, gamma):
+    """The paper's start subtracts B A from W: one number that is none would be all of the model."""
+    energies, indices = torch.ones(8, dtype=torch.float64), torch.arange(8)
+    how = {"scaling": scaling, "gamma": gamma, "orthogonal": True}
+    for seed in range(20):
+        W = torch.randn(1, 8, generator=torch.Generator().manual_seed(seed)).to(device)
+        A, B = lora_factors(W, energies.to(device), indices, **how)
+        assert A.isfinite().all() and B.isfinite().all()
+        # The first direction is W's only one.
+        torch.testing.assert_close(A[0] / A[0].norm(), W[0] * W[0, 0].sign() / W.norm())
+    # Products of integers: what is nothing is exactly that.
+    for W in (torch.ones(4, 8, device=device), torch.eye(4, device=device).repeat(1, 2)):
+        assert all(x.isfinite().all() for x in lora_factors(W, energies.to(device), indices, **how))
+
+
 def test_no_row_is_zero_with_gamma(layer):
     """Where energies are 0, or nearly so beside the others."""
     W, energies = layer

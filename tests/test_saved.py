@@ -117,6 +117,26 @@ def test_half_precision(autocast: bool, dtype: torch.dtype, tmp_path: Path) -> N
     assert_same(base_state(model), base_state(llama().to(dtype)))
 
 
+@pytest.mark.parametrize("gathered", [False, True], ids=["state_dict", "named_parameters"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_saved_in_eight_bits(dtype: torch.dtype, gathered: bool, tmp_path: Path) -> None:
+    """Whatever dtype the weights are saved in, the file says that half of them is frozen."""
+    model = trained(r=3)
+    state = dict(model.named_parameters()) if gathered else model.state_dict()
+    state = {key: value.detach().to(dtype) for key, value in state.items() if "lora_" in key}
+    model.save_pretrained(tmp_path, state_dict=state)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {dtype}
+    loaded = filet.load(llama(), tmp_path)
+    assert trainable(loaded).keys() == trainable(model).keys()
+    for key, value in loaded.state_dict().items():
+        if "lora_" in key:
+            assert torch.equal(value.float(), model.state_dict()[key].to(dtype).float()), key
+    (tmp_path / "filet.json").unlink()
+    with pytest.raises(ValueError, match="what half of this adapter is frozen"):
+        filet.load(llama(), tmp_path)
+
+
 def test_adapter_names(tmp_path: Path) -> None:
     model = trained("mine")
     filet.save_as_lora(model, tmp_path, adapter_name="mine")

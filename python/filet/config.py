@@ -111,7 +111,8 @@ class FiletConfig:
                     raise ValueError(f"{field.name}={value!r}; expected one of {allowed}")
         for name in ("damping", "gamma"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value < math.inf:
                 raise ValueError(f"{name}={value!r}; expected a positive number")
         if self.normalization != "relative" and self.gamma != type(self).gamma:
             raise ValueError(

@@ -77,7 +77,7 @@ def initialize_lora_filet_weights(
         As :func:`filet.collect_statistics` and :func:`filet.apply_statistics`.
     """
     config = checked_config(config)
-    targets, unsupported, config = _before_pass(peft_model, config, adapter_name, keep)
+    targets, unsupported, config = check_before_pass(peft_model, config, adapter_name, keep)
     statistics = statistics_of(
         peft_model, targets, dataloader, config, adapter_name, forward_fn, show_progress_bar, keep
     )
@@ -115,10 +115,13 @@ def apply_statistics(
         return _apply(peft_model, targets, unsupported, statistics, config, adapter_name)
 
 
-def _before_pass(
-    peft_model: PeftModel, config: FiletConfig, adapter_name: str, keep: Keep | None
+def check_before_pass(
+    peft_model: PeftModel, config: FiletConfig, adapter_name: str, keep: Any
 ) -> tuple[dict[str, Target], dict[str, str], FiletConfig]:
-    """What is refused is refused here; targets, why others are none, and the settings resolved."""
+    """What is refused is refused here; targets, why others are none, and the settings resolved.
+
+    ``keep``: data to keep, as batches or not yet, or None.
+    """
     check_keep_used(keep, config)
     with named_shortage("checks", _checks):
         targets, unsupported = check_applicable(peft_model, adapter_name)
@@ -260,7 +263,7 @@ def initialize_folder(
     folder, output = Path(model), Path(output)
     saved = None if save_statistics is None else Path(save_statistics)
     config, device = checked_folder_arguments(
-        batches, output, lora_config, config, engine, device, host_memory, overwrite, saved
+        folder, batches, output, lora_config, config, engine, device, host_memory, overwrite, saved
     )
     how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if engine == "auto":
@@ -299,7 +302,7 @@ def _in_memory(
     if save_statistics is None:
         report = initialize_lora_filet_weights(peft_model, batches, config, **more)
     else:
-        _before_pass(peft_model, config, "default", keep)
+        check_before_pass(peft_model, config, "default", keep)
         statistics = collect_statistics(peft_model, batches, config, **more)
         with staged(save_statistics) as place:
             statistics.save(place)

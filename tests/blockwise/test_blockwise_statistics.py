@@ -186,6 +186,15 @@ def test_files_that_would_be_destroyed(engine: str, folder: Path, tmp_path: Path
     ):
         with pytest.raises(ValueError, match=message):
             initialize(folder, tmp_path / "out", engine, save_statistics=wrong)
+    weights = next(folder.glob("*.safetensors"))
+    before = weights.read_bytes()
+    with pytest.raises(ValueError, match="is a file of the model"):
+        initialize(folder, tmp_path / "out", engine, save_statistics=weights, overwrite=True)
+    for place in ({"save_statistics": path / "s"}, {"output": path / "out"}):
+        wrong = {"output": tmp_path / "out", **place}
+        with pytest.raises(NotADirectoryError, match=r"there\.safetensors"):
+            initialize(folder, wrong.pop("output"), engine, **wrong)
+    assert weights.read_bytes() == before
     assert path.read_text() == "precious" and not (tmp_path / "out").exists()
     initialize(folder, tmp_path / "out", engine, save_statistics=path, overwrite=True)
     assert Statistics.load(path).samples == len(torch.cat([b["labels"][:, 0] for b in batches()]))

@@ -101,12 +101,22 @@ def test_a_file_to_keep_block_by_block(
             "keep='self' is text drawn token by token through the whole model",
         ),
         (["--damping", "0.1"], "damping=0.1 has no effect with select='min'"),
+        (["--keep", "self", "--no-orthogonal"], "orthogonal=False has no effect with select='con"),
+        (["--keep", "self", "--rank", "16"], "rank 16 exceeds the 8 that a product B A"),
     ],
 )
 def test_what_is_refused(
-    argv: list[str], message: str, init: list[str], capsys: pytest.CaptureFixture[str]
+    argv: list[str],
+    message: str,
+    init: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert message in error_of(capsys, [*init, *argv])
+    """Before a pass, also one whose statistics are to be saved."""
+    saved = tmp_path / "saved.safetensors"
+    for more in ([], ["--save-statistics", str(saved)]):
+        assert message in error_of(capsys, [*init, *argv, *more])
+        assert not saved.exists()
 
 
 @pytest.mark.parametrize(

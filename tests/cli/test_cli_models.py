@@ -212,7 +212,6 @@ def test_quantised_weights_that_no_config_tells_of(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Their numbers alone are no weights, whoever loads them."""
-    said = {"float8_e4m3fn": "F8_E4M3"}.get(kind, kind)
 
     def quantise(weights: dict[str, torch.Tensor]) -> None:
         weights[name] = (weights[name] * 9).to(getattr(torch, kind))
@@ -223,7 +222,7 @@ def test_quantised_weights_that_no_config_tells_of(
     (folder / "config.json").write_text(json.dumps(config))
     for engine in ("memory", "blockwise", "auto"):
         message = error_of(capsys, [*init, "--model", str(folder), "--engine", engine])
-        assert f"{name} is {said} in {folder}, and config.json has no" in message, engine
+        assert f"{name} is {kind} in {folder}, and config.json has no" in message, engine
         assert message.endswith("expected float64, float32, float16, bfloat16")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()

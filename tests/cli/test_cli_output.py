@@ -215,6 +215,33 @@ def test_an_existing_file_of_statistics_is_kept_unless_told(
     assert "must be a .safetensors file" in wrong
 
 
+@pytest.mark.parametrize("option", ["--output", "--save-statistics"])
+def test_a_place_where_nothing_can_be_made(
+    option: str, init: list[str], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the model is looked at."""
+    goal = data / "deeper" / "goal"
+    message = error_of(capsys, [*init, "--model", "nowhere", option, str(goal)])
+    assert f"{goal}: Not a directory ({data})" in message
+
+
+def test_statistics_do_not_take_the_place_of_weights(
+    init: list[str],
+    stats: list[str],
+    data: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    before, weights = contents(folder), folder / "model.safetensors"
+    for command, option in (([*init], "--save-statistics"), ([*stats, "--data", data], "--output")):
+        argv = arguments(*command, "--model", folder, "--overwrite", option, weights)
+        assert f"{option}: {weights} lies in {folder}, which is also read" in error_of(capsys, argv)
+    assert contents(folder) == before
+
+
 @pytest.mark.parametrize("step", ["save_as_lora", "report", "picture"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_full_disk_leaves_nothing_half_written(

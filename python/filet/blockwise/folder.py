@@ -18,7 +18,7 @@ from filet.model.checkpoint import entries, shard_files, understood
 from filet.model.folder import outline, settings_of
 from filet.model.inputs import check_dataloader
 from filet.model.targets import adapted, check_init, find_targets
-from filet.system.files import inside
+from filet.system.files import check_place, inside
 from filet.system.memory import available_on_host
 
 __all__ = [
@@ -37,6 +37,7 @@ ADAPTER = "default"
 
 
 def checked_folder_arguments(
+    model: Path,
     batches: Any,
     output: Path,
     lora_config: Any,
@@ -62,7 +63,7 @@ def checked_folder_arguments(
         raise ValueError(f"host_memory={host_memory}; expected a positive number of bytes")
     _check_output(output, overwrite)
     if save_statistics is not None:
-        _check_file(save_statistics, output, overwrite)
+        _check_file(save_statistics, model, output, overwrite)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -70,6 +71,7 @@ def checked_folder_arguments(
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
+    check_place(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         if not overwrite:
             raise ValueError(f"output={str(output)!r} exists; expected overwrite=True to replace")
@@ -79,12 +81,15 @@ def _check_output(output: Path, overwrite: bool) -> None:
             )
 
 
-def _check_file(path: Path, output: Path, overwrite: bool) -> None:
+def _check_file(path: Path, model: Path, output: Path, overwrite: bool) -> None:
     given = f"save_statistics={str(path)!r}"
+    check_place(path)
     if path.is_dir() or inside(path, output):
         raise ValueError(f"{given} is a folder, or lies in output; expected a file beside it")
     if path.exists() and not overwrite:
         raise ValueError(f"{given} exists; expected overwrite=True to replace it")
+    if path.exists() and inside(path, model):
+        raise ValueError(f"{given} is a file of the model; expected one outside {model}")
 
 
 def scratch_folder(scratch: str | os.PathLike[str], run_folder: Path) -> Path:

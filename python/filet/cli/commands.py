@@ -88,13 +88,13 @@ def _init_in_memory(args: argparse.Namespace, encoded: Any, keep: Any, config: A
     """The report of an adapter that was made of a whole model and is written."""
     import filet
     from filet.adapter.saved import write_folder
-    from filet.initialize import check_applicable
+    from filet.initialize import check_before_pass
 
     statistics = None if args.statistics is None else filet.Statistics.load(args.statistics)
     peft_model = load_peft_model(args, rank=args.rank, alpha=args.alpha)
     if encoded is not None:
-        # Refused before anything runs: a rank too high, say.
-        check_applicable(peft_model, "default")
+        # Refused before anything runs: a rank too high, say, or options that do not fit.
+        check_before_pass(peft_model, config, "default", keep)
     if encoded is None:
         assert statistics is not None  # --data or --statistics, says the parser
         report = filet.apply_statistics(peft_model, statistics, config=config)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filet.system.files import inside
+from filet.system.files import check_place, inside
 
 __all__ = [
     "check_file_output",
@@ -24,6 +24,7 @@ def check_folder_output(output: Path, overwrite: bool, inputs: Sequence[Path | N
     """Refuse, before any work, an output folder that would destroy something."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output: {output} is a file, not a folder")
+    check_place(output)
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:
@@ -41,12 +42,15 @@ def check_file_output(
     """Refuse, before any work, an output file that would destroy something."""
     if output.is_dir():
         raise ValueError(f"{option}: {output} is a folder, not a file")
+    check_place(output)
     if not output.exists():
         return
     if not overwrite:
         raise ValueError(f"{option}: {output} exists; --overwrite replaces it")
-    if any(path is not None and output.resolve() == path.resolve() for path in inputs):
-        raise ValueError(f"{option}: {output} is also read")
+    for path in inputs:
+        if path is not None and inside(output, path):
+            where = "is" if path.is_file() else f"lies in {path}, which is"
+            raise ValueError(f"{option}: {output} {where} also read")
 
 
 def say(text: str) -> None:

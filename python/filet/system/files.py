@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-__all__ = ["inside", "read_at", "replaced", "replaced_together", "staged"]
+__all__ = ["check_place", "inside", "read_at", "replaced", "replaced_together", "staged"]
 
 
 def read_at(file: int, path: Path, goal: memoryview, offset: int) -> None:
@@ -83,6 +84,21 @@ def inside(path: str | os.PathLike[str], folder: Path) -> bool:
     return Path(path).resolve().is_relative_to(folder.resolve())
 
 
+def check_place(path: Path) -> None:
+    """OSError, naming ``path``, where nothing can be made there as far as its folders say.
+
+    Before the work whose result is to be put there. Creates nothing.
+    """
+    folder = next(each for each in path.resolve().parents if os.path.lexists(each))
+    number = 0
+    if not folder.is_dir():
+        number = errno.ENOTDIR
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        number = errno.EACCES
+    if number:
+        raise OSError(number, f"{os.strerror(number)} ({folder})", str(path))
+
+
 @contextlib.contextmanager
 def staged(output: Path) -> Iterator[Path]:
     """A path to write a file or a folder to, which takes the place of ``output`` at the end.
@@ -92,8 +108,11 @@ def staged(output: Path) -> Iterator[Path]:
     one is put aside, the new one renamed into place, and the old one removed.
     """
     output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        workspace = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(output)) from error
     try:
         place = workspace / output.name
         try:
