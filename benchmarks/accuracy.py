@@ -68,7 +68,7 @@ def prepare(
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts, _ = python_docs.split()
+    texts = python_docs.split()["python_train"]
     samples = [Sample("\n\n".join(texts[i : i + 3]), None) for i in range(0, 48, 3)]
     data = batches(samples, tokenizer, max_length=128, batch_size=4)
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")

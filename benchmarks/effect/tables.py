@@ -119,12 +119,15 @@ def tuned(
         full = {rate: of for rate, of in rates.items() if len(of) == most}
         means = {rate: sum(r.reached for r in of.values()) / most for rate, of in full.items()}
         rate = min(means, key=lambda r: (means[r], r))
-        # How much worse each other rate is: by all seeds, or by seed 0 where it has no more.
-        worse = {r: of[0].reached / full[rate][0].reached for r, of in rates.items() if 0 in of}
-        worse |= {r: mean / means[rate] for r, mean in means.items()}
-        sides = [worse.get(step(rate, side), math.nan) for side in (-1, 1)]
-        near = [r for r, by_best in worse.items() if by_best <= _EQUAL]
-        inside = all(side >= 1 for side in sides)
+        # Each rate's loss and the best one's: over all seeds, or of seed 0 where it has no more.
+        both = {rate: (means[rate], means[rate])}
+        if 0 in full[rate]:
+            own = full[rate][0].reached
+            both |= {r: (of[0].reached, own) for r, of in rates.items() if 0 in of}
+        both |= {r: (mean, means[rate]) for r, mean in means.items()}
+        sides = [both.get(step(rate, side), (math.nan, math.nan)) for side in (-1, 1)]
+        inside = all(its >= best for its, best in sides)
+        near = [r for r, (its, best) in both.items() if its - best <= (_EQUAL - 1) * abs(best)]
         found[variant] = Tuned(variant, rate, inside, max(near) / min(near), full)
     return found
 

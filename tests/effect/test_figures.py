@@ -172,10 +172,10 @@ def test_points_are_less_lora_at_the_same_rank():
 
 def test_points_by_samples_are_less_lora_of_the_first_round():
     found = points(swept(), "a", BY_SAMPLES, samples=SAMPLE_COUNTS)
-    assert {(p.start[:5], p.samples) for p in found} == {
-        (v[0][:5], count) for v in BY_SAMPLES for count in SAMPLE_COUNTS
+    assert {(p.start, p.samples) for p in found} == {
+        (label(v), count) for v in BY_SAMPLES for count in SAMPLE_COUNTS
     }
-    (every,) = [p for p in found if p.samples == ALL and p.start.startswith("filet")]
+    (every,) = [p for p in found if p.samples == ALL and p.start == label(BY_SAMPLES[0])]
     assert every.loss == pytest.approx(0.005)
     assert every.difference == pytest.approx(0.005 - (10 / 32 + 0.005))
     assert points([r for r in swept() if r.method != "lora"], "a", BY_SAMPLES)[0].pairs == 0
