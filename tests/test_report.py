@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from disk import files_up_to
 from filet.report.modules import ModuleReport
 from filet.report.names import REPORT_FILE
-from filet.report.plot import log10_energies, log_range, panels_of
+from filet.report.plot import log10_energies, log_range, panels_of, ticks_of
 from filet.report.report import FiletReport
 from filet.report.table import count
 
@@ -222,6 +223,31 @@ def test_zero_energies_lie_below_all_others() -> None:
     assert axis.bottom < axis.floor < -9.0 < -3.0 < axis.top
     values = log10_energies(module.energies, axis.floor)
     assert values.tolist() == pytest.approx([axis.floor, -9.0, -3.0])
+
+
+@pytest.mark.parametrize(
+    ("energies", "expected"),
+    [
+        ([1e-9, 1e-3], ["$10^{-8}$", "$10^{-6}$", "$10^{-4}$"]),
+        ([0.0, 1e-9, 1e-3], ["0", "$10^{-8}$", "$10^{-6}$", "$10^{-4}$"]),
+        ([0.4, 50.0], ["$10^{0}$", "$10^{1}$"]),
+        ([1.2, 2.9], ["2", "3"]),  # eigenvalues of a task against what is kept
+        ([1.2, 6.0], ["2", "5"]),
+        ([1.4e-7, 8e-7], ["$2\\cdot 10^{-7}$", "$5\\cdot 10^{-7}$"]),
+        ([1.23, 1.23], ["1.2", "1.3"]),
+        ([1230.0, 1230.0], ["1200", "1300"]),
+    ],
+)
+def test_the_axis_has_two_numbers_at_least(energies: list[float], expected: list[str]) -> None:
+    values = torch.tensor(energies, dtype=torch.float64)
+    axis = log_range([make_module("fc", (3, len(energies)), 1, energies=values)])
+    places, labels = ticks_of(axis)
+    assert labels == expected
+    for place, label in zip(places, labels, strict=True):
+        assert axis.bottom <= place <= axis.top
+        power = label.strip("$").replace("\\cdot 10^{", "e").replace("10^{", "1e").strip("}")
+        value = float(power)
+        assert place == pytest.approx(math.log10(value) if value else axis.floor)
 
 
 def test_panels_group_by_kind() -> None:

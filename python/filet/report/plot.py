@@ -9,6 +9,7 @@ positive one.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ __all__ = [
     "log_range",
     "panels_of",
     "picture",
+    "ticks_of",
 ]
 
 _TITLE = "FILet: sensitivity of the loss to each direction"
@@ -178,6 +180,35 @@ def log_range(modules: Sequence[ModuleReport]) -> LogRange:
     return LogRange(floor, bottom, high + 0.04 * span, has_zero)
 
 
+def ticks_of(limits: LogRange) -> tuple[list[float], list[str]]:
+    """Places and labels of the axis: whole decades, or between them where fewer than two are seen.
+
+    Zero has its own.
+    """
+    zero = limits.floor if limits.has_zero else None
+    lowest = limits.bottom if zero is None else zero + 0.05 * (limits.top - limits.bottom)
+    decades = range(math.floor(limits.bottom), math.floor(limits.top) + 1)
+    step = max(1, -(-(len(decades) - 1) // 6))
+    places: list[float] = []
+    labels: list[str] = []
+    for digits in ((10,), (10, 20, 50), range(10, 100, 10), range(10, 100)):
+        found = [(k, d / 10) for k in decades if k % step == 0 for d in digits]
+        seen = [(k, d) for k, d in found if lowest <= k + math.log10(d) <= limits.top]
+        places = [k + math.log10(d) for k, d in seen]
+        labels = [_power(k, d, whole=len(digits) == 1) for k, d in seen]
+        if len(places) > 1:
+            break
+    return (places, labels) if zero is None else ([zero, *places], ["0", *labels])
+
+
+def _power(decade: int, digits: float, whole: bool) -> str:
+    if whole:
+        return f"$10^{{{decade}}}$"
+    if -3 <= decade <= 3:
+        return f"{digits * 10.0**decade:.6g}"
+    return f"${digits:g}\\cdot 10^{{{decade}}}$"
+
+
 def log10_energies(energies: torch.Tensor, floor: float) -> torch.Tensor:
     """log10 of the finite energies, zeros at ``floor``."""
     finite = energies[torch.isfinite(energies)].double()
@@ -218,7 +249,7 @@ def _draw_panels(
         axes.set_ylim(limits.bottom, limits.top)
         if index + layout.columns >= len(panels):
             axes.set_xlabel(panels[index].x_label, fontsize=8.5, color=_INK)
-    _label_decades(grid[0][0], limits)
+    grid[0][0].set_yticks(*ticks_of(limits))
     for axes in grid[:, 0]:
         axes.set_ylabel(label, fontsize=8.5, color=_INK)
 
@@ -307,23 +338,6 @@ def _draw_axes(axes: Axes, panel: Panel) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(_GRID)
-
-
-def _label_decades(axes: Axes, limits: LogRange) -> None:
-    """Ticks at whole decades of an axis that is linear in log10; zero gets its own."""
-    bottom, top = limits.bottom, limits.top
-    zero = limits.floor if limits.has_zero else None
-    first, last = int(-(-bottom // 1)), int(top // 1)
-    step = max(1, -(-(last - first + 1) // 6))
-    ticks = [
-        float(decade)
-        for decade in range(first, last + 1)
-        if decade % step == 0 and (zero is None or decade - zero > 0.05 * (top - bottom))
-    ]
-    labels = [f"$10^{{{int(decade)}}}$" for decade in ticks]
-    if zero is not None:
-        ticks, labels = [zero, *ticks], ["0", *labels]
-    axes.set_yticks(ticks, labels)
 
 
 def _draw_title(figure: Figure, layout: _Layout, title: str, caption: str) -> None:
