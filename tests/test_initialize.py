@@ -364,6 +364,7 @@ def test_invalid_config() -> None:
         {"gamma": float("inf")},
         {"gamma": float("nan")},
         {"gamma": "1/3"},
+        {"gamma": 1e11},
         {"gamma": True},
         {"damping": True},
         {"orthogonal": 1},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
@@ -30,6 +29,9 @@ Start = Literal["zero", "untouched"]
 Fisher = Literal["empirical", "sampled"]
 
 LossReduction = Literal["auto", "mean", "sum"]
+
+
+_LARGEST = 1e6  # of γ: with it a row of length √(γ r) still fits float16
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,8 @@ class FiletConfig:
         for name in ("damping", "gamma"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 < value < math.inf:
-                raise ValueError(f"{name}={value!r}; expected a positive number")
+            if not number or not 0 < value <= _LARGEST:
+                raise ValueError(f"{name}={value!r}; expected a positive number, at most 1e6")
         if self.normalization != "relative" and self.gamma != type(self).gamma:
             raise ValueError(
                 f"gamma={self.gamma!r} has no effect with normalization={self.normalization!r}; "
