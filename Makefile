@@ -11,7 +11,7 @@ BENCH_ARGS ?=
 SMALL := build/effect-small
 SMALL_ARGS := --data $(SMALL)/data --round given --tasks python --samples 32 --seeds 2 --scales 1 \
     --methods lora pissa filet-M-orthogonal.fisher.relative.zero filet-keep.d0.01 \
-    --steps 16 --batch-size 1 --members 6
+    --steps 12 --batch-size 1 --members 6
 FILET_ARGS ?=
 KEEP_ARGS ?=
 VENV := .venv
@@ -81,7 +81,7 @@ bench-blockwise: $(INSTALLED)  ## a block of Llama-3-70B, in and out of a GPU
 
 bench-effect: $(INSTALLED) $(MODEL)  ## compare starts; with BENCH_ARGS on other data, on a GPU
 ifeq ($(strip $(BENCH_ARGS)),)
-	$(BIN)/python examples/python_docs.py $(SMALL)/data --characters 240 --held-out 12
+	$(BIN)/python examples/python_docs.py $(SMALL)/data --characters 240 --held-out 8
 	$(BIN)/python benchmarks/effect/run.py --model $(FILET_SMOLLM2) --output $(SMALL) $(SMALL_ARGS)
 	$(BIN)/python benchmarks/effect/tables.py $(SMALL) --seeds 2 --samples 32
 else
