@@ -199,21 +199,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=5, help="what the second table asks for")
     parser.add_argument("--samples", type=int, default=320, help="that starts have looked at")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     records = at(read(options.folder), samples=options.samples)
     for task in dict.fromkeys(record.task for record in records):
-        found = tuned(records, task)
+        found = tuned(records, task, samples=options.samples)
         print(f"\n## {task}: at least {options.seeds} paired seeds\n")
         print(table(_PAIRED, compared(found, options.seeds)))
         header, *rest = forms_against(found, options.seeds)
-        print(f"\n## {task}: the library's forms less each other start\n")
-        print(table(header, rest))
-        first = tuned([r for r in records if r.seed == 0], task)
+        if header[1:]:
+            print(f"\n## {task}: the library's forms less each other start\n")
+            print(table(header, rest))
+        first = tuned([r for r in records if r.seed == 0], task, samples=options.samples)
         print(f"\n## {task}: one seed, every rate\n")
         print(table(_FIRST, compared(first)))
 

@@ -12,7 +12,7 @@ from scipy.stats import ttest_rel
 
 from effect.plan import CONTROLS, FIRST, SCALES, best, first_round, given_round, second_round, step
 from effect.records import Record, Run, append, read
-from effect.tables import compared, paired, tuned
+from effect.tables import compared, main, paired, tuned
 from effect.tasks import causal_task, order
 from effect.train import Member
 from effect.workers import chunks, subtracts, trained
@@ -220,3 +220,14 @@ def test_a_text_has_labels_everywhere_and_a_prompt_has_none(tmp_path):
     for (ids, labels), labelled in ((task.train[0], 5), (task.test[0], 2), (task.general[0], 5)):
         expected = torch.where(torch.arange(len(ids)) < len(ids) - labelled, -100, ids)
         assert torch.equal(labels, expected) and len(ids) == (5 if labelled == 5 else 6)
+
+
+def test_tables_of_another_number_of_samples_are_not_empty(tmp_path, capsys):
+    runs = [Run("task", Member("lora", 1e-3, seed=s), samples=32) for s in (0, 1)]
+    append(tmp_path / "a.csv", [record(run, 1.5 + run.member.seed) for run in runs])
+    main([str(tmp_path), "--seeds", "2", "--samples", "32"])
+    printed = capsys.readouterr().out
+    assert (
+        "| lora | 0.001 (edge) | 2.0000 |" in printed
+        and "| lora | 0.001 (edge) | 1.5000 |" in printed
+    )
