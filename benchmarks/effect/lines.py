@@ -13,13 +13,16 @@ __all__ = ["read_lines", "write_lines"]
 T = TypeVar("T")
 
 
-def write_lines(path: Path, kind: type[Any], lines: Iterable[Any]) -> None:
-    """A file of ``lines``, all of one dataclass, in place of what is there."""
+def write_lines(path: Path, kind: type[Any], lines: Iterable[Any], *, add: bool = False) -> None:
+    """A file of ``lines``, all of one dataclass, in place of what is there, or after it."""
+    rows = [asdict(line) for line in lines]
+    new = not (add and path.exists())
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w" if new else "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(kind)])
-        writer.writeheader()
-        writer.writerows(asdict(line) for line in lines)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_lines(path: Path, kind: type[T]) -> list[T]:

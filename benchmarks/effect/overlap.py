@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
+from effect.bench import Bench
 from effect.inits import START
 from effect.lines import write_lines
 from effect.records import RANK, SAMPLES, Run
-from effect.run import Bench
 from effect.start import Start
 from effect.train import Member, Recipe
 

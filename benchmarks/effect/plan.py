@@ -16,7 +16,9 @@ from effect.train import Member
 
 __all__ = [
     "CONTROLS",
+    "DEFAULT",
     "FIRST",
+    "KEEP",
     "RATES",
     "SCALES",
     "SECOND",
@@ -63,6 +65,9 @@ CONTROLS: tuple[Variant, ...] = (
     ("lora", 1.0, 1.0, 0.3),
     ("lora", 4.0, 1.0, 0.3),
 )
+# What the library does by default, without and with keep=.
+DEFAULT: Variant = ("filet-M-orthogonal.fisher.relative.zero", 2.0, 1.0, 0.0)
+KEEP: Variant = ("filet-keep.d0.01", 2.0, 1.0, 0.0)
 # What the second round compares, each at the better of its two magnitudes in the first on GSM8K.
 SECOND: tuple[Variant, ...] = (
     ("lora", 1.0, 1.0, 0.0),
@@ -72,9 +77,9 @@ SECOND: tuple[Variant, ...] = (
     ("pissa", 2.0, 1.0, 0.0),
     ("milora", 1.0, 1.0, 0.0),
     ("olora", 1.0, 1.0, 0.0),
-    ("filet-keep.d0.01", 2.0, 1.0, 0.0),
+    KEEP,
     ("filet-M.fisher.relative.zero", 2.0, 1.0, 0.0),
-    ("filet-M-orthogonal.fisher.relative.zero", 2.0, 1.0, 0.0),
+    DEFAULT,
     ("filet-M.fisher.relative.untouched", 2.0, 1.0, 0.0),
     ("eva", 1.0, 1.0, 0.0),
     ("lora-ga", 1.0, 1.0, 0.0),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effect.lines import read_lines
+from effect.lines import read_lines, write_lines
 from effect.train import Member
 
 __all__ = ["ALL", "OWN", "RANK", "SAMPLES", "Record", "Run", "Variant", "append", "at", "read"]
@@ -91,10 +90,4 @@ def read(folder: Path) -> list[Record]:
 
 def append(path: Path, records: Iterable[Record]) -> None:
     """Add lines to a file, all of them or none, with the header where it is new."""
-    lines: list[dict[str, Any]] = [asdict(record) for record in records]
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Record)])
-        if new:
-            writer.writeheader()
-        writer.writerows(lines)
+    write_lines(path, Record, records, add=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from effect.groups import GROUPS, KEYS, SCALES
-from effect.plan import best, missing, step
+from effect.plan import DEFAULT, KEEP, best, missing, step
 from effect.records import ALL, OWN, RANK, SAMPLES, Record, Run, Variant
 from effect.train import Member
 
@@ -31,10 +31,7 @@ __all__ = [
 RATED_ON = "gsm8k"  # has the first round, and says around which rate another task begins
 RANKS = (4, 8, 16, 32, 64, 128)
 SAMPLE_COUNTS = (80, 160, 320, 640, ALL)
-BY_SAMPLES: tuple[Variant, ...] = (
-    ("filet-M-orthogonal.fisher.relative.zero", 2.0, 1.0, 0.0),
-    ("filet-keep.d0.01", 2.0, 1.0, 0.0),
-)
+BY_SAMPLES: tuple[Variant, ...] = (DEFAULT, KEEP)
 BY_RANK: tuple[Variant, ...] = (
     ("lora", 1.0, 1.0, 0.0),
     ("pissa", 1.0, 1.0, 0.0),

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called as a scri
 
 from scipy.stats import t as student
 
-from effect.plan import step
+from effect.plan import DEFAULT, KEEP, step
 from effect.records import RANK, SAMPLES, Record, Variant, at, read
 
 __all__ = [
@@ -43,11 +43,7 @@ __all__ = [
 ]
 
 LORA: Variant = ("lora", 1.0, 1.0, 0.0)
-FORMS: tuple[Variant, ...] = (  # what the library does by default, without and with keep=
-    ("filet-M-orthogonal.fisher.relative.zero", 2.0, 1.0, 0.0),
-    ("filet-keep.d0.01", 2.0, 1.0, 0.0),
-    ("filet-keep.d0.01.self", 2.0, 1.0, 0.0),
-)
+FORMS: tuple[Variant, ...] = (DEFAULT, KEEP, ("filet-keep.d0.01.self", *KEEP[1:]))
 _EQUAL = 1.01  # losses over each other that count as equal, as in the band
 
 

@@ -51,9 +51,10 @@ def initialize_lora_filet_weights(
     directions of least Fisher energy E as A, with B = 0:
         A = diag(c_I)^½ Qᵀ,  V̂_I = Q R,  c = γ E / mean(E_I).
     So the adapter is plain LoRA with another A. With ``config.start="untouched"`` it is the paper's
-        A0 = diag(c_I)^½ V̂_Iᵀ,  B0 = Û_I diag(c_I)^½,
-    from which A and B train, the layer being W x + s (B A − B0 A0) x with PEFT's scaling s: the
-    paper's W_res = W − s B0 A0 is left in two parts (:func:`filet.write_residual` joins them).
+        A0 = diag(c_I)^½ V̂_Iᵀ,  B0 = Û_I diag(c_I)^½
+    (with Q for V̂_I unless ``config.orthogonal`` is False), from which A and B train, the layer
+    being W x + s (B A − B0 A0) x with PEFT's scaling s: the paper's W_res = W − s B0 A0 is left in
+    two parts (:func:`filet.write_residual` joins them).
     Either way the model's function stays what it was, and its base weights do, to the bit.
 
     Args:
