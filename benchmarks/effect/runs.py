@@ -91,6 +91,7 @@ def train_population(
             losses = task.losses(population.model, output, labels, len(members), False).means
             extra = penalties(population.layers)
             (losses.sum() if extra is None else (losses + extra).sum()).backward()
+            del extra  # its graph holds parameters: CUDA refuses to capture another shape beside it
             optimizer.step()
             curve.append(losses.detach())
             if step + 1 == max(1, recipe.steps * 2 // 5):

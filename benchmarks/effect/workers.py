@@ -40,13 +40,13 @@ def subtracts(method: str) -> bool:
 def chunks(runs: Sequence[Run], members: int) -> list[list[Run]]:
     """Runs by populations: each of one task, one kind of adapter and start, and of few seeds.
 
-    The first task comes first. Members of one seed see the same batches, which is the least
-    padding.
+    Each is of one number of samples, so that no process has to look at all of them. The first task
+    comes first. Members of one seed see the same batches, which is the least padding.
     """
 
     def kind(run: Run) -> tuple[Any, ...]:
         method = run.member.method
-        return run.task, run.rank, method if method in VARIANTS else subtracts(method)
+        return run.task, run.rank, run.samples, method if method in VARIANTS else subtracts(method)
 
     found = []
     for each in dict.fromkeys(map(kind, runs)):

@@ -252,15 +252,15 @@ def test_a_population_starts_and_starts_again(name):
     population.close()
 
 
-def _trained(method: str, steps: int):
-    """The adapters of one member after so many steps, by layer."""
+def _trained(method: str, steps: int, device: str = "cpu"):
+    """The adapters of one member after so many steps, by layer; the texts are of two lengths."""
     of_text = context("llama")
     generator = torch.Generator().manual_seed(0)
     rows = [(x, x) for x in torch.randint(1, models.VOCAB, (16, 12), generator=generator)]
+    rows += [(x[:5], x[:5]) for x, _ in rows[8:]]
     variant = VARIANTS[method]
-    population = Population(
-        of_text.load().requires_grad_(False), [variant.starts(of_text)], variant.adapter
-    )
+    model = of_text.load().to(device).requires_grad_(False)
+    population = Population(model, [variant.starts(of_text)], variant.adapter)
     recipe = Recipe(steps=steps, batch_size=4, warmup=1)
     train_population(population, CausalTask("t", rows, rows), [Member(method, 1e-2)], recipe)
     adapters = {name: layer.adapter for name, layer in population.layers.items()}
@@ -276,3 +276,11 @@ def test_training_launches_lora_dash_and_adds_kasas_penalty(monkeypatch):
     without = _trained("kasa", 2)
     for name, adapter in with_it.items():
         assert not torch.equal(adapter.lora.A, without[name].lora.A)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_batches_of_another_length_are_captured_while_training(name):
+    for layer, adapter in _trained(name, 6, "cuda").items():
+        for group in adapter.groups.values():
+            assert all(bool(p.isfinite().all()) for p in group), layer

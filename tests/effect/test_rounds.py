@@ -138,6 +138,8 @@ def test_a_population_is_of_one_kind_of_start_and_task():
     assert kinds == 2 * [{False}, {False}, {True}]
     assert [r.member.seed for r in found[0]] == [0, 0, 0, 1, 1]
     assert sorted(map(repr, runs)) == sorted(repr(r) for chunk in found for r in chunk)
+    looked = [Run("a", Member("filet-M.x.zero", 1e-3), samples=n) for n in (80, 160, 80)]
+    assert chunks(looked, 5) == [looked[::2], looked[1:2]]
 
 
 class Trainer:
