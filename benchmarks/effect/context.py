@@ -96,8 +96,8 @@ class Context:
 
     @cached_property
     def statistics(self) -> Statistics:
-        """The library's statistics of :attr:`batches`, all of them."""
-        return self._collected(None)
+        """The library's statistics of all :attr:`batches`, with those of :attr:`keep` if any."""
+        return self.kept_statistics(own_text=False) if self.keep else self._collected(None)
 
     def kept_statistics(self, own_text: bool) -> Statistics:
         """And of :attr:`keep`, or of text drawn from the model itself."""

@@ -33,6 +33,7 @@ __all__ = [
     "LORA",
     "Interval",
     "Tuned",
+    "at_magnitudes",
     "compared",
     "forms_against",
     "label",
@@ -190,6 +191,20 @@ def forms_against(found: dict[Variant, Tuned], least: int) -> list[list[str]]:
     return rows
 
 
+def at_magnitudes(found: dict[Variant, Tuned], least: int) -> list[list[str]]:
+    """A header, and for each magnitude the methods of :data:`FORMS` less LoRA of it."""
+    enough = {variant: one for variant, one in found.items() if len(one.seeds) >= least}
+    rows = [["magnitude", *(f"{form[0]}: {key}" for form in FORMS for key in _MEASURES)]]
+    for scale in sorted({variant[1] for variant in enough}):
+        lora = enough.get(("lora", scale, 1.0, 0.0))
+        ours = [enough.get((form[0], scale, 1.0, 0.0)) for form in FORMS]
+        if lora is not None and any(ours):
+            pairs = [(one, key) for one in ours for key in _MEASURES]
+            cells = [str(paired(one, lora, key)) if one else "–" for one, key in pairs]
+            rows.append([f"×{scale:g}", *cells])
+    return rows
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -209,6 +224,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         header, *rest = forms_against(found, options.seeds)
         if header[1:]:
             print(f"\n## {task}: the library's forms less each other start\n")
+            print(table(header, rest))
+        header, *rest = at_magnitudes(found, options.seeds)
+        if rest:
+            print(f"\n## {task}: the library's forms less LoRA of the same magnitude\n")
             print(table(header, rest))
         first = tuned([r for r in records if r.seed == 0], task, samples=options.samples)
         print(f"\n## {task}: one seed, every rate\n")

@@ -12,7 +12,7 @@ from scipy.stats import ttest_rel
 
 from effect.plan import CONTROLS, FIRST, SCALES, best, first_round, given_round, second_round, step
 from effect.records import Record, Run, append, read
-from effect.tables import compared, main, paired, tuned
+from effect.tables import FORMS, at_magnitudes, compared, main, paired, tuned
 from effect.tasks import causal_task, order
 from effect.train import Member
 from effect.workers import chunks, subtracts, trained
@@ -124,6 +124,21 @@ def test_intervals_are_those_of_a_paired_test():
     assert interval.mean + interval.half == pytest.approx(truth.high)
     rows = compared(found, 5)
     assert {row[0] for row in rows} == {"lora", "pissa"} and all("edge" in row[1] for row in rows)
+
+
+def test_forms_stand_beside_lora_of_their_own_magnitude():
+    method = FORMS[0][0]
+    losses = {("lora", 2.0): (3.0, 4.0), (method, 2.0): (2.5, 3.5), (method, 4.0): (1.0, 1.0)}
+    records = [
+        record(Run("task", Member(name, 1e-3, scale, seed=seed)), loss)
+        for (name, scale), of in losses.items()
+        for seed, loss in enumerate(of)
+    ]
+    header, *rows = at_magnitudes(tuned(records, "task"), 2)
+    assert header[1:3] == [f"{method}: loss", f"{method}: general"]
+    assert [row[0] for row in rows] == ["×2"]  # there is no LoRA ×4
+    assert rows[0][1] == "-0.5000 ± 0.0000" and rows[0][3] == "–"
+    assert at_magnitudes(tuned(records, "task"), 3) == [header]
 
 
 def test_a_population_is_of_one_kind_of_start_and_task():
