@@ -35,7 +35,11 @@ class BertMeanForSequenceClassification(BertPreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
     ) -> SequenceClassifierOutput:
-        hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+        # Of two dimensions, transformers would look at its values, to leave out one of ones alone:
+        # a graph that is captured on a GPU cannot wait for them.
+        unseen = (1 - attention_mask)[:, None, None].to(self.dtype) * torch.finfo(self.dtype).min
+        unseen = unseen.expand(-1, 1, input_ids.shape[1], -1)
+        hidden = self.bert(input_ids, attention_mask=unseen).last_hidden_state
         mask = attention_mask.unsqueeze(2)
         mean = (hidden.float() * mask).sum(1) / mask.sum(1)
         logits = self.classifier(mean.to(hidden.dtype))

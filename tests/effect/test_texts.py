@@ -113,6 +113,13 @@ def test_a_gpu_gets_few_lengths_and_padding_changes_nothing(bench, folders):
             assert torch.allclose(row, logits_of(model, ids)[0], atol=1e-5)
 
 
+def test_no_value_is_waited_for(bench):
+    """Tensors without values go through: so they do while a graph is captured."""
+    task, model = bench.task("a"), copy.deepcopy(bench.kind.model).to("meta")
+    inputs, _ = task.batch(task.test, torch.device("meta"))
+    assert task.run(model, inputs).shape == (10, 48)
+
+
 def test_a_task_is_one_data_set_and_forgets_the_others(bench):
     assert type(bench.kind) is ClassKind and type(bench.kind.form) is Texts
     task = bench.task("a")
