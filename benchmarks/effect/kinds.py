@@ -1,28 +1,26 @@
 """Kinds of models: what a folder holds, what of it is adapted, and how its tasks are read.
 
-All that differs between a language model and one of images is here; :func:`kind_of` tells which.
+All that differs between a language model and a classifier is here; :func:`kind_of` tells which.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from effect.image_task import ClassTask, pixels, read_images
-from effect.tasks import CausalTask, Row, Task, causal_task
+from effect.class_task import ClassTask, Form
+from effect.images import Images
+from effect.tasks import CausalTask, Row, Task, causal_task, length_multiple, token_mask
+from effect.texts import Texts
 
-__all__ = ["CausalKind", "ImageKind", "Kind", "kind_of"]
+__all__ = ["CausalKind", "ClassKind", "Kind", "kind_of"]
 
 OPTIONS = {
     "boolq": ("true", "false"),
@@ -30,7 +28,7 @@ OPTIONS = {
         ("arc_easy", "arc_challenge", "openbookqa"), ("answer1", "answer2", "answer3", "answer4")
     ),
 }
-TESTS, GENERALS, KEEPS = 1000, 500, 1000  # images
+TESTS, GENERALS, KEEPS = 1000, 500, 1000  # samples of a classifier's
 
 
 class Kind(Protocol):
@@ -83,7 +81,7 @@ class CausalKind:
             options=OPTIONS.get(name, ()),
             tests=512 if name in OPTIONS else 256,
         )
-        task.multiple = 32 if self.device.type == "cuda" else 1
+        task.multiple = length_multiple(self.device)
         return task
 
     def _file(self, name: str) -> Path:
@@ -94,23 +92,25 @@ class CausalKind:
 
     def batch(self, task: Task, rows: Sequence[Row]) -> dict[str, Tensor]:
         inputs, labels = task.batch(rows, self.device)
-        lengths = torch.tensor([len(ids) for ids, _ in rows]).unsqueeze(1)
-        mask = (torch.arange(labels.shape[1]) < lengths).long()
+        mask = token_mask([ids for ids, _ in rows], labels.shape[1])
         rest = {"attention_mask": mask.to(self.device), "labels": labels.to(self.device)}
         return {**inputs, **rest}
 
 
-class ImageKind:
-    """An image classifier whose classes are those of several data sets, "SET/CLASS" in id2label.
+class ClassKind:
+    """A classifier whose classes are those of several data sets, "SET/CLASS" in id2label.
 
-    A task is one of them by its name, TASK_train.npz and TASK_test.npz (see
-    :func:`effect.image_task.read_images`). What may be forgotten are the others' test images, told
-    apart by their own classes; what is kept are their training images. The head is frozen.
+    A task is one of them by its name, TASK_train.npz and TASK_test.npz, as the form reads them.
+    What may be forgotten are the others' test samples, told apart by their own classes; what is
+    kept are their training samples. The head is frozen.
     """
 
-    def __init__(self, folder: Path, data: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, form: type[Form], folder: Path, data: Path, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.data, self.device = data, device
-        base = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32)
+        base = form.loads.from_pretrained(folder, dtype=torch.float32)
+        self.form = form(base.config, device)
         self.base = base.to(device).requires_grad_(False).eval()
         self.head = base.classifier
         self.targets = [
@@ -144,6 +144,7 @@ class ImageKind:
         others = [other for other in self.sets if other != name]
         return ClassTask(
             name,
+            self.form,
             self._rows(name, "train", None),
             self._rows(name, "test", TESTS),
             [row for other in others for row in self._rows(other, "test", GENERALS)],
@@ -153,18 +154,19 @@ class ImageKind:
         )
 
     def _rows(self, name: str, part: str, limit: int | None) -> list[Row]:
-        return read_images(self.data / f"{name}_{part}.npz", limit, self.firsts[name])
+        rows, first = self.form.read(self.data / f"{name}_{part}.npz", limit), self.firsts[name]
+        return [(sample, label + first) for sample, label in rows]
 
     def batch(self, task: Task, rows: Sequence[Row]) -> dict[str, Tensor]:
         inputs, labels = task.batch(rows, self.device)
-        images = pixels(inputs["images"], self.base.config.image_size)
-        first = self.firsts[task.name]
-        return {"pixel_values": images, "labels": (labels - first).to(self.device)}
+        own = (labels - self.firsts[task.name]).to(self.device)
+        return {**self.form.arguments(inputs), "labels": own}
 
 
-_KINDS: dict[str, type[CausalKind] | type[ImageKind]] = {
+_KINDS: dict[str, Callable[[Path, Path, torch.device, torch.dtype], Kind]] = {
     "ForCausalLM": CausalKind,
-    "ForImageClassification": ImageKind,
+    "ForImageClassification": partial(ClassKind, Images),
+    Texts.loads.__name__: partial(ClassKind, Texts),
 }
 
 

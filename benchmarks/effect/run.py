@@ -3,8 +3,8 @@
     python benchmarks/effect/run.py --model DIR --data DIR --output FOLDER --round first
 
 Stopped and called again, it goes on where it was: the files in the folder are all it knows. Every
-GPU has a process of its own. The model is a causal language model or an image classifier of several
-data sets; vit.py makes one.
+GPU has a process of its own. The model is a causal language model, or a classifier of several data
+sets of images or texts; vit.py and minilm.py make one of each.
 """
 
 from __future__ import annotations

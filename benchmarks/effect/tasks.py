@@ -18,7 +18,16 @@ from filet.data.samples import Sample, read_samples
 from filet.data.tokens import encode
 from filet.model.batch import IGNORED
 
-__all__ = ["CausalTask", "Row", "Task", "causal_task", "order"]
+__all__ = [
+    "CausalTask",
+    "Row",
+    "Task",
+    "causal_task",
+    "length_multiple",
+    "order",
+    "padded",
+    "token_mask",
+]
 
 Row = tuple[Tensor, Tensor]  # of one sample: what the model gets, and its labels
 
@@ -52,6 +61,23 @@ class Task(Protocol):
         ...
 
 
+def length_multiple(device: torch.device) -> int:
+    """Of which the lengths of batches are: few lengths, for each is captured once on a GPU."""
+    return 32 if device.type == "cuda" else 1
+
+
+def padded(sequences: Sequence[Tensor], multiple: int, value: int) -> Tensor:
+    """(N, L) with ``value`` on the right, L the least multiple that has room for the longest."""
+    whole = pad_sequence(list(sequences), True, value)
+    return F.pad(whole, (0, -whole.shape[1] % multiple), value=value)
+
+
+def token_mask(sequences: Sequence[Tensor], length: int) -> Tensor:
+    """(N, length) int64: 1 at the tokens of each sequence, 0 at what :func:`padded` adds."""
+    lengths = torch.tensor([len(one) for one in sequences]).unsqueeze(1)
+    return (torch.arange(length) < lengths).long()
+
+
 @dataclass
 class CausalTask:
     """Answers to be predicted, whose prompt has no labels; or texts.
@@ -74,14 +100,8 @@ class CausalTask:
     multiple: int = 1
 
     def batch(self, rows: Sequence[Row], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-        # Few lengths: each is captured once.
-        longest = max(len(ids) for ids, _ in rows)
-        room = -longest % self.multiple
-        ids = F.pad(
-            pad_sequence([ids for ids, _ in rows], True, self.pad), (0, room), value=self.pad
-        )
-        labels = pad_sequence([labels for _, labels in rows], True, IGNORED)
-        labels = F.pad(labels, (0, room), value=IGNORED)
+        ids = padded([ids for ids, _ in rows], self.multiple, self.pad)
+        labels = padded([labels for _, labels in rows], self.multiple, IGNORED)
         return {"input_ids": ids.to(device, non_blocking=True)}, labels
 
     def run(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called as a script
@@ -22,18 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called as a scri
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForImageClassification, Dinov2Config
+from transformers import Dinov2Config
 
-from effect.image_task import pixels
+from effect.probe import write_folder
 
-__all__ = ["digits", "features", "fit_probe", "idx", "resized_positions", "write_model"]
+__all__ = ["digits", "idx", "resized_positions"]
 
 SIDE = 112  # of an image in pixels: 8 × 8 patches
 TRAIN, TEST = 6000, 1000  # rows, of the digits what there is
 PROBE = 1500  # of those to learn from: most have not been seen by the probe
-_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 _PREFIX = "backbone."
 _IDX = ("images-idx3", "labels-idx1")
 
@@ -94,88 +92,6 @@ def backbone(path: Path) -> dict[str, Tensor]:
     return found
 
 
-@torch.no_grad()
-def features(model: torch.nn.Module, images: Tensor, batch_size: int = 100) -> Tensor:
-    """What the classifier gets, (N, d) float64. The model's is :class:`torch.nn.Identity`."""
-    side = model.config.image_size
-    parts = [model(pixel_values=pixels(part, side)).logits for part in images.split(batch_size)]
-    return torch.cat(parts).double()
-
-
-def _fitted(x: Tensor, labels: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:
-    """Of mean cross-entropy + penalty / 2 ‖W‖², the minimum by L-BFGS from 0.
-
-    W = V L⁻¹, L Lᵀ = cov(x) / classes + penalty: V's curvature is about 1 in all directions, which
-    takes tens of steps where W takes thousands.
-    """
-    eye = torch.eye(x.shape[1], dtype=x.dtype)
-    L = torch.linalg.cholesky(x.T.cov(correction=0) / classes + penalty * eye)
-    inverse = torch.linalg.solve_triangular(L, eye, upper=False)
-    rows = x @ inverse.T
-    V = x.new_zeros(classes, x.shape[1], requires_grad=True)
-    b = x.new_zeros(classes, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [V, b],
-        max_iter=1000,
-        tolerance_grad=1e-7,
-        tolerance_change=0,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        solver.zero_grad()
-        loss = F.cross_entropy(F.linear(rows, V, b), labels)
-        loss = loss + penalty / 2 * (V @ inverse).square().sum()
-        loss.backward()
-        return loss
-
-    solver.step(closure)
-    return V.detach() @ inverse, b.detach()
-
-
-def fit_probe(x: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression: W (classes, d) and b for features (N, d) float64.
-
-    The penalty is of weights for features of unit variance, and that of the least loss on the last
-    fifth of the rows when fitted to the others; then all rows are fitted.
-    """
-    mean, spread = x.mean(0), x.std(0)
-    z, cut, labels = (x - mean) / spread, len(x) * 4 // 5, labels.long()
-
-    def held_out(penalty: float) -> float:
-        W, b = _fitted(z[:cut], labels[:cut], classes, penalty)
-        return float(F.cross_entropy(F.linear(z[cut:], W, b), labels[cut:]))
-
-    W, b = _fitted(z, labels, classes, min(_PENALTIES, key=held_out))
-    return W / spread, b - W @ (mean / spread)
-
-
-def write_model(folder: Path, weights: Mapping[str, Tensor], sets: Sequence[str]) -> None:
-    """A folder of ``Dinov2ForImageClassification``, bfloat16, its classifier float32.
-
-    The classifier has ten classes of each of ``sets``, "SET/0" to "SET/9".
-    """
-    labels = [f"{name}/{digit}" for name in sets for digit in range(10)]
-    config = Dinov2Config(
-        hidden_size=384,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        patch_size=14,
-        image_size=SIDE,
-        id2label=dict(enumerate(labels)),
-        label2id={label: number for number, label in enumerate(labels)},
-        architectures=["Dinov2ForImageClassification"],
-    )
-    config.save_pretrained(folder)
-    kept = {n: t if n.startswith("classifier.") else t.bfloat16() for n, t in weights.items()}
-    save_file(
-        {n: t.contiguous() for n, t in kept.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--onnx", type=Path, required=True, help="vit_s_focus.onnx")
@@ -187,35 +103,38 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
-    folder, data = options.output / "model", options.output / "data"
-    folder.mkdir(parents=True, exist_ok=True)
-    data.mkdir(exist_ok=True)
+    data = options.output / "data"
+    data.mkdir(parents=True, exist_ok=True)
     fashion = [
         tuple(idx(options.fashion / f"{part}-{what}-ubyte.gz")[:count] for what in _IDX)
         for part, count in (("train", TRAIN), ("t10k", TEST))
     ]
     sets = {"fashion_mnist": fashion, "mnist": digits(options.digits, TEST)}
+    for name, parts in sets.items():
+        for part, (images, labels) in zip(("train", "test"), parts, strict=True):
+            file = data / f"{name}_{part}.npz"
+            np.savez_compressed(file, images=images.numpy(), labels=labels.numpy())
     weights = {f"dinov2.{name}": tensor for name, tensor in backbone(options.onnx).items()}
     positions = "dinov2.embeddings.position_embeddings"
     weights[positions] = resized_positions(weights[positions], SIDE // 14)
-    d = 2 * weights[positions].shape[-1]
-    weights["classifier.weight"] = torch.zeros(10 * len(sets), d)
-    weights["classifier.bias"] = torch.zeros(10 * len(sets))
-    write_model(folder, weights, list(sets))
-    # Fitted to what the rounded weights make of the images.
-    model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    model.classifier = torch.nn.Identity()
-    for number, (name, (train, test)) in enumerate(sets.items()):
-        for part, (images, labels) in (("train", train), ("test", test)):
-            file = data / f"{name}_{part}.npz"
-            np.savez_compressed(file, images=images.numpy(), labels=labels.numpy())
-        W, b = fit_probe(features(model, train[0][:PROBE]), train[1][:PROBE], 10)
-        own = slice(10 * number, 10 * number + 10)
-        weights["classifier.weight"][own], weights["classifier.bias"][own] = W, b
-        logits, labels = F.linear(features(model, test[0]), W, b), test[1].long()
-        right, loss = (logits.argmax(1) == labels).double().mean(), F.cross_entropy(logits, labels)
-        print(f"{name}: {len(labels)} test rows, loss {loss:.4f}, accuracy {right:.4f}")
-    write_model(folder, weights, list(sets))
+    config = Dinov2Config(
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        patch_size=14,
+        image_size=SIDE,
+        architectures=["Dinov2ForImageClassification"],
+    )
+    classes = [f"{name}/{digit}" for name in sets for digit in range(10)]
+    write_folder(
+        options.output,
+        config,
+        weights,
+        classes,
+        width=2 * config.hidden_size,
+        dtype=torch.bfloat16,
+        count=PROBE,
+    )
 
 
 if __name__ == "__main__":

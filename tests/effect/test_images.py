@@ -10,27 +10,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from classifiers import MEMBERS, RANK, RECIPE, alone, start_of
 from torch import nn
 from transformers import Dinov2Config, Dinov2ForImageClassification
 
 from effect import run as script
 from effect.bench import Bench
-from effect.image_task import pixels
-from effect.kinds import ImageKind, kind_of
+from effect.images import Images, pixels
+from effect.kinds import ClassKind, kind_of
 from effect.loss import class_losses
 from effect.plan import FIRST
 from effect.population import Population
 from effect.records import Run, read
 from effect.runs import evaluate, train_population
-from effect.start import Start
 from effect.tasks import order
 from effect.train import Member, Recipe
-from effect.vit import digits, fit_probe, idx, resized_positions
+from effect.vit import digits, idx, resized_positions
 from models import case, randomised
 
 CPU = torch.device("cpu")
-CLASSES, RANK, SIDE = 3, 4, 6
+CLASSES, SIDE = 3, 6
 
 
 def images(seed: int, count: int):
@@ -172,55 +171,20 @@ def test_every_start_of_the_first_round_takes_images(bench, method, one_thread):
     assert torch.allclose(found, truth.repeat(2, 1), atol=1e-4)
 
 
-RECIPE = Recipe(steps=20, batch_size=8, warmup=3)
-MEMBERS = [Member("lora", 1e-2), Member("pissa", 3e-3, decay=0.3), Member("lora", 3e-3, seed=1)]
-
-
-def adapted(bench, member):
-    torch.manual_seed(member.seed)
-    init = True if member.method == "lora" else member.method
-    targets = list(bench.kind.targets)
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, init_lora_weights=init)
-    return get_peft_model(bench.kind.load("b"), config)
-
-
-def start_of(bench, member):
-    found = {}
-    for name, layer in adapted(bench, member).base_model.model.named_modules():
-        if hasattr(layer, "lora_A"):
-            assert layer.base_layer.bias.any()
-            A, B = (x["default"].weight.detach() for x in (layer.lora_A, layer.lora_B))
-            found[name] = Start(A, B, *((A, B) if member.method == "pissa" else ()))
-    return found
-
-
-def alone(bench, member):
-    """The training losses of PEFT's model with torch's AdamW, its scheduler and its clip."""
-    model = adapted(bench, member)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=member.rate, weight_decay=member.decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, RECIPE.factor)
-    losses = []
-    for rows in order(bench.task("b").train, member.seed, RECIPE.batch_size, RECIPE.steps):
-        grey, labels = (torch.stack(part) for part in zip(*rows, strict=True))
-        logits = model(pixel_values=pixels(grey, 8)).logits
-        loss = F.cross_entropy(logits, labels - CLASSES)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, RECIPE.clip)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+def loss_of(model, rows):
+    grey, labels = (torch.stack(part) for part in zip(*rows, strict=True))
+    logits = model(pixel_values=pixels(grey, 8)).logits
+    return F.cross_entropy(logits, labels - CLASSES)
 
 
 def test_a_population_of_layers_with_biases_is_as_many_separate_runs(folders):
     bench = Bench(*folders, CPU, RECIPE, len(MEMBERS))
-    population = Population(bench.kind.model, [start_of(bench, member) for member in MEMBERS])
+    starts = [start_of(bench, "b", member) for member in MEMBERS]
+    population = Population(bench.kind.model, starts)
     results = train_population(population, bench.task("b"), MEMBERS, RECIPE)
     population.close()
     for member, result in zip(MEMBERS, results, strict=True):
-        expected = alone(bench, member)
+        expected = alone(bench, "b", member, loss_of)
         assert result.losses == pytest.approx(expected, rel=1e-5)
         assert abs(expected[0] - expected[-1]) > 0.01
         assert 0 <= result.accuracy <= 1
@@ -239,7 +203,8 @@ def test_a_round_on_both_tasks(folders, tmp_path, one_thread):
 
 
 def test_a_folder_says_what_kind_it_holds(folders, tmp_path):
-    assert type(kind_of(*folders, CPU, torch.float32)) is ImageKind
+    kind = kind_of(*folders, CPU, torch.float32)
+    assert type(kind) is ClassKind and type(kind.form) is Images
     case("bert class").model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="BertForSequenceClassification; expected a model"):
         kind_of(tmp_path, tmp_path, CPU, torch.float32)
@@ -276,19 +241,3 @@ def test_positions_are_resized_as_dinov2_does():
     expected = model.interpolate_pos_encoding(torch.zeros(1, 1 + 9, 8), 12, 12)
     found = resized_positions(model.position_embeddings, 3)
     assert found.shape == (1, 10, 8) and torch.equal(found, expected)
-
-
-def test_a_probe_is_the_minimum():
-    """The gradient of the penalised loss vanishes, by its formula, for one of the penalties."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 3, (200,), generator=generator)
-    x = torch.randn(200, 4, generator=generator, dtype=torch.float64)
-    x[:, 0] = 7 + 5 * (x[:, 0] + labels)
-    W, b = fit_probe(x, labels.to(torch.uint8), 3)
-    residual = (F.linear(x, W, b).softmax(1) - F.one_hot(labels, 3)) / 200
-    assert residual.sum(0).abs().max() < 1e-6
-    z = (x - x.mean(0)) / x.std(0)
-    gradient, own = residual.T @ z, W * x.std(0)
-    penalty = -float((gradient * own).sum() / own.square().sum())
-    assert penalty == pytest.approx(10 ** round(np.log10(penalty)), rel=1e-4)
-    assert (gradient + penalty * own).abs().max() < 1e-6
