@@ -77,8 +77,13 @@ def settings_of(folder: str | os.PathLike[str], *, trust_remote_code: bool = Fal
     return settings
 
 
-def outline(settings: Any, dtype: Any, *, trust_remote_code: bool = False) -> Any:
-    """The causal language model of a config, its parameters on the meta device, in eval mode."""
+def outline(
+    settings: Any, dtype: Any, *, trust_remote_code: bool = False, quantizer: Any = None
+) -> Any:
+    """The causal language model of a config, its parameters on the meta device, in eval mode.
+
+    ``quantizer``: transformers', which then has put its layers in, as it does before loading.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -87,6 +92,18 @@ def outline(settings: Any, dtype: Any, *, trust_remote_code: bool = False) -> An
             settings, dtype=dtype, trust_remote_code=trust_remote_code
         )
     model.tie_weights()  # again: the meta device parted them
+    if quantizer is not None:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # biases of its layers
+        try:
+            quantizer.preprocess_model(
+                model=model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=[],
+                use_kernels=False,
+            )  # fmt: skip
+        finally:
+            torch.set_default_dtype(before)
+        quantizer.postprocess_model(model)
+        model.hf_quantizer = quantizer
     return model.eval()
 
 
