@@ -115,10 +115,10 @@ def begin_packed(folder: Path, model: Any, files: Sequence[Path], dtype: torch.d
             if key.startswith(stem)
         }
         try:
-            shape = begin_stored(module, stored)
+            shapes = begin_stored(module, stored)
         except KeyError as error:
             raise missing_weight(folder, [f"{path}.{error.args[0]}"]) from error
-        check_shapes(folder, [(name, shape, (module.out_features, module.in_features))])
+        check_shapes(folder, ((f"{path}.{part}", there, here) for part, there, here in shapes))
 
 
 def _keep_dtypes(model: Any, keys: Mapping[str, str], headers: Mapping[str, Header]) -> None:

@@ -21,7 +21,7 @@ from filet.blockwise.weights import Stored, WeightSource
 from filet.model.checkpoint import Entry
 from filet.model.packed import Packed
 
-__all__ = ["Groups", "Loading", "WeightStream", "size_of"]
+__all__ = ["Groups", "Loading", "WeightStream", "size_of", "whole_bytes"]
 
 Groups = Sequence[Sequence[Entry]]  # of weights that are on the device together
 _ALIGNMENT = 256  # bytes: what the allocator itself gives, and TMA and vector loads ask for
@@ -32,6 +32,11 @@ def size_of(group: Sequence[Entry]) -> int:
     """Bytes of a group in memory."""
     parts = (part for entry in group for part in entry.parts.values())
     return sum(-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in parts)
+
+
+def whole_bytes(group: Sequence[Entry]) -> int:
+    """Bytes of the largest weight of a group that is quantised on its way: of its place before."""
+    return max((entry.nbytes for entry in group if _is_quantised(entry)), default=0)
 
 
 class WeightStream:
@@ -115,8 +120,8 @@ class Loading:
         size = max(map(size_of, groups), default=0)
         for _ in range(min(2, len(groups))):
             self._give(torch.empty(size, dtype=torch.uint8, device=self.device))
-        whole = [entry.nbytes for group in groups for entry in group if _is_quantised(entry)]
-        self._whole = torch.empty(max(whole, default=0), dtype=torch.uint8, device=self.device)
+        whole = max(map(whole_bytes, groups), default=0)
+        self._whole = torch.empty(whole, dtype=torch.uint8, device=self.device)
         self._loader = threading.Thread(target=self._load, name="filet weights", daemon=True)
         self._loader.start()
 

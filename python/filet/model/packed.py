@@ -39,42 +39,43 @@ def begin_quantised(module: nn.Module, dtype: torch.dtype) -> None:
     state = getattr(made, "quant_state", None)
     if state is not None and state.nested:
         state.offset = torch.zeros(())  # a state dict asks for its value
-    _begin(module, made)
+    module._parameters["weight"] = made
 
 
-def begin_stored(module: nn.Module, stored: Mapping[str, Tensor]) -> torch.Size:
+def begin_stored(
+    module: Any, stored: Mapping[str, Tensor]
+) -> list[tuple[str, torch.Size, torch.Size]]:
     """The weight of a module on the meta device becomes what files hold of it, there too.
 
     ``stored``: what they have below the module, by name; on the meta device but for the text of a
-    state. Returns the shape of the weight. Raises KeyError for a part that is not among them.
+    state. Returns names and shapes, as they are there and as they have to be. Raises KeyError for a
+    part that is not among them.
     """
     import bitsandbytes as bnb
 
-    weight = stored["weight"]
+    weight, shape = stored["weight"], torch.Size((module.out_features, module.in_features))
     if not _is_4bit(module):
         its = {"has_fp16_weights": False, "SCB": stored["SCB"]}
-        _begin(module, bnb.nn.Int8Params(weight, requires_grad=False, **its))
-        return weight.shape
-    text = next((value for key, value in stored.items() if key.startswith(_STATE)), None)
-    if text is None:
-        raise KeyError(f"{_STATE}bitsandbytes__nf4")
-    statistics = {key: value for key, value in stored.items() if key.startswith("weight.")}
+        made = bnb.nn.Int8Params(weight, requires_grad=False, **its)
+        module._parameters["weight"] = made
+        return [("weight", weight.shape, shape), ("SCB", stored["SCB"].shape, shape[:1])]
+    key = next((key for key in stored if key.startswith(_STATE)), f"{_STATE}bitsandbytes__nf4")
+    said = json.loads(bytes(stored[key].tolist()))
+    names = ["weight.absmax", "weight.quant_map", key]
+    if "nested_offset" in said:
+        names += ["weight.nested_absmax", "weight.nested_quant_map"]
     made = bnb.nn.Params4bit.from_prequantized(
-        data=weight, quantized_stats=statistics, requires_grad=False, device="meta"
+        data=weight, quantized_stats={name: stored[name] for name in names}, device="meta"
     )
     state = made.quant_state
     if state.nested:
-        state.offset = torch.tensor(float(json.loads(bytes(text.tolist()))["nested_offset"]))
-    _begin(module, made)
-    return torch.Size(state.shape)
-
-
-def _begin(module: Any, weight: Any) -> None:
-    module._parameters["weight"] = weight
-    if _is_4bit(module):
-        # A forward without gradients would repack the bytes, for other products than those of the
-        # forward that is differentiated.
-        module.support_avx512bf16_for_cpu = False
+        state.offset = torch.tensor(float(said["nested_offset"]))
+    module._parameters["weight"] = made
+    like = torch.empty(state.shape, dtype=state.dtype, device="meta")
+    its = {"compress_statistics": state.nested, "quant_storage": weight.dtype}
+    expected = _parts(_in_4bit(like, state.blocksize, state.quant_type, **its))
+    parts = [(key, value.shape, expected[key].shape) for key, value in _parts(made).items()]
+    return [("weight", torch.Size(state.shape), shape), *parts]
 
 
 def packed_of(module: nn.Module, weight: Any, quantises: bool) -> Packed | None:
@@ -195,10 +196,16 @@ def _quantised(module: Any, whole: Tensor) -> Any:
         rows, largest, _ = bnb.functional.int8_vectorwise_quant(whole.to(torch.float16))
         return bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, SCB=largest)
     its = module._parameters["weight"]
-    how = {
-        "blocksize": its.blocksize, "quant_type": its.quant_type,
-        "compress_statistics": its.compress_statistics, "quant_storage": its.quant_storage,
-    }  # fmt: skip
+    return _in_4bit(
+        whole, its.blocksize, its.quant_type, compress_statistics=its.compress_statistics,
+        quant_storage=its.quant_storage,
+    )  # fmt: skip
+
+
+def _in_4bit(whole: Tensor, blocksize: int, quant_type: str, **how: Any) -> Any:
+    import bitsandbytes as bnb
+
+    how |= {"blocksize": blocksize, "quant_type": quant_type}
     weight, state = bnb.functional.quantize_4bit(whole, **how)
     return bnb.nn.Params4bit(
         weight, requires_grad=False, quant_state=state, bnb_quantized=True, **how
