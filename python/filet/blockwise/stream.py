@@ -117,11 +117,12 @@ class Loading:
         self._ready: queue.Queue[Any] = queue.Queue()
         cuda = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if cuda else None
+        # Before the places, whose events say when the memory is the loader's.
+        whole = max(map(whole_bytes, groups), default=0)
+        self._whole = torch.empty(whole, dtype=torch.uint8, device=self.device)
         size = max(map(size_of, groups), default=0)
         for _ in range(min(2, len(groups))):
             self._give(torch.empty(size, dtype=torch.uint8, device=self.device))
-        whole = max(map(whole_bytes, groups), default=0)
-        self._whole = torch.empty(whole, dtype=torch.uint8, device=self.device)
         self._loader = threading.Thread(target=self._load, name="filet weights", daemon=True)
         self._loader.start()
 
