@@ -187,7 +187,8 @@ def _apply(
     commit(peft_model, adapter_name, targets, choice.layers)
     materialise_rest(peft_model, adapter_name, config.seed)
     written = time.perf_counter()
-    devices = {place for t in targets.values() if (place := t.base.weight.device).type == "cuda"}
+    places = {layer.A0.device for layer in choice.layers.values()}
+    devices = {place for place in places if place.type == "cuda"}
     left_default = unsupported | choice.left_default
     warn_of(left_default, choice.layers)
     return FiletReport(
