@@ -55,7 +55,7 @@ def in_memory(
 def blockwise(
     folder: Path, output: Path, quantize: str | None = None, machine: Any = None, **more: Any
 ) -> FiletReport:
-    given = {} if quantize is None else {"quantize": packing(quantize)}
+    given = {} if quantize is None else {"quantization_config": packing(quantize)}
     return initialize(folder, output, machine=machine or Machine(), **given, **more)
 
 

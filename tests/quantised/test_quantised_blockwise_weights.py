@@ -24,6 +24,7 @@ from quantised_folders import (
     whole,
 )
 from torch import Tensor, nn
+from transformers import FineGrainedFP8Config
 
 from filet.blockwise.folder import choose_engine, empty_model
 from filet.blockwise.quantised import Unsupported
@@ -60,7 +61,7 @@ def test_equal_to_what_transformers_loads(kind: str, dtype: Any, of: str) -> Non
     """Packed in the files, and quantised as they are read; GPT-2 has its weights turned."""
     ids = torch.arange(1, 25).view(2, 12)
     for folder, quantize in ((packed(kind, of), None), (whole(of), kind)):
-        given = {} if quantize is None else {"quantize": packing(kind)}
+        given = {} if quantize is None else {"quantization_config": packing(kind)}
         model = empty_model(folder, dtype=dtype, **given)
         reference = loaded(folder, quantize, dtype).eval()
         with streamed(model, folder), torch.no_grad():
@@ -73,7 +74,7 @@ def test_equal_to_what_transformers_loads(kind: str, dtype: Any, of: str) -> Non
 @pytest.mark.parametrize("kind", PACKED)
 def test_the_places_are_a_quarter_or_half_and_free_afterwards(kind: str) -> None:
     folder = whole("wide", torch.bfloat16)
-    plain, model = empty_model(folder), empty_model(folder, quantize=packing(kind))
+    plain, model = empty_model(folder), empty_model(folder, quantization_config=packing(kind))
     stored = empty_model(packed(kind, "wide", torch.bfloat16))
 
     def blocks(of: Any) -> int:
@@ -94,7 +95,7 @@ def test_the_places_are_a_quarter_or_half_and_free_afterwards(kind: str) -> None
 def test_what_is_skipped_stays_whole() -> None:
     folder, config = whole("wide"), packing("nf4")
     config.llm_int8_skip_modules = ["lm_head", "o_proj"]
-    model = empty_model(folder, quantize=config)
+    model = empty_model(folder, quantization_config=config)
     reference = dict(empty_model(folder).named_parameters())
     with streamed(model, folder):
         for name, module in model.named_modules():
@@ -131,7 +132,7 @@ def test_fp8_without_a_gpu_becomes_numbers(dtype: Any, tmp_path: Path) -> None:
         ({"quant_method": "compressed-tensors"}, "by compressed-tensors .*dequantize=True"),
         ({"quant_method": "mxfp4"}, "by mxfp4 .*dequantize=True"),
         ({"quant_method": "hqq"}, "by hqq .*engine='memory'"),
-        ({"quant_method": "aqlm"}, "by aqlm .*the weights it was made of"),
+        ({"quant_method": "aqlm"}, "by aqlm .*weights in 32 or 16 bits"),
         ({"quant_method": "never heard of"}, "by never heard of"),
     ],
     ids=lambda value: value["quant_method"] if isinstance(value, dict) else "",
@@ -145,15 +146,22 @@ def test_kinds_that_are_refused_by_name(config: Any, said: str, tmp_path: Path) 
 
 
 def test_quantising_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match="is quantised already, by bitsandbytes"):
-        empty_model(packed("nf4"), quantize=packing("nf4"))
+    with pytest.raises(
+        ValueError, match=r"by bitsandbytes .* expected no quantization_config \(--quantize\)"
+    ):
+        empty_model(packed("nf4"), quantization_config=packing("nf4"))
+
+
+def test_only_bitsandbytes_quantises_here() -> None:
+    with pytest.raises(Unsupported, match="quantization_config is of fp8"):
+        empty_model(whole(), quantization_config=FineGrainedFP8Config())
 
 
 def test_weights_quantised_in_every_forward_are_refused() -> None:
     config = packing("int8")
     config.llm_int8_has_fp16_weight = True
     with pytest.raises(Unsupported, match="llm_int8_has_fp16_weight"):
-        empty_model(whole(), quantize=config)
+        empty_model(whole(), quantization_config=config)
 
 
 @pytest.mark.parametrize(
@@ -207,8 +215,8 @@ def test_auto_counts_packed_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = whole("wide", torch.bfloat16)
     lora_config = CHEAP["lora_config"]
     limits = {}
-    for name, quantize in (("plain", None), ("nf4", packing("nf4"))):
-        model = empty_model(folder, quantize=copy.deepcopy(quantize))
+    for name, config in (("plain", None), ("nf4", packing("nf4"))):
+        model = empty_model(folder, quantization_config=copy.deepcopy(config))
         limits[name] = size_of(entries(model))
     between = (limits["plain"] + limits["nf4"]) // 2
     moments = 2 * 4 * 128**2 * 4  # q_proj and up_proj of two blocks, either side of 128
@@ -216,5 +224,7 @@ def test_auto_counts_packed_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
         "filet.blockwise.folder.available_on_host", lambda: int((between + moments) / 0.75)
     )
     assert choose_engine(folder, copy.deepcopy(lora_config), CPU) == "blockwise"
-    chosen = choose_engine(folder, copy.deepcopy(lora_config), CPU, quantize=packing("nf4"))
+    chosen = choose_engine(
+        folder, copy.deepcopy(lora_config), CPU, quantization_config=packing("nf4")
+    )
     assert chosen == "memory"

@@ -279,11 +279,16 @@ def blockwise_run(
     dtype: torch.dtype | Literal["auto"],
     device: torch.device,
     trust_remote_code: bool,
-    quantize: Any = None,
+    quantization_config: Any = None,
     machine: Machine | None = None,
 ) -> Blockwise:
     """The run of :func:`filet.initialize_folder`, whose arguments have been checked."""
-    model = empty_model(folder, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize)
+    model = empty_model(
+        folder,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        quantization_config=quantization_config,
+    )
     run_folder = output.parent / f"{output.name}.filet-run"
     return Blockwise(
         model,

@@ -122,19 +122,19 @@ def empty_model(
     *,
     dtype: torch.dtype | Literal["auto"] = "auto",
     trust_remote_code: bool = False,
-    quantize: Any = None,
+    quantization_config: Any = None,
 ) -> Any:
     """The causal language model of a folder without its weights: parameters on the meta device.
 
     Buffers are real (rotary frequencies, say). Packed weights say what they consist of; with
-    ``quantize``, a quantisation config of transformers', weights that are to be quantised as well.
+    ``quantization_config``, transformers', weights that are to be quantised as well.
     Raises :class:`Unsupported` for what the blockwise engine does not take, as far as config.json
     and the names of the files say it, and ValueError for what no engine does
     (:func:`filet.model.folder.settings_of`).
     """
     folder = Path(folder)
     settings = settings_of(folder, trust_remote_code=trust_remote_code)
-    quantizer = quantizer_of(folder, settings, quantize)
+    quantizer = quantizer_of(folder, settings, quantization_config)
     try:
         files = shard_files(folder)
     except FileNotFoundError as error:
@@ -169,7 +169,7 @@ def choose_engine(
     *,
     dtype: torch.dtype | Literal["auto"] = "auto",
     trust_remote_code: bool = False,
-    quantize: Any = None,
+    quantization_config: Any = None,
     keep: bool = False,
 ) -> Literal["memory", "blockwise"]:
     """What "auto" is: "blockwise" where weights and second moments take more than 3/4 of a device.
@@ -180,7 +180,10 @@ def choose_engine(
     """
     try:
         model = empty_model(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize
+            folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            quantization_config=quantization_config,
         )
     except Unsupported:
         return "memory"

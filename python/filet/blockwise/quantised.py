@@ -20,14 +20,15 @@ class Unsupported(ValueError):
     """A kind of model that the blockwise engine does not take."""
 
 
-_TAKEN = ("bitsandbytes", "fp8")
+_TAKEN = ("bitsandbytes", "fp8")  # to quantise by, the first
 
 # Where what is not taken may go.
-_WHOLE = "the model loaded with dequantize=True and saved, in 16 bits, for this engine"
+_UNKNOWN = "weights in 32 or 16 bits"
+_WHOLE = "the model loaded with dequantize=True, and what that saves"
 _IN_MEMORY = "engine='memory'"
 _ROUTES = {
-    "gptq": f"{_IN_MEMORY} (by gptqmodel), or the weights that it was made of",
-    "awq": f"{_IN_MEMORY} (by gptqmodel), or the weights that it was made of",
+    "gptq": f"{_IN_MEMORY} (by gptqmodel)",
+    "awq": f"{_IN_MEMORY} (by gptqmodel)",
     "hqq": _IN_MEMORY,
     "torchao": _IN_MEMORY,
     "compressed-tensors": _WHOLE,
@@ -35,32 +36,35 @@ _ROUTES = {
 }
 
 
-def quantizer_of(folder: Path, settings: Any, quantize: Any) -> Any:
+def quantizer_of(folder: Path, settings: Any, quantization_config: Any) -> Any:
     """transformers' quantizer for a folder's model; None where there is nothing quantised.
 
-    ``quantize``: a quantisation config of transformers', for weights that are not; or None. Raises
-    ValueError where they are, :class:`Unsupported` for a kind that is not taken, and ImportError
-    where its package is missing.
+    ``quantization_config``: transformers', for weights that are not, or None. Raises ValueError
+    where they are, :class:`Unsupported` for a kind that is not taken, and ImportError where its
+    package is missing.
     """
     from transformers.quantizers.auto import AutoHfQuantizer
 
     there = getattr(settings, "quantization_config", None)
-    if there is None and quantize is None:
+    if there is None and quantization_config is None:
         return None
-    if there is not None:
-        name = _method_of(there)
-        if quantize is not None:
+    if there is None:
+        name, taken = _method_of(quantization_config), _TAKEN[:1]
+        what = f"quantization_config is of {name}, by which the blockwise engine does not quantise"
+    else:
+        name, taken = _method_of(there), _TAKEN
+        what = f"{folder} is quantised by {name} (quantization_config in config.json)"
+        if quantization_config is not None:
             raise ValueError(
-                f"{folder} is quantised already, by {name} (quantization_config in config.json); "
-                "expected no quantize, or the weights that it was made of"
+                f"{what}; expected no quantization_config (--quantize), or the folder that it was "
+                "made from"
             )
-        if name not in _TAKEN:
-            raise Unsupported(
-                f"{folder} is quantised by {name} (quantization_config in config.json), which the "
-                f"blockwise engine does not read; expected {', '.join(_TAKEN)} or weights in "
-                f"float32, bfloat16 or float16: {_ROUTES.get(name, 'the weights it was made of')}"
-            )
-    config = quantize if there is None else there
+        what = f"{what}, which the blockwise engine does not read"
+    if name not in taken:
+        raise Unsupported(
+            f"{what}; expected {' or '.join(taken)}, or {_ROUTES.get(name, _UNKNOWN)}"
+        )
+    config = quantization_config if there is None else there
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=there is not None)
     quantizer.validate_environment(device_map={"": "cpu"})
     if getattr(quantizer.quantization_config, "llm_int8_has_fp16_weight", False):
