@@ -224,6 +224,7 @@ def initialize_folder(
     show_progress_bar: bool = True,
     keep: Keep | None = None,
     save_statistics: str | os.PathLike[str] | None = None,
+    quantization_config: Any = None,
 ) -> FiletReport:
     """Initialise a LoRA adapter with FILet for the model in a folder, and write it to another.
 
@@ -253,6 +254,8 @@ def initialize_folder(
         show_progress_bar: also says the plan beforehand: GPU and host memory, disk, time.
         keep: as in :func:`filet.initialize_lora_filet_weights`; blockwise batches only, no "self".
         save_statistics: a .safetensors file to write them to, for :func:`filet.apply_statistics`.
+        quantization_config: transformers' (``BitsAndBytesConfig``), to quantise the model as it is
+            loaded, by ``engine="memory"``: the adapter is for that model (docs/quantised.md).
 
     Raises:
         TypeError, ValueError: an argument or a batch that does not fit; before any block is
@@ -267,12 +270,19 @@ def initialize_folder(
     config, device = checked_folder_arguments(
         folder, batches, output, lora_config, config, engine, device, host_memory, overwrite, saved
     )
+    if quantization_config is not None:
+        if engine == "blockwise":
+            raise ValueError(
+                "quantization_config: the blockwise engine takes weights as they are stored; "
+                "expected engine='memory'"
+            )
+        engine = "memory"
     how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if engine == "auto":
         engine = choose_engine(folder, lora_config, keep=keep is not None, **how)
     what = (folder, batches, output, lora_config, config, show_progress_bar)
     if engine == "memory":
-        return _in_memory(*what, keep, saved, **how)
+        return _in_memory(*what, keep, saved, quantization_config, **how)
     with blockwise_run(*what, host_memory, scratch, keep, saved, **how) as run:
         run.sweep()
         return run.write(output)
@@ -287,6 +297,7 @@ def _in_memory(
     show_progress_bar: bool,
     keep: Keep | None,
     save_statistics: Path | None,
+    quantization_config: Any,
     *,
     dtype: torch.dtype | Literal["auto"],
     device: torch.device,
@@ -299,6 +310,7 @@ def _in_memory(
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        quantization_config=quantization_config,
     )
     more: Any = {"show_progress_bar": show_progress_bar, "keep": keep}
     if save_statistics is None:

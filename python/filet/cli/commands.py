@@ -235,6 +235,8 @@ def _config(args: argparse.Namespace) -> Any:
 
 def _engine(args: argparse.Namespace) -> str:
     """The engine, chosen by what the device holds where it is left to us."""
+    if args.quantize is not None:
+        return "memory"  # the other one takes weights as they are stored
     if args.engine != "auto" or (args.allow_pickle and not any(args.model.glob("*.safetensors"))):
         return "blockwise" if args.engine == "blockwise" else "memory"
     import torch
