@@ -255,7 +255,7 @@ def initialize_folder(
         keep: as in :func:`filet.initialize_lora_filet_weights`; blockwise batches only, no "self".
         save_statistics: a .safetensors file to write them to, for :func:`filet.apply_statistics`.
         quantization_config: transformers' (``BitsAndBytesConfig``), to quantise the model as it is
-            loaded, by ``engine="memory"``: the adapter is for that model (docs/quantised.md).
+            loaded, by either engine: the adapter is for that model (docs/quantised.md).
 
     Raises:
         TypeError, ValueError: an argument or a batch that does not fit; before any block is
@@ -270,19 +270,13 @@ def initialize_folder(
     config, device = checked_folder_arguments(
         folder, batches, output, lora_config, config, engine, device, host_memory, overwrite, saved
     )
-    if quantization_config is not None:
-        if engine == "blockwise":
-            raise ValueError(
-                "quantization_config: the blockwise engine takes weights as they are stored; "
-                "expected engine='memory'"
-            )
-        engine = "memory"
     how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    how["quantization_config"] = quantization_config
     if engine == "auto":
         engine = choose_engine(folder, lora_config, keep=keep is not None, **how)
     what = (folder, batches, output, lora_config, config, show_progress_bar)
     if engine == "memory":
-        return _in_memory(*what, keep, saved, quantization_config, **how)
+        return _in_memory(*what, keep, saved, **how)
     with blockwise_run(*what, host_memory, scratch, keep, saved, **how) as run:
         run.sweep()
         return run.write(output)
@@ -297,11 +291,11 @@ def _in_memory(
     show_progress_bar: bool,
     keep: Keep | None,
     save_statistics: Path | None,
-    quantization_config: Any,
     *,
     dtype: torch.dtype | Literal["auto"],
     device: torch.device,
     trust_remote_code: bool,
+    quantization_config: Any,
 ) -> FiletReport:
     peft_model = load_adapted(
         folder,

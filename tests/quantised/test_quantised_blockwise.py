@@ -75,6 +75,19 @@ def test_equals_the_engine_in_memory(kind: str, quantised: bool, tmp_path: Path)
     assert_same_adapter(tmp_path / "blockwise", tmp_path / "memory")
 
 
+def test_by_name_of_the_engine(tmp_path: Path) -> None:
+    """As one calls it: quantised by both engines, and packed in the folder."""
+    reports = [
+        initialize(whole(), tmp_path / engine, engine, quantization_config=packing("double"))
+        for engine in ("memory", "blockwise")
+    ]
+    reports.append(initialize(packed("double"), tmp_path / "packed", "blockwise"))
+    assert_equal(reports[1], reports[0], 1e-5)
+    assert_equal(reports[2], reports[0], 1e-5)
+    with pytest.raises(ValueError, match="expected no quantization_config"):
+        initialize(packed("nf4"), tmp_path / "out", quantization_config=packing("nf4"))
+
+
 @pytest.mark.parametrize("kind", ["double", "int8"])
 def test_half_precision(kind: str, tmp_path: Path) -> None:
     folder, quantize = both(kind, True, torch.bfloat16)

@@ -279,7 +279,7 @@ def blockwise_run(
     dtype: torch.dtype | Literal["auto"],
     device: torch.device,
     trust_remote_code: bool,
-    quantization_config: Any = None,
+    quantization_config: Any,
     machine: Machine | None = None,
 ) -> Blockwise:
     """The run of :func:`filet.initialize_folder`, whose arguments have been checked."""

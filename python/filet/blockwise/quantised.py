@@ -20,7 +20,8 @@ class Unsupported(ValueError):
     """A kind of model that the blockwise engine does not take."""
 
 
-_TAKEN = ("bitsandbytes", "fp8")  # to quantise by, the first
+_QUANTISES: tuple[str, ...] = ("bitsandbytes",)
+_TAKEN = (*_QUANTISES, "fp8")
 
 # Where what is not taken may go.
 _UNKNOWN = "weights in 32 or 16 bits"
@@ -49,7 +50,7 @@ def quantizer_of(folder: Path, settings: Any, quantization_config: Any) -> Any:
     if there is None and quantization_config is None:
         return None
     if there is None:
-        name, taken = _method_of(quantization_config), _TAKEN[:1]
+        name, taken = _method_of(quantization_config), _QUANTISES
         what = f"quantization_config is of {name}, by which the blockwise engine does not quantise"
     else:
         name, taken = _method_of(there), _TAKEN

@@ -426,8 +426,6 @@ def _check_init(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         args.engine = "memory"
     if args.engine == "memory" and (args.host_memory is not None or args.scratch is not None):
         parser.error("init: --host-memory and --scratch are for --engine blockwise")
-    if args.quantize is not None and args.engine == "blockwise":
-        parser.error("init: --quantize needs the whole model, so --engine memory")
     _check_names(args, parser)
     _check_fields(args, parser)
 
