@@ -230,17 +230,15 @@ def initialize_folder(
 
     The result is what :func:`filet.initialize_lora_filet_weights` and :func:`filet.save_as_lora`
     give; ``filet.load(base_model, output)`` trains on it. With ``engine="blockwise"`` the model is
-    never whole in memory: its blocks come from the safetensors shards one by one, twice. A killed
-    run, called again with the same arguments, goes on at its last finished block, by what is in
-    ``<output>.filet-run``: bitwise the same on the same machine. Returns the report of this call.
+    never whole in memory: its blocks come from the shards one by one, twice. A killed run, called
+    again, goes on at its last finished block, bitwise the same. Returns the report of this call.
 
     Args:
         model: local folder of a causal language model: config.json, and safetensors of all weights.
         batches: dicts of CPU tensors (samples, tokens): ``input_ids``, ``labels``, and what else a
             model takes (``position_ids``), up to ``config.samples``. A block runs a batch at once.
         output: folder to create, with the adapter and ``filet_report.safetensors``.
-        lora_config: rank, alpha, patterns, rslora, targets. The blockwise engine takes layers
-            inside the blocks only, and nothing to save besides.
+        lora_config: of an adapter; a blockwise one has layers inside the blocks, nothing besides.
         config: as in :func:`filet.initialize_lora_filet_weights`. The blockwise engine has no use
             for ``loss_reduction``: its loss is the cross-entropy of the next token.
         engine: "memory" loads the whole model onto ``device``; "blockwise" never does; "auto" is
@@ -254,13 +252,11 @@ def initialize_folder(
         show_progress_bar: also says the plan beforehand: GPU and host memory, disk, time.
         keep: as in :func:`filet.initialize_lora_filet_weights`; blockwise batches only, no "self".
         save_statistics: a .safetensors file to write them to, for :func:`filet.apply_statistics`.
-        quantization_config: transformers' (``BitsAndBytesConfig``), to quantise the model as it is
-            loaded, by either engine: the adapter is for that model (docs/quantised.md).
+        quantization_config: transformers' ``BitsAndBytesConfig``: quantise, and adapt what it gives.
 
     Raises:
-        TypeError, ValueError: an argument or a batch that does not fit; before any block is
-            computed, a model of another task, with a weight that no file has, or that the blockwise
-            engine does not do (docs/blockwise.md); a run folder of other data or settings.
+        TypeError, ValueError: an argument or a batch that does not fit, a model that is refused
+            (docs/blockwise.md), before any block is computed; a run folder of other settings.
         FloatingPointError: NaN or infinity, naming the module.
         OutOfMemoryError: naming what was asked for and what to change.
         OSError: a full disk, say. What was finished stays, and the same call goes on there.

@@ -1,4 +1,4 @@
-"""``filet init --quantize`` by the blockwise engine: the adapter of the other, for the same base."""
+"""``filet init --quantize`` by the blockwise engine: the other one's adapter, for the same base."""
 
 from __future__ import annotations
 
