@@ -252,7 +252,7 @@ def initialize_folder(
         show_progress_bar: also says the plan beforehand: GPU and host memory, disk, time.
         keep: as in :func:`filet.initialize_lora_filet_weights`; blockwise batches only, no "self".
         save_statistics: a .safetensors file to write them to, for :func:`filet.apply_statistics`.
-        quantization_config: transformers' ``BitsAndBytesConfig``: quantise, and adapt what it gives.
+        quantization_config: transformers' ``BitsAndBytesConfig``, to quantise the model on loading.
 
     Raises:
         TypeError, ValueError: an argument or a batch that does not fit, a model that is refused
