@@ -58,10 +58,11 @@ def whole(kind: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
     return path
 
 
-def loaded(folder: Path, kind: str | None = None, dtype: Any = "auto") -> Any:
+def loaded(folder: Path, kind: str | None = None, dtype: Any = "auto", device: Any = "cpu") -> Any:
     """What transformers loads, quantised by ``kind`` while it does."""
     how = {} if kind is None else {"quantization_config": packing(kind)}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": "cpu"}, **how)
+    how["device_map"] = {"": device}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how)
 
 
 @functools.cache

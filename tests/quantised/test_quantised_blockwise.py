@@ -39,10 +39,11 @@ def in_memory(
     output: Path,
     quantize: str | None = None,
     config: FiletConfig | None = None,
+    device: torch.device | str = "cpu",
     **more: Any,
 ) -> FiletReport:
     """What the engine that holds the model makes of the one that transformers loads."""
-    model = loaded(folder, quantize, more.pop("dtype", "auto"))
+    model = loaded(folder, quantize, device=device)
     config = config or FiletConfig()
     peft_model = adapted(model, lora(), config.seed)
     report = filet.initialize_lora_filet_weights(
@@ -66,10 +67,12 @@ def both(kind: str, quantised: bool, dtype: torch.dtype = torch.float32) -> tupl
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["packed", "quantised"])
 @pytest.mark.parametrize("kind", PACKED)
-def test_equals_the_engine_in_memory(kind: str, quantised: bool, tmp_path: Path) -> None:
+def test_equals_the_engine_in_memory(
+    kind: str, quantised: bool, tmp_path: Path, device: torch.device
+) -> None:
     folder, quantize = both(kind, quantised)
-    mine = blockwise(folder, tmp_path / "blockwise", quantize)
-    theirs = in_memory(folder, tmp_path / "memory", quantize)
+    mine = blockwise(folder, tmp_path / "blockwise", quantize, device=device)
+    theirs = in_memory(folder, tmp_path / "memory", quantize, device=device)
     assert_equal(mine, theirs, 1e-5)
     assert len(mine.modules) == 35 and not mine.left_default
     assert_same_adapter(tmp_path / "blockwise", tmp_path / "memory")
