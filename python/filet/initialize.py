@@ -231,22 +231,19 @@ def initialize_folder(
     The result is what :func:`filet.initialize_lora_filet_weights` and :func:`filet.save_as_lora`
     give; ``filet.load(base_model, output)`` trains on it. With ``engine="blockwise"`` the model is
     never whole in memory: its blocks come from the safetensors shards one by one, twice. A killed
-    run, called again with the same arguments, goes on at its last finished block, by what is in
-    ``<output>.filet-run``: bitwise the same on the same machine. Returns the report of this call.
+    run, called again, goes on at its last finished block (``<output>.filet-run``), to the same bits.
 
     Args:
         model: local folder of a causal language model: config.json, and safetensors of all weights.
         batches: dicts of CPU tensors (samples, tokens): ``input_ids``, ``labels``, and what else a
             model takes (``position_ids``), up to ``config.samples``. A block runs a batch at once.
         output: folder to create, with the adapter and ``filet_report.safetensors``.
-        lora_config: rank, alpha, patterns, rslora, targets. The blockwise engine takes layers
-            inside the blocks only, and nothing to save besides.
+        lora_config: its targets to be inside the blocks where the engine is "blockwise".
         config: as in :func:`filet.initialize_lora_filet_weights`. The blockwise engine has no use
             for ``loss_reduction``: its loss is the cross-entropy of the next token.
         engine: "memory" loads the whole model onto ``device``; "blockwise" never does; "auto" is
             "memory" where weights and statistics fit there with room to spare.
-        dtype: of the weights in memory, "auto" for what the folder says.
-        device: where to compute; by default a GPU if there is one.
+        dtype, device: of the weights ("auto": as the folder says); a GPU if there is one.
         host_memory: bytes for block inputs and gradients; half of what is available by default.
         scratch: folder on a fast disk for what does not fit there; 90 % of its room may be used.
         trust_remote_code: run Python code that lies in the model's folder.
@@ -254,32 +251,25 @@ def initialize_folder(
         show_progress_bar: also says the plan beforehand: GPU and host memory, disk, time.
         keep: as in :func:`filet.initialize_lora_filet_weights`; blockwise batches only, no "self".
         save_statistics: a .safetensors file to write them to, for :func:`filet.apply_statistics`.
-        quantization_config: transformers' (``BitsAndBytesConfig``), to quantise the model as it is
-            loaded, by ``engine="memory"``: the adapter is for that model (docs/quantised.md).
+        quantization_config: transformers', to quantise the model as it is loaded by "memory".
 
     Raises:
         TypeError, ValueError: an argument or a batch that does not fit; before any block is
             computed, a model of another task, with a weight that no file has, or that the blockwise
             engine does not do (docs/blockwise.md); a run folder of other data or settings.
-        FloatingPointError: NaN or infinity, naming the module.
-        OutOfMemoryError: naming what was asked for and what to change.
+        FloatingPointError, OutOfMemoryError: naming the module, or what to change.
         OSError: a full disk, say. What was finished stays, and the same call goes on there.
     """
     folder, output = Path(model), Path(output)
     saved = None if save_statistics is None else Path(save_statistics)
     config, device = checked_folder_arguments(
-        folder, batches, output, lora_config, config, engine, device, host_memory, overwrite, saved
-    )
-    if quantization_config is not None:
-        if engine == "blockwise":
-            raise ValueError(
-                "quantization_config: the blockwise engine takes weights as they are stored; "
-                "expected engine='memory'"
-            )
-        engine = "memory"
+        folder, batches, output, lora_config, config, engine, device, host_memory, overwrite, saved,
+        quantization_config,
+    )  # fmt: skip
     how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if engine == "auto":
-        engine = choose_engine(folder, lora_config, keep=keep is not None, **how)
+        quantise = quantization_config is not None  # which the other one does not do
+        engine = choose_engine(folder, lora_config, keep=keep is not None, quantise=quantise, **how)
     what = (folder, batches, output, lora_config, config, show_progress_bar)
     if engine == "memory":
         return _in_memory(*what, keep, saved, quantization_config, **how)

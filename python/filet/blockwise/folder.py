@@ -47,6 +47,7 @@ def checked_folder_arguments(
     host_memory: int | None,
     overwrite: bool,
     save_statistics: Path | None,
+    quantization_config: Any,
 ) -> tuple[FiletConfig, torch.device]:
     """The config and device that :func:`filet.initialize_folder` is to take.
 
@@ -56,6 +57,11 @@ def checked_folder_arguments(
     check_dataloader(batches, "batches")
     if engine not in ("auto", "memory", "blockwise"):
         raise ValueError(f"engine={engine!r}; expected 'auto', 'memory' or 'blockwise'")
+    if engine == "blockwise" and quantization_config is not None:
+        raise ValueError(
+            "quantization_config: the blockwise engine takes weights as they are stored; expected "
+            "engine='memory'"
+        )
     if not isinstance(lora_config, LoraConfig):
         raise TypeError(f"lora_config is a {type(lora_config).__name__}; expected a LoraConfig")
     check_init(lora_config)
@@ -172,13 +178,16 @@ def choose_engine(
     dtype: torch.dtype | Literal["auto"] = "auto",
     trust_remote_code: bool = False,
     keep: bool = False,
+    quantise: bool = False,
 ) -> Literal["memory", "blockwise"]:
     """What "auto" is: "blockwise" where weights and second moments take more than 3/4 of a device.
 
     Of its free memory, that is; the rest is for activations. ``keep``: the inputs of the targets
     have a moment of data to keep as well. A kind of model that the blockwise
-    engine does not take is "memory" in any case.
+    engine does not take is "memory" in any case, and so is one that is to be quantised.
     """
+    if quantise:
+        return "memory"
     try:
         model = empty_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     except Unsupported:

@@ -235,8 +235,6 @@ def _config(args: argparse.Namespace) -> Any:
 
 def _engine(args: argparse.Namespace) -> str:
     """The engine, chosen by what the device holds where it is left to us."""
-    if args.quantize is not None:
-        return "memory"  # the other one takes weights as they are stored
     if args.engine != "auto" or (args.allow_pickle and not any(args.model.glob("*.safetensors"))):
         return "blockwise" if args.engine == "blockwise" else "memory"
     import torch
@@ -252,4 +250,5 @@ def _engine(args: argparse.Namespace) -> str:
             dtype=dtype_of(args),
             trust_remote_code=args.trust_remote_code,
             keep=args.keep is not None,
+            quantise=args.quantize is not None,
         )
