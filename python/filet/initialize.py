@@ -230,21 +230,20 @@ def initialize_folder(
 
     The result is what :func:`filet.initialize_lora_filet_weights` and :func:`filet.save_as_lora`
     give; ``filet.load(base_model, output)`` trains on it. With ``engine="blockwise"`` the model is
-    never whole in memory: its blocks come from the shards one by one, twice. A killed run, called
-    again, goes on at its last finished block, bitwise the same. Returns the report of this call.
+    never whole in memory: its blocks come from the safetensors shards one by one, twice. A killed
+    run, called again, goes on at its last finished block (``<output>.filet-run``), bitwise.
 
     Args:
         model: local folder of a causal language model: config.json, and safetensors of all weights.
         batches: dicts of CPU tensors (samples, tokens): ``input_ids``, ``labels``, and what else a
             model takes (``position_ids``), up to ``config.samples``. A block runs a batch at once.
         output: folder to create, with the adapter and ``filet_report.safetensors``.
-        lora_config: of an adapter; a blockwise one has layers inside the blocks, nothing besides.
+        lora_config: its targets to be inside the blocks where the engine is "blockwise".
         config: as in :func:`filet.initialize_lora_filet_weights`. The blockwise engine has no use
             for ``loss_reduction``: its loss is the cross-entropy of the next token.
         engine: "memory" loads the whole model onto ``device``; "blockwise" never does; "auto" is
             "memory" where weights and statistics fit there with room to spare.
-        dtype: of the weights in memory, "auto" for what the folder says.
-        device: where to compute; by default a GPU if there is one.
+        dtype, device: of the weights ("auto": as the folder says); a GPU if there is one.
         host_memory: bytes for block inputs and gradients; half of what is available by default.
         scratch: folder on a fast disk for what does not fit there; 90 % of its room may be used.
         trust_remote_code: run Python code that lies in the model's folder.
@@ -255,10 +254,10 @@ def initialize_folder(
         quantization_config: transformers' ``BitsAndBytesConfig``, to quantise the model on loading.
 
     Raises:
-        TypeError, ValueError: an argument or a batch that does not fit, a model that is refused
-            (docs/blockwise.md), before any block is computed; a run folder of other settings.
-        FloatingPointError: NaN or infinity, naming the module.
-        OutOfMemoryError: naming what was asked for and what to change.
+        TypeError, ValueError: an argument or a batch that does not fit; before any block is
+            computed, a model of another task, with a weight that no file has, or that the blockwise
+            engine does not do (docs/blockwise.md); a run folder of other data or settings.
+        FloatingPointError, OutOfMemoryError: naming the module, or what to change.
         OSError: a full disk, say. What was finished stays, and the same call goes on there.
     """
     folder, output = Path(model), Path(output)
