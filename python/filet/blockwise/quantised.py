@@ -54,13 +54,15 @@ def quantizer_of(folder: Path, settings: Any, quantization_config: Any) -> Any:
         what = f"quantization_config is of {name}, by which the blockwise engine does not quantise"
     else:
         name, taken = _method_of(there), _TAKEN
-        what = f"{folder} is quantised by {name} (quantization_config in config.json)"
         if quantization_config is not None:
             raise ValueError(
-                f"{what}; expected no quantization_config (--quantize), or the folder that it was "
-                "made from"
+                f"{folder} is quantised already, by {name} (quantization_config in config.json); "
+                "expected no quantization_config (--quantize), or the folder that it was made from"
             )
-        what = f"{what}, which the blockwise engine does not read"
+        what = (
+            f"{folder} is quantised by {name} (quantization_config in config.json), which the "
+            "blockwise engine does not read"
+        )
     if name not in taken:
         raise Unsupported(
             f"{what}; expected {' or '.join(taken)}, or {_ROUTES.get(name, _UNKNOWN)}"
