@@ -15,6 +15,7 @@ them in host memory. Written to --output: qlora_<shape>….csv.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import warnings
 from collections.abc import Sequence
@@ -56,28 +57,29 @@ def quantise(model: nn.Module, kind: str, double: bool) -> None:
             setattr(parent, name, new.eval())
 
 
-def build(options: argparse.Namespace) -> nn.Module:
-    """The model, its blocks made and quantised one by one: a small card never has them all."""
-    shape = SHAPES[options.shape]
-    model = shapes.build(shape, 1)
-    blocks: Any = model.model.layers  # type: ignore[union-attr]
+def build(options: argparse.Namespace) -> Any:
+    """The model, its blocks made and quantised one by one: a small card never has them whole."""
+    model: Any = shapes.build(SHAPES[options.shape], 1)
+    plain, blocks = model.model.layers[0], nn.ModuleList()
     for number in range(options.blocks):
-        block = blocks[0] if not number else shapes.build(shape, 1).model.layers[0]  # type: ignore
+        block = copy.deepcopy(plain)
+        for parameter in block.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
         block.self_attn.layer_idx = number
-        if number:
-            blocks.append(block)
         quantise(block, options.kind, options.double_quant)
-    model.config.num_hidden_layers = options.blocks  # type: ignore[union-attr]
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT looks there
+        blocks.append(block)
+    model.model.layers, model.config.num_hidden_layers = blocks, options.blocks
+    model.is_loaded_in_4bit = True  # PEFT looks there
     return model
 
 
-def one_round(model: nn.Module, batches: Any, options: argparse.Namespace) -> dict[str, float]:
+def one_round(model: Any, batches: Any, options: argparse.Namespace) -> dict[str, float]:
     """(a), (b) and (c) in turn: seconds, and GiB over the weights."""
     found: dict[str, float] = {}
     if not options.no_bare:
         found["bare"], found["bare peak"], _ = timed(lambda: bare(model, batches))
-    peft_model = get_peft_model(model, shapes.lora_config(options.rank))  # type: ignore[arg-type]
+    peft_model = get_peft_model(model, shapes.lora_config(options.rank))
     config = filet.FiletConfig(samples=None, passes=options.passes)
     found["statistics"], found["statistics peak"], taken = timed(
         lambda: filet.collect_statistics(peft_model, batches, config, show_progress_bar=False)
@@ -89,7 +91,7 @@ def one_round(model: nn.Module, batches: Any, options: argparse.Namespace) -> di
         lambda: filet.apply_statistics(peft_model, taken, config)
     )
     found |= {"selection": report.seconds["selection"], "writing": report.seconds["writing"]}
-    peft_model.unload()  # type: ignore[operator]
+    peft_model.unload()
     return found
 
 
