@@ -231,7 +231,7 @@ def initialize_folder(
     The result is what :func:`filet.initialize_lora_filet_weights` and :func:`filet.save_as_lora`
     give; ``filet.load(base_model, output)`` trains on it. With ``engine="blockwise"`` the model is
     never whole in memory: its blocks come from the safetensors shards one by one, twice. A killed
-    run, called again, goes on at its last finished block (``<output>.filet-run``), bitwise.
+    run, called again, goes on at its last finished block (``<output>.filet-run``), bit for bit.
 
     Args:
         model: local folder of a causal language model: config.json, and safetensors of all weights.

@@ -26,6 +26,7 @@ from quantised_bases import (
     trained,
     values,
 )
+from transformers import Trainer, TrainingArguments
 
 import filet
 from filet import FiletConfig, Statistics, apply_statistics, collect_statistics
@@ -187,6 +188,34 @@ def test_a_deep_copy(kind: str) -> None:
     assert torch.equal(logits(twin), logits(peft_model))
     trained(twin.train(), rate=1e-3)
     assert not torch.equal(logits(twin.eval()), logits(peft_model))
+
+
+def trainer_of(peft_model: PeftModel, folder: Path, steps: int) -> Trainer:
+    args = TrainingArguments(
+        str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=2,
+        learning_rate=1e-2, lr_scheduler_type="constant", report_to="none", disable_tqdm=True,
+        use_cpu=True,
+    )  # fmt: skip
+    rows = [{k: v[0] for k, v in batch.items()} for batch in batches()]
+    return Trainer(peft_model, args, train_dataset=rows)
+
+
+@pytest.mark.parametrize("config", [{}, LOUD], ids=["zero", "untouched"])
+@pytest.mark.parametrize("kind", kinds("nf4", "int8", "torchao"))
+def test_a_trainer_resumes(kind: str, config: Any, tmp_path: Path) -> None:
+    """In one go, and stopped after two steps, on a base that was quantised anew."""
+    found = []
+    for stops in (False, True):
+        folder = tmp_path / str(stops)
+        if stops:
+            first = peft_of(quantised(kind))
+            initialised(first, **config)
+            trainer_of(first, folder, 2).train()
+        peft_model = peft_of(quantised(kind))
+        initialised(peft_model, **config)
+        trainer_of(peft_model, folder, 4).train(resume_from_checkpoint=stops)
+        found.append(logits(peft_model.eval()))
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
 
 
 @pytest.mark.parametrize("kind", kinds("nf4"))
