@@ -31,6 +31,7 @@ from filet.blockwise.quantised import Unsupported
 from filet.blockwise.stream import WeightStream, size_of
 from filet.blockwise.weights import ShardedWeights
 from filet.model.checkpoint import entries
+from filet.model.packed import begin_quantised
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 
@@ -93,6 +94,20 @@ def test_the_places_are_a_quarter_or_half_and_free_afterwards(kind: str) -> None
     for module in model.modules():
         assert getattr(module, "quant_state", None) is None
         assert getattr(getattr(module, "state", None), "CB", None) is None
+
+
+def test_what_is_outlined_leaves_no_table_of_bitsandbytes_on_meta(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import bitsandbytes as bnb
+
+    monkeypatch.setattr(bnb.functional, "name2qmap", {})  # of a process that has quantised nothing
+    layer = bnb.nn.Linear4bit(64, 32, compress_statistics=True, device="meta")
+    with torch.device("meta"):
+        begin_quantised(layer, torch.float32)
+    assert layer.weight.quant_state.nested and layer.weight.is_meta
+    state = bnb.functional.quantize_4bit(torch.ones(64, 64), compress_statistics=True)[1]
+    assert not state.absmax.is_meta
 
 
 def test_what_is_skipped_stays_whole() -> None:

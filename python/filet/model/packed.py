@@ -206,6 +206,11 @@ def _in_4bit(whole: Tensor, blocksize: int, quant_type: str, **how: Any) -> Any:
     import bitsandbytes as bnb
 
     how |= {"blocksize": blocksize, "quant_type": quant_type}
+    if whole.device.type == "meta":
+        # bitsandbytes' table for scales stays on the device that first asks for it, for as long as
+        # the process runs. On meta it would let nothing be quantised twice any more.
+        with torch.device("cpu"):
+            bnb.functional.quantize_blockwise(torch.zeros(1))
     weight, state = bnb.functional.quantize_4bit(whole, **how)
     return bnb.nn.Params4bit(
         weight, requires_grad=False, quant_state=state, bnb_quantized=True, **how
