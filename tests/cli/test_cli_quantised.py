@@ -61,15 +61,12 @@ def test_a_quantised_folder_is_loaded_as_it_is(
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     line = error_of(capsys, [*init, "--model", str(folder), "--quantize", "nf4", "--overwrite"])
     assert "is quantised already" in line and "--quantize" in line
-    line = error_of(capsys, [*init, "--model", str(folder), "--engine", "blockwise", "--overwrite"])
-    assert "is quantised" in line
 
 
 def test_options_that_do_not_fit(init: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     for more, said in (
         (["--double-quant"], "--double-quant is for --quantize nf4 or fp4"),
         (["--quantize", "int8", "--double-quant"], "--double-quant is for --quantize nf4 or fp4"),
-        (["--quantize", "nf4", "--engine", "blockwise"], "--quantize needs the whole model"),
         (["--quantize", "gptq"], "invalid choice"),
     ):
         with pytest.raises(SystemExit):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from filet.model import values as values_module
 from filet.model.fingerprint import fingerprints_of
 from filet.model.isolation import preserved
-from filet.model.targets import find_targets
+from filet.model.targets import checked_targets, find_targets
 from filet.model.values import Unreadable, as_trained, values_of
 
 # The 16 values of NF4 (arXiv 2305.14314, appendix E) and of bitsandbytes' FP4, by their codes.
@@ -324,3 +324,11 @@ def test_layers_left_out_are_named() -> None:
     targets, unsupported = find_targets(peft_model, "default")
     assert list(targets) == ["good"]
     assert list(unsupported) == ["bad"] and "quantised as nothing" in unsupported["bad"]
+
+
+def test_where_all_are_refused_each_reason_is_said_once() -> None:
+    model = nn.ModuleDict({f"layer{number}": of_dtype(torch.float8_e4m3fn) for number in range(9)})
+    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=list(model)))
+    with pytest.raises(ValueError, match="layer0 and 8 more: the weight of this") as refused:
+        checked_targets(peft_model, "default")
+    assert str(refused.value).count("quantised as nothing") == 1

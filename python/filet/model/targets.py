@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from filet.model.factors import StartedFactor, plain_class
 from filet.model.values import LORA_LAYERS, Unreadable, Values, dtype_of_model, values_of
+from filet.system.text import some
 
 __all__ = [
     "Target",
@@ -253,11 +254,14 @@ def check_targets(
 ) -> None:
     """An error where nothing can be initialised, or a weight is not the original."""
     if not targets:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(unsupported.items())[:5])
+        of_reason: dict[str, list[str]] = {}
+        for name, why in unsupported.items():
+            of_reason.setdefault(why, []).append(name)
+        reasons = [f"{some(names, 1)}: {why}" for why, names in of_reason.items()]
         raise ValueError(
             f"adapter {adapter_name!r} has no module that FILet can initialise "
-            f"({reasons or 'it has no module at all'}); expected LoRA on nn.Linear or Conv1D, "
-            "or on a quantised layer of docs/quantised.md"
+            f"({'; '.join(reasons[:3]) or 'it has no module at all'}); expected LoRA on linear "
+            "modules"
         )
     check_unmerged(targets)
     for other, config in peft_model.peft_config.items():
