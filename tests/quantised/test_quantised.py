@@ -144,8 +144,16 @@ def test_a_layer_that_rounds_its_input(
     expected = initialised(peft_of(quantised(kind, torch.bfloat16)))
     prepared = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     assert prepared.model.norm.weight.dtype == torch.float32
-    before = stored(prepared)
+    before, entered = stored(prepared), []
+    take = unrounded.UnroundedLinear.forward
+
+    def forward(ctx: Any, x: Tensor, hooks: Any, target: Any) -> Tensor:
+        entered.append(x.dtype)
+        return take(ctx, x, hooks, target)
+
+    monkeypatch.setattr(unrounded.UnroundedLinear, "forward", staticmethod(forward))
     report = initialised(peft_of(prepared))
+    assert set(entered) == ({torch.bfloat16} if handed_on and kind == "nf4" else set())
     assert_energies(report, energies(expected), 0.1)  # the residual stream is not rounded now
     assert_stored(prepared, before)
 
