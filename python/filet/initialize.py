@@ -22,7 +22,7 @@ from filet.collect.keep import Keep, check_keep_used
 from filet.collect.statistics import Statistics, check_statistics, collect_statistics, statistics_of
 from filet.collect.together import check_same_model, owners_by_block
 from filet.config import FiletConfig, checked_config, resolved
-from filet.distributed.group import Group, joined
+from filet.distributed.group import Group, current, joined
 from filet.loss.batch import ForwardFn
 from filet.model.folder import load_adapted
 from filet.model.targets import Target, checked_targets
@@ -138,7 +138,7 @@ def apply_statistics(
             if group is not None:
                 counts = (statistics.samples, statistics.tokens, statistics.keep_tokens)
                 check_same_model(
-                    group, targets, statistics.fingerprints, config,
+                    group, peft_model, targets, statistics.fingerprints, config,
                     **{"samples, tokens, keep_tokens of the statistics": counts},
                 )  # fmt: skip
         with named_shortage("selection", _selection):
@@ -307,18 +307,38 @@ def initialize_folder(
     """
     folder, output = Path(model), Path(output)
     saved = None if save_statistics is None else Path(save_statistics)
-    config, device = checked_folder_arguments(
-        folder, batches, output, lora_config, config, engine, device, host_memory, overwrite, saved
-    )
-    how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    if engine == "auto":
-        engine = choose_engine(folder, lora_config, keep=keep is not None, **how)
-    what = (folder, batches, output, lora_config, config, show_progress_bar)
-    if engine == "memory":
-        return _in_memory(*what, keep, saved, **how)
-    with blockwise_run(*what, host_memory, scratch, keep, saved, **how) as run:
-        run.sweep()
-        return run.write(output)
+    group = current()
+    device = _own_device(group, device)
+    with group or contextlib.nullcontext():
+        config, device = checked_folder_arguments(
+            folder, batches, output, lora_config, config, engine, device, host_memory, overwrite,
+            saved,
+        )  # fmt: skip
+        how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        if engine == "auto":
+            engine = choose_engine(folder, lora_config, keep=keep is not None, **how)
+        what = (folder, batches, output, lora_config, config, show_progress_bar)
+        if engine == "memory":
+            return _in_memory(*what, keep, saved, group, **how)
+        _check_one_process(group)
+        with blockwise_run(*what, host_memory, scratch, keep, saved, **how) as run:
+            run.sweep()
+            return run.write(output)
+
+
+def _own_device(group: Group | None, device: torch.device | str | None) -> Any:
+    """The GPU that this process of several was given, where none is named."""
+    if group is None or device is not None or not torch.cuda.is_available():
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _check_one_process(group: Group | None) -> None:
+    if group is not None:
+        raise ValueError(
+            f"engine='blockwise' (or a model too large for a GPU) in {group.size} processes; "
+            "expected one process, or engine='memory'"
+        )
 
 
 def _in_memory(
@@ -330,6 +350,7 @@ def _in_memory(
     show_progress_bar: bool,
     keep: Keep | None,
     save_statistics: Path | None,
+    group: Group | None,
     *,
     dtype: torch.dtype | Literal["auto"],
     device: torch.device,
@@ -349,8 +370,11 @@ def _in_memory(
     else:
         check_before_pass(peft_model, config, "default", keep)
         statistics = collect_statistics(peft_model, batches, config, **more)
-        with staged(save_statistics) as place:
-            statistics.save(place)
+        whole = statistics.whole()
+        if whole is not None:
+            with staged(save_statistics) as place:
+                whole.save(place)
         report = apply_statistics(peft_model, statistics, config)
-    write_folder(peft_model, report, output)
+    if group is None or group.rank == 0:
+        write_folder(peft_model, report, output)
     return report

@@ -391,7 +391,7 @@ def statistics_of(
     together = None
     if group is not None:
         kind = keep if isinstance(keep, str) else None if keep is None else "batches"
-        check_same_model(group, targets, weights, config, keep=kind)
+        check_same_model(group, peft_model, targets, weights, config, keep=kind)
         together = Together(group, targets)
         show_progress_bar = show_progress_bar and group.rank == 0
     devices = {place for t in targets.values() if (place := t.base.weight.device).type == "cuda"}

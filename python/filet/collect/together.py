@@ -9,12 +9,15 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from peft import PeftModel
+from torch import Tensor
 
 from filet.collect.hooks import empty_moments
 from filet.config import FiletConfig
 from filet.distributed.exchange import Square, balanced, reduced
 from filet.distributed.group import Group
 from filet.model.blocks import blocks
+from filet.model.fingerprint import fingerprints
 from filet.model.targets import Target
 from filet.system.transfer import values
 from filet_kernels import Moments, SecondMoment
@@ -25,14 +28,19 @@ __all__ = ["Together", "check_same_model", "owners_by_block"]
 
 def check_same_model(
     group: Group,
+    peft_model: PeftModel,
     targets: Mapping[str, Target],
-    fingerprints: Mapping[str, str],
+    weights: Mapping[str, str],
     config: FiletConfig,
     **more: object,
 ) -> None:
     """ValueError in all processes where these are not the same in all, naming one. Collective.
 
-    ``more``: what else has to be, by its name in the message.
+    The adapter's own weights need not be: the pass runs without them, and they are overwritten.
+
+    Args:
+        weights: fingerprints of those of the targets.
+        more: what else has to be the same, by its name in the message.
     """
     what: dict[str, object] = {
         f"FiletConfig.{name}": value for name, value in dataclasses.asdict(config).items()
@@ -45,9 +53,21 @@ def check_same_model(
             str(target.dtype),
             target.base.weight.device.type,
         )
-        what[f"the weight of {name} (dtype:shape:hash)"] = fingerprints[name]
+        what[f"the weight of {name} (dtype:shape:hash)"] = weights[name]
+    for name, found in fingerprints(_others(peft_model, targets)).items():
+        what[f"{name} (dtype:shape:hash)"] = found
     what["the order of the modules"] = list(targets)
     group.check_same(what)
+
+
+def _others(peft_model: PeftModel, targets: Mapping[str, Target]) -> dict[str, Tensor]:
+    """What else the pass runs through: embeddings, norms, biases, heads; each as (m, n)."""
+    known = {id(target.base.weight) for target in targets.values()}
+    return {
+        name: parameter.detach().reshape(len(parameter) if parameter.dim() else 1, -1)
+        for name, parameter in peft_model.base_model.model.named_parameters()
+        if id(parameter) not in known and "lora_" not in name and parameter.numel()
+    }
 
 
 def owners_by_block(
