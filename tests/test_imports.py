@@ -29,7 +29,7 @@ FLOORS = (
     ("adapter",),
     ("blockwise",),
     ("initialize",),
-    ("data",),
+    ("data", "trainer"),
     ("cli",),
 )
 # Below these two stand some that they may not know, whatever the floors allow.

@@ -308,11 +308,10 @@ def initialize_folder(
     folder, output = Path(model), Path(output)
     saved = None if save_statistics is None else Path(save_statistics)
     group = current()
-    device = _own_device(group, device)
     with group or contextlib.nullcontext():
         config, device = checked_folder_arguments(
-            folder, batches, output, lora_config, config, engine, device, host_memory, overwrite,
-            saved,
+            folder, batches, output, lora_config, config, engine, _own_device(group, device),
+            host_memory, overwrite, saved,
         )  # fmt: skip
         how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         if engine == "auto":

@@ -75,9 +75,10 @@ def _main(
     rank: int, size: int, function: Callable[..., Any], folder: Path, arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parent))
     warnings.simplefilter("ignore", FutureWarning)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # accelerate asks for them
     where = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size)
     try:
@@ -86,4 +87,5 @@ def _main(
         message = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         ended = Ended(error=message)
     torch.save(ended, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
