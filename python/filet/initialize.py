@@ -307,8 +307,7 @@ def initialize_folder(
     """
     folder, output = Path(model), Path(output)
     saved = None if save_statistics is None else Path(save_statistics)
-    group = current()
-    with group or contextlib.nullcontext():
+    with current() or contextlib.nullcontext() as group:
         config, device = checked_folder_arguments(
             folder, batches, output, lora_config, config, engine, _own_device(group, device),
             host_memory, overwrite, saved,
@@ -319,10 +318,7 @@ def initialize_folder(
         what = (folder, batches, output, lora_config, config, show_progress_bar)
         if engine == "memory":
             return _in_memory(*what, keep, saved, group, **how)
-        _check_one_process(group)
-        with blockwise_run(*what, host_memory, scratch, keep, saved, **how) as run:
-            run.sweep()
-            return run.write(output)
+        return _by_blocks(group, *what, host_memory, scratch, keep, saved, **how)
 
 
 def _own_device(group: Group | None, device: torch.device | str | None) -> Any:
@@ -332,12 +328,16 @@ def _own_device(group: Group | None, device: torch.device | str | None) -> Any:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _check_one_process(group: Group | None) -> None:
+def _by_blocks(group: Group | None, *what: Any, **how: Any) -> FiletReport:
+    """By the blockwise engine, which runs in one process. Arguments of :func:`blockwise_run`."""
     if group is not None:
         raise ValueError(
             f"engine='blockwise' (or a model too large for a GPU) in {group.size} processes; "
             "expected one process, or engine='memory'"
         )
+    with blockwise_run(*what, **how) as run:
+        run.sweep()
+        return run.write(what[2])
 
 
 def _in_memory(

@@ -110,5 +110,29 @@ def test_a_process_that_is_killed(init: list[str], tmp_path: Path, port: int) ->
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
 
+def short_of_memory(rank: int, folder: Path, argv: list[str], port: int) -> Any:
+    """The second rank has no memory for batches of more than six samples."""
+    import filet.collect.run as passes
+
+    through = passes._Run.through
+
+    def limited(self: Any, prepared: Any) -> int:
+        if rank and prepared.samples > 6:
+            raise filet.OutOfMemoryError("no room", "pass", "2.00 GiB")
+        return through(self, prepared)
+
+    passes._Run.through = limited  # type: ignore[method-assign]
+    return command(rank, folder, argv, port)
+
+
+def test_all_start_again_in_smaller_batches(init: list[str], tmp_path: Path, port: int) -> None:
+    argv = [*init, "--batch-size", "auto"]
+    (status, out, err, _), (other, *_) = values(run(2, short_of_memory, tmp_path, argv, port))
+    assert (status, other) == (0, 0), err
+    assert "rank 1: no room. Starting again with --batch-size" in err
+    assert out.count("padding ") == 2  # once a try
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+
 def command_alone(rank: int, folder: Path, argv: list[str], port: int) -> Any:
     return command(rank, folder, argv, port, die=True)

@@ -60,11 +60,12 @@ class _Failure:
 class Group:
     """All processes of ``torch.distributed``, each of which makes the same calls of this library.
 
-    As a context it holds a call: an exception in one process ends it in all of them, with its
-    message. It can be entered again inside. Whatever several processes do together begins with an
-    :meth:`exchanged`, at which those that failed say so, so nobody waits for tensors that will not
-    come. Small objects go by a gloo group of its own: that needs no GPU, and a process that died is
-    noticed by its connection. Tensors of a GPU go by NCCL where the program has it.
+    As a context it holds a call: it succeeds in all processes or in none, and an exception in one
+    is raised in the others with its message. It can be entered again inside. Whatever several
+    processes do together begins with an :meth:`exchanged`, at which those that failed say so, so
+    that nobody waits for tensors that will not come. Small objects go by a gloo group of its own:
+    that needs no GPU, and a process that died is noticed by its connection. Tensors of a GPU go by
+    NCCL where the program has it.
 
     Warnings of the first process are shown as they come. Those of the others, where the first did
     not give the same, are shown by it at the end.
@@ -80,13 +81,13 @@ class Group:
         self._control: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._nccl = "nccl" in dist.get_backend_config(world)
         self._depth = 0
-        self._over = False  # a failure that everybody knows of, or nobody can be told
+        self._known: BaseException | None = None  # a failure that all have heard of
+        self._broken = False  # nobody can be told anything any more
         self._warned: dict[str, type[Warning]] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Group:
         if self._depth == 0:
-            self._over = False
             self._warned = {}
             self._stack.enter_context(self._noted_warnings())
         self._depth += 1
@@ -94,19 +95,28 @@ class Group:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._depth -= 1
-        if self._depth:
-            return
         others: list[dict[str, type[Warning]]] = []
         try:
             if error is None:
-                others = self.exchanged(self._warned)
-            elif not self._over:
-                with contextlib.suppress(Exception):  # it is on its way already
-                    self._gathered(_Failure.of(error), None)
+                others = self.exchanged({} if self._depth else self._warned)
+            else:
+                self._tell(error)
         finally:
-            self._stack.close()
-        if self.rank == 0:
+            if not self._depth:
+                self._stack.close()
+        if self.rank == 0 and not self._depth:
             self._warn(others)
+
+    def _tell(self, error: BaseException) -> None:
+        """Let the others hear of an exception, where they have not."""
+        at: BaseException | None = error
+        while at is not None and at is not self._known:
+            at = at.__cause__
+        if self._broken or at is not None:
+            return
+        self._known = error
+        with contextlib.suppress(ConnectionError):  # the exception itself is what is raised
+            self._gathered(_Failure.of(error), None)
 
     def exchanged(self, value: T) -> list[T]:
         """What every process gave, in the order of ranks. Collective.
@@ -117,8 +127,8 @@ class Group:
         said = self._gathered(None, value)
         for rank, (failure, _) in enumerate(said):
             if failure is not None:
-                self._over = True
-                raise failure.error(rank)
+                self._known = failure.error(rank)
+                raise self._known
         return [value for _, value in said]
 
     def from_first(self, value: T) -> T:
@@ -193,8 +203,10 @@ class Group:
         """An error of torch.distributed, in words that name what to look for."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            self._over = True
+            self._broken = True
             raise ConnectionError(
                 f"rank {self.rank} of {self.size} lost another process, which ended or did not "
                 f"make the same call within {TIMEOUT} ({error}); expected every rank to call this "
