@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run, values
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
@@ -16,6 +15,7 @@ import filet
 from filet import FiletConfig
 from filet.distributed.triangles import pack, packed_size, unpack
 from models import Case, Experts, case, collate, linears, loader, peft_of, randomised, truth
+from ranks import run, values
 
 # Of each rank, its samples. One with few, and one without any.
 SPLITS = {2: (range(0, 7), range(7, 12)), 3: (range(0, 8), range(8, 12), range(0))}
@@ -120,6 +120,16 @@ def test_data_to_keep(passes: int, tmp_path: Path) -> None:
     assert_as_one(many, one)
 
 
+def on_rank_by_itself(rank: int, folder: Path) -> Any:
+    return initialised("llama", batches_of("llama", rank, 2), keep="self", samples=40)
+
+
+def test_texts_of_the_model_itself(tmp_path: Path) -> None:
+    many = values(run(2, on_rank_by_itself, tmp_path))
+    batches = list(loader(case("llama").samples, 3))
+    assert_as_one(many, initialised("llama", batches, keep="self", samples=40))
+
+
 def on_rank_of_experts(rank: int, folder: Path) -> Any:
     return initialised("experts", expert_batches()[rank], samples=None)
 
@@ -151,6 +161,8 @@ def saved(rank: int, folder: Path) -> Any:
     loaded = filet.Statistics.load(folder / "statistics.safetensors")
     read = filet.apply_statistics(again, loaded)
     here = {name for name, its in statistics.moments.items() if not its.output.sum.is_meta}
+    with pytest.raises(ValueError, match="lie on other processes than these"):
+        statistics.merge(loaded)
     twice = statistics.merge(statistics)
     count = [int(its.input.count) for its in twice.moments.values()]
     return here, statistics.owners, count, outcome(report, model), outcome(read, again)

@@ -129,7 +129,7 @@ class Statistics:
         write_tensors(path, tensors, metadata, _lower)
 
     def whole(self) -> Statistics | None:
-        """All of them, for a file: in the first process, in host memory. None in the others.
+        """All of them, for a file, in the first process: the others' in host memory. Elsewhere None.
 
         Collective where several processes took them together.
         """
