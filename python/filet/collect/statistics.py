@@ -129,9 +129,9 @@ class Statistics:
         write_tensors(path, tensors, metadata, _lower)
 
     def whole(self) -> Statistics | None:
-        """All of them, for a file, in the first process: the others' in host memory. Elsewhere None.
+        """All of them, for a file, in the first process; None in the others.
 
-        Collective where several processes took them together.
+        What the others own is in its host memory then. Collective where several processes took them together.
         """
         group = current()
         if self.owners is None:
