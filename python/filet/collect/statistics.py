@@ -131,7 +131,8 @@ class Statistics:
     def whole(self) -> Statistics | None:
         """All of them, for a file, in the first process; None in the others.
 
-        What the others own is in its host memory then. Collective where several processes took them together.
+        What the others own is in its host memory then. Collective where several processes took
+        them together.
         """
         group = current()
         if self.owners is None:
