@@ -14,7 +14,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from effect.moments import Batch, LayerMoments, LossFn, input_moments, mean_loss, task_moments
+from effect.moments import (
+    Batch,
+    LayerMoments,
+    LossFn,
+    input_moments,
+    mean_loss,
+    task_moments,
+    without_labels,
+)
 from filet import FiletConfig, Statistics, collect_statistics
 
 __all__ = ["Context", "Svd"]
@@ -103,7 +111,7 @@ class Context:
         """And of :attr:`keep`, or of text drawn from the model itself."""
         if not own_text and not self.keep:
             raise ValueError("keep=None; expected batches of what is not to be forgotten")
-        keep = "self" if own_text else self.keep
+        keep = "self" if own_text else [without_labels(batch) for batch in self.keep or ()]
         return self.once(("kept", own_text), lambda: self._collected(keep))
 
     def _collected(self, keep: Any) -> Statistics:
