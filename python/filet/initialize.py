@@ -44,6 +44,7 @@ __all__ = [
     "check_applicable",
     "initialize_folder",
     "initialize_lora_filet_weights",
+    "save_whole",
 ]
 
 
@@ -340,6 +341,14 @@ def _by_blocks(group: Group | None, *what: Any, **how: Any) -> FiletReport:
         return run.write(what[2])
 
 
+def save_whole(statistics: Statistics, path: Path) -> None:
+    """Write the statistics of all processes, by the first of them. Collective."""
+    whole = statistics.whole()
+    if whole is not None:
+        with staged(path) as place:
+            whole.save(place)
+
+
 def _in_memory(
     folder: Path,
     batches: Iterable[Mapping[str, Any]],
@@ -371,10 +380,7 @@ def _in_memory(
     else:
         check_before_pass(peft_model, config, "default", keep)
         statistics = collect_statistics(peft_model, batches, config, **more)
-        whole = statistics.whole()
-        if whole is not None:
-            with staged(save_statistics) as place:
-                whole.save(place)
+        save_whole(statistics, save_statistics)
         report = apply_statistics(peft_model, statistics, config)
     if group is None or group.rank == 0:
         write_folder(peft_model, report, output)

@@ -25,7 +25,7 @@ from filet.cli.model import (
 from filet.cli.output import check_file_output, check_folder_output, one_line, say, say_entry
 from filet.cli.processes import agreed, check_one_process, rank_and_size
 from filet.report.names import PLOT_FILE, can_draw
-from filet.system.files import inside, staged
+from filet.system.files import inside
 
 __all__ = ["init", "inspect", "stats"]
 
@@ -92,7 +92,7 @@ def _init_in_memory(args: argparse.Namespace, encoded: Any, keep: Any, config: A
     """The report of an adapter that was made of a whole model and is written."""
     import filet
     from filet.adapter.saved import write_folder
-    from filet.initialize import check_before_pass
+    from filet.initialize import check_before_pass, save_whole
 
     statistics = None if args.statistics is None else filet.Statistics.load(args.statistics)
     peft_model = load_peft_model(args, rank=args.rank, alpha=args.alpha)
@@ -105,21 +105,13 @@ def _init_in_memory(args: argparse.Namespace, encoded: Any, keep: Any, config: A
     elif args.save_statistics is not None:
         statistics = _run(args, peft_model, encoded, keep, config, filet.collect_statistics)
         # Before they are applied: an error in that does not cost the pass.
-        _save(statistics, args.save_statistics)
+        save_whole(statistics, args.save_statistics)
         report = filet.apply_statistics(peft_model, statistics, config=config)
     else:
         report = _run(args, peft_model, encoded, keep, config, filet.initialize_lora_filet_weights)
     if rank_and_size()[0] == 0:
         write_folder(peft_model, report, args.output)
     return report
-
-
-def _save(statistics: Any, path: Path) -> None:
-    """Write the statistics of all processes, by the first of them."""
-    whole = statistics.whole()
-    if whole is not None:
-        with staged(path) as place:
-            whole.save(place)
 
 
 def stats(args: argparse.Namespace) -> None:
@@ -129,7 +121,9 @@ def stats(args: argparse.Namespace) -> None:
         raise ValueError(f"--output must be a .safetensors file, got {args.output}")
     check_file_output(args.output, args.overwrite, inputs, option="--output")
     statistics = _collected(args) if args.merge is None else _merged(args.merge)
-    _save(statistics, args.output)
+    from filet.initialize import save_whole  # after the checks: it brings torch
+
+    save_whole(statistics, args.output)
     say_entry("written", args.output)
 
 

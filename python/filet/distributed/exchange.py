@@ -19,6 +19,9 @@ _AHEAD = 2  # buffers under way
 Square = tuple[int, torch.dtype, torch.device, Tensor | None]
 """A symmetric sum: its size, dtype and device, and itself; None where this process has none."""
 
+Described = tuple[tuple[int, ...], torch.dtype, torch.device]
+"""A tensor's shape, dtype and device."""
+
 
 def balanced(sizes: Sequence[int], loads: list[int]) -> list[int]:
     """Which rank gets what of these sizes: the largest first, each to whoever has least.
@@ -47,7 +50,7 @@ def reduced(group: Group, blocks: Iterable[tuple[int, Sequence[Square]]]) -> lis
     for owner, squares in blocks:
         result = [_place(square, owner == group.rank) for square in squares]
         found.append(result)
-        for alike in _alike(squares):
+        for alike in _alike(square[1:3] for square in squares):
             flat = _packed(group, [squares[i] for i in alike])
             goals = [result[i] for i in alike] if owner == group.rank else []
             queue.put(group.reduce(flat, owner), _unpacked, flat, goals)
@@ -62,10 +65,10 @@ def _place(square: Square, mine: bool) -> Tensor:
     return torch.zeros(size, size, dtype=dtype, device=device) if tensor is None else tensor
 
 
-def _alike(squares: Sequence[Square]) -> list[list[int]]:
-    """Places of squares of one dtype and device: these travel together."""
+def _alike(kinds: Iterable[tuple[torch.dtype, torch.device]]) -> list[list[int]]:
+    """Places of tensors of one dtype and device: these travel together."""
     found: dict[tuple[torch.dtype, str], list[int]] = {}
-    for index, (_, dtype, device, _) in enumerate(squares):
+    for index, (dtype, device) in enumerate(kinds):
         found.setdefault((dtype, device.type), []).append(index)
     return list(found.values())
 
@@ -90,10 +93,6 @@ def _unpacked(flat: Tensor, squares: Sequence[Tensor]) -> None:
         start = stop
 
 
-Described = tuple[tuple[int, ...], torch.dtype, torch.device]
-"""A tensor's shape, dtype and device."""
-
-
 def spread(
     group: Group, blocks: Iterable[tuple[int, Sequence[Described], Sequence[Tensor]]]
 ) -> list[list[Tensor]]:
@@ -110,10 +109,8 @@ def spread(
             list(tensors) if mine else [torch.empty(s, dtype=d, device=p) for s, d, p in described]
         )
         found.append(result)
-        kinds: dict[tuple[torch.dtype, str], list[Tensor]] = {}
-        for (_, dtype, device), tensor in zip(described, result, strict=True):
-            kinds.setdefault((dtype, device.type), []).append(tensor)
-        for alike in kinds.values():
+        for indices in _alike(each[1:3] for each in described):
+            alike = [result[i] for i in indices]
             place = group.place(alike[0].device)
             if mine:
                 flat = torch.cat([tensor.to(place).reshape(-1) for tensor in alike])
