@@ -86,8 +86,8 @@ def compare(
         second = bases[again(task) if other == task else other]
         for layer, Q in bases[task].items():
             n, r = Q.shape
-            overlap = mean_squared_cosine(Q, second[layer])
-            found.append(Overlap(method, task, other, layer, r, n, overlap, r / n))
+            overlap = round(mean_squared_cosine(Q, second[layer]), 4)
+            found.append(Overlap(method, task, other, layer, r, n, overlap, round(r / n, 4)))
     return found
 
 

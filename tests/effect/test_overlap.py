@@ -53,7 +53,7 @@ def test_pairs_are_of_different_tasks_and_of_two_samples_of_each():
     assert [(x.task, x.other) for x in found] == [("a", "a"), ("a", "b"), ("b", "b")]
     for line, (one, other) in zip(found, [("a", again("a")), "ab", ("b", again("b"))], strict=True):
         truth = torch.linalg.svdvals(bases[one]["layer"].T @ bases[other]["layer"])
-        assert line.overlap == pytest.approx(float(truth.square().mean()))
+        assert line.overlap == pytest.approx(float(truth.square().mean()), abs=5.1e-5)
         assert (line.rank, line.width, line.random) == (3, 8, 3 / 8)
 
 
