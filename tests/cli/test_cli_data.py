@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy
 import pytest
 import torch
 from cli_cases import adapter_weights, arguments, error_of, sentence
+from made_data import write_jsonl
 
 from filet.cli.main import main
 from filet.report.report import FiletReport
@@ -23,11 +23,6 @@ TEMPLATE = (
 )
 
 
-def write(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def turns(*texts: str) -> list[dict[str, str]]:
     speakers = ("user", "assistant")
     return [{"role": speakers[n % 2], "content": text} for n, text in enumerate(texts)]
@@ -37,7 +32,7 @@ def test_conversations_by_a_template_of_a_file(
     init: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The assistant's turns count, and are shown; all turns count when asked."""
-    write(data, {"messages": turns("the cat", "sees a dog", "and", "a tree")})
+    write_jsonl(data, {"messages": turns("the cat", "sees a dog", "and", "a tree")})
     template = tmp_path / "template.jinja"
     message = error_of(capsys, [*init, "--chat-template", str(template)])
     assert f"no chat template at {template}" in message
@@ -53,7 +48,7 @@ def test_conversations_by_a_template_of_a_file(
 
 
 def test_a_side_of_pairs(init: list[str], data: Path, tmp_path: Path) -> None:
-    write(data, {"prompt": "a cat ", "chosen": "sees two dogs", "rejected": "hears"})
+    write_jsonl(data, {"prompt": "a cat ", "chosen": "sees two dogs", "rejected": "hears"})
     for side, terms in (("chosen", 4), ("rejected", 2)):  # and the end of the text
         output = tmp_path / side
         assert main([*init, *arguments("--side", side, "--output", output)]) == 0
@@ -82,7 +77,7 @@ def test_samples_are_drawn_from_the_whole_file_by_the_seed(
 
 
 def test_data_to_keep_are_drawn_too(init: list[str], data: Path, tmp_path: Path) -> None:
-    keep = write(tmp_path / "keep.csv.jsonl", *({"text": sentence(n)} for n in range(90, 99)))
+    keep = write_jsonl(tmp_path / "keep.csv.jsonl", *({"text": sentence(n)} for n in range(90, 99)))
     saved = tmp_path / "saved.safetensors"
     more = arguments("--keep", keep, "--samples", 4, "--save-statistics", saved)
     assert main([*init, *more, "--target-modules", "q_proj"]) == 0

@@ -8,28 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from made_data import BOS, EOS, PAD, Letters
 
 from filet.data.samples import Sample, Tokens
 from filet.data.tokens import batches, encode
-
-BOS, EOS, PAD = 1, 2, 0
-
-
-class Letters:
-    """A tokenizer: one token a character, a BOS in front."""
-
-    def __init__(
-        self, *, pad: int | None = PAD, eos: int | None = EOS, closes: bool = False
-    ) -> None:
-        self.pad_token_id = pad
-        self.eos_token_id = eos
-        self.closes = closes
-
-    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
-        ids = [ord(letter) for letter in text]
-        if add_special_tokens:
-            ids = [BOS, *ids] + ([EOS] if self.closes else [])
-        return {"input_ids": ids}
 
 
 def codes(text: str) -> list[int]:

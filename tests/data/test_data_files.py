@@ -6,11 +6,11 @@ import gzip
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy
 import pytest
 from datasets import Dataset, DatasetDict
+from made_data import write_jsonl
 
 from filet.data import sources
 from filet.data.samples import Fields, Sample, read_samples
@@ -18,11 +18,6 @@ from filet.data.sources import Source, draw
 
 ROWS = [{"text": f"text {n}", "number": n} for n in range(50)]
 SIXTEEN = [{"text": str(n)} for n in range(16)]
-
-
-def write_jsonl(path: Path, *records: Any) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
 
 
 def write(path: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_data import write_jsonl
 
 from filet.data.samples import Chat, Fields, Sample, Tokens, read_samples
 from filet.data.sources import Source
@@ -21,8 +22,7 @@ TOOL = {"type": "function", "function": {"name": "rain", "parameters": {"type": 
 
 
 def read(tmp_path: Path, *records: Any, **fields: Any) -> list[Any]:
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    path = write_jsonl(tmp_path / "a.jsonl", *records)
     return read_samples(Source(path), fields=Fields(**fields))
 
 

@@ -5,13 +5,13 @@ Where TRL is installed, 0.24 or later.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from made_data import write_jsonl
 from peft import LoraConfig, get_peft_model
 from tokenizers_made import CHATML, CORPUS, MARKED, WITH_TOOLS, bpe
 from torch import Tensor
@@ -67,9 +67,7 @@ def trainer(rows: list[dict[str, Any]], tokenizer: Any, folder: Path, **options:
 
 
 def samples(rows: list[dict[str, Any]], folder: Path) -> list[Any]:
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read_samples(Source(path))
+    return read_samples(Source(write_jsonl(folder / "rows.jsonl", *rows)))
 
 
 TEXTS = [{"text": text} for text in CORPUS[:2]] + [{"text": "I am"}]

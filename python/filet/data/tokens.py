@@ -32,13 +32,13 @@ class Encoded:
         return len(self.rows)
 
     @property
-    def tokens(self) -> int:
-        return sum(len(ids) for ids, _ in self.rows)
-
-    @property
     def terms(self) -> int:
         """Tokens that are predicted: labelled, and with one before them."""
         return sum(label != IGNORED for _, labels in self.rows for label in labels[1:])
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(ids) for ids, _ in self.rows)
 
     def batches(self, batch_size: int, *, by_length: bool = False) -> list[dict[str, torch.Tensor]]:
         """Padded batches of all the samples.
