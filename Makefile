@@ -29,7 +29,7 @@ DEMO := build/demo
 PEFT_TESTS := build/.peft-tests
 
 .PHONY: help demo test bench bench-methods bench-model bench-syrk bench-quadform bench-blockwise
-.PHONY: bench-contrast bench-overlap
+.PHONY: bench-contrast bench-overlap bench-qlora
 .PHONY: accuracy bench-effect bench-training lint sanitize clean test-peft
 .DELETE_ON_ERROR:
 
@@ -72,6 +72,9 @@ bench-quadform: $(INSTALLED)  ## compare the quadratic forms with the library's 
 
 bench-contrast: $(INSTALLED)  ## time the directions of task against keep for a model's layers
 	$(BIN)/python benchmarks/bench_contrast.py --output build/bench $(BENCH_ARGS)
+
+bench-qlora: $(INSTALLED)  ## a 4-bit base: compare with a bare forward and backward of it by bitsandbytes
+	$(BIN)/python benchmarks/bench_qlora.py --output build/bench $(BENCH_ARGS)
 
 bench-training: $(INSTALLED)  ## what the frozen half of an adapter costs in training
 	$(BIN)/python benchmarks/bench_training.py --output build/bench $(BENCH_ARGS)

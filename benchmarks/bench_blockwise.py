@@ -40,9 +40,9 @@ from bench_model import busy, kernels
 from filet import FiletConfig
 from filet.blockwise.engine import Blockwise
 from filet.blockwise.folder import empty_model
-from filet.blockwise.stream import size_of
 from filet.blockwise.weights import ShardedWeights, WeightSource
 from filet.model.checkpoint import Entry, entries, shard_files
+from filet.model.folder import quantization_of
 
 CUDA = torch.cuda.is_available()
 DEPTH = 80  # blocks of the real model
@@ -200,6 +200,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "for 8 blocks)",
     )  # fmt: skip
     weights.add_argument("--cycle", type=int, default=2, help="blocks on the host (default: 2)")
+    parser.add_argument(
+        "--quantize", choices=("nf4", "fp4", "int8"),
+        help="quantise the weights of --shards as they stream, by bitsandbytes",
+    )  # fmt: skip
     parser.add_argument("--samples", type=int, default=320 if CUDA else 16)
     parser.add_argument("--length", type=int, default=512 if CUDA else 32)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -210,18 +214,22 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--trace", type=Path, metavar="FILE.json.gz",
         help="also a chrome trace; of fewer samples, it grows with them",
     )  # fmt: skip
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.quantize and not args.shards:
+        parser.error("--quantize is of --shards")
+    return args
 
 
-def weights_of(args: argparse.Namespace, config: LlamaConfig) -> tuple[nn.Module, WeightSource]:
+def weights_of(args: argparse.Namespace, shapes: LlamaConfig) -> tuple[nn.Module, WeightSource]:
     """The model without its weights, and where these come from."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_config(shapes, dtype=torch.bfloat16).eval()
     if not args.shards:
         return model, Cycle(args.cycle, model)
-    write_model(args.shards, config, model)
+    write_model(args.shards, shapes, model)
     read_once(args.shards)
-    model = empty_model(args.shards)
+    config = quantization_of(args.shards, args.quantize) if args.quantize else None
+    model = empty_model(args.shards, quantization_config=config)
     return model, ShardedWeights(args.shards, model)
 
 
@@ -317,7 +325,8 @@ def show_blocks(run: Blockwise, steady: dict[str, float]) -> None:
         f"{len(times['recomputed'])} blocks in {sum(times['recomputed']):.3f} s"
     )
     # By the host, the last block of the reverse sweep; with what the copies waited for the GPU.
-    loaded = size_of(run.model.weights[run.model.first])
+    entries_read = [each for entry in run.model.weights[run.model.first] for each in entry.stored]
+    loaded = sum(each.nbytes for each in entries_read)
     print(
         f"loading          {run.stream.loading:8.3f} s, the last block, beside the computation: "
         f"{loaded / run.stream.loading / 1e9:.1f} GB/s"

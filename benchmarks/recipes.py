@@ -126,7 +126,7 @@ def random_statistics(peft_model: Any, adapter_name: str = "default") -> Statist
     """Statistics of random vectors, for every layer of an adapter that FILet can initialise."""
     targets, _ = find_targets(peft_model, adapter_name)
     generator = torch.Generator().manual_seed(0)
-    moments = {name: empty_moments(target.weight) for name, target in targets.items()}
+    moments = {name: empty_moments(target) for name, target in targets.items()}
     for each in moments.values():
         for side in (each.input, each.output):
             rows = torch.randn(_VECTORS, side.sum.shape[0], generator=generator)

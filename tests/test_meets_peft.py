@@ -386,6 +386,12 @@ def peft_keeps(kind: Kind, lora: dict[str, Any] | None, folder: Path) -> bool:
         return False
 
 
+@pytest.fixture(autouse=True)
+def no_loftq(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoftQ takes bitsandbytes and a GPU; the table is of what PEFT does without."""
+    monkeypatch.setattr("peft.utils.loftq_utils.is_bnb_available", lambda: False, raising=False)
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", KINDS)
 def test_the_function_is_kept_or_refused(name: str, option: str, tmp_path: Path) -> None:

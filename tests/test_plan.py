@@ -375,7 +375,9 @@ def test_a_pass_holds_its_own_moments_only(monkeypatch: pytest.MonkeyPatch) -> N
 def fake_targets(shapes: dict[str, tuple[int, int]], device: Callable[[str], str]) -> Any:
     return {
         name: SimpleNamespace(
-            shape=shape, base=SimpleNamespace(weight=torch.empty(shape, device=device(name)))
+            shape=shape,
+            device=torch.device(device(name)),
+            values=SimpleNamespace(dtype=torch.float32),
         )
         for name, shape in shapes.items()
     }

@@ -187,7 +187,8 @@ def _apply(
     commit(peft_model, adapter_name, targets, choice.layers)
     materialise_rest(peft_model, adapter_name, config.seed)
     written = time.perf_counter()
-    devices = {place for t in targets.values() if (place := t.base.weight.device).type == "cuda"}
+    places = {layer.A0.device for layer in choice.layers.values()}
+    devices = {place for place in places if place.type == "cuda"}
     left_default = unsupported | choice.left_default
     warn_of(left_default, choice.layers)
     return FiletReport(
@@ -223,28 +224,26 @@ def initialize_folder(
     show_progress_bar: bool = True,
     keep: Keep | None = None,
     save_statistics: str | os.PathLike[str] | None = None,
+    quantization_config: Any = None,
 ) -> FiletReport:
     """Initialise a LoRA adapter with FILet for the model in a folder, and write it to another.
 
     The result is what :func:`filet.initialize_lora_filet_weights` and :func:`filet.save_as_lora`
     give; ``filet.load(base_model, output)`` trains on it. With ``engine="blockwise"`` the model is
     never whole in memory: its blocks come from the safetensors shards one by one, twice. A killed
-    run, called again with the same arguments, goes on at its last finished block, by what is in
-    ``<output>.filet-run``: bitwise the same on the same machine. Returns the report of this call.
+    run, called again, goes on at its last finished block (``<output>.filet-run``), bit for bit.
 
     Args:
         model: local folder of a causal language model: config.json, and safetensors of all weights.
         batches: dicts of CPU tensors (samples, tokens): ``input_ids``, ``labels``, and what else a
             model takes (``position_ids``), up to ``config.samples``. A block runs a batch at once.
         output: folder to create, with the adapter and ``filet_report.safetensors``.
-        lora_config: rank, alpha, patterns, rslora, targets. The blockwise engine takes layers
-            inside the blocks only, and nothing to save besides.
+        lora_config: its targets to be inside the blocks where the engine is "blockwise".
         config: as in :func:`filet.initialize_lora_filet_weights`. The blockwise engine has no use
             for ``loss_reduction``: its loss is the cross-entropy of the next token.
         engine: "memory" loads the whole model onto ``device``; "blockwise" never does; "auto" is
             "memory" where weights and statistics fit there with room to spare.
-        dtype: of the weights in memory, "auto" for what the folder says.
-        device: where to compute; by default a GPU if there is one.
+        dtype, device: of the weights ("auto": as the folder says); a GPU if there is one.
         host_memory: bytes for block inputs and gradients; half of what is available by default.
         scratch: folder on a fast disk for what does not fit there; 90 % of its room may be used.
         trust_remote_code: run Python code that lies in the model's folder.
@@ -252,13 +251,13 @@ def initialize_folder(
         show_progress_bar: also says the plan beforehand: GPU and host memory, disk, time.
         keep: as in :func:`filet.initialize_lora_filet_weights`; blockwise batches only, no "self".
         save_statistics: a .safetensors file to write them to, for :func:`filet.apply_statistics`.
+        quantization_config: transformers' ``BitsAndBytesConfig``, to quantise the model on loading.
 
     Raises:
         TypeError, ValueError: an argument or a batch that does not fit; before any block is
             computed, a model of another task, with a weight that no file has, or that the blockwise
             engine does not do (docs/blockwise.md); a run folder of other data or settings.
-        FloatingPointError: NaN or infinity, naming the module.
-        OutOfMemoryError: naming what was asked for and what to change.
+        FloatingPointError, OutOfMemoryError: naming the module, or what to change.
         OSError: a full disk, say. What was finished stays, and the same call goes on there.
     """
     folder, output = Path(model), Path(output)
@@ -267,6 +266,7 @@ def initialize_folder(
         folder, batches, output, lora_config, config, engine, device, host_memory, overwrite, saved
     )
     how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    how["quantization_config"] = quantization_config
     if engine == "auto":
         engine = choose_engine(folder, lora_config, keep=keep is not None, **how)
     what = (folder, batches, output, lora_config, config, show_progress_bar)
@@ -290,6 +290,7 @@ def _in_memory(
     dtype: torch.dtype | Literal["auto"],
     device: torch.device,
     trust_remote_code: bool,
+    quantization_config: Any,
 ) -> FiletReport:
     peft_model = load_adapted(
         folder,
@@ -298,6 +299,7 @@ def _in_memory(
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        quantization_config=quantization_config,
     )
     more: Any = {"show_progress_bar": show_progress_bar, "keep": keep}
     if save_statistics is None:

@@ -118,12 +118,11 @@ def _by_energy(
 ) -> Iterator[_Chosen]:
     """The candidate directions of W by their Fisher energies."""
     assert config.select != "auto" and config.select != "contrast"
-    weights = {name: target.weight for name, target in targets.items()}
-    for name, energies in _energies(weights, moments, config):
+    for name, energies, weight in _energies(targets, moments, config):
         target = targets[name]
         indices = select(energies, target.rank, config.select, seed=config.seed)
         A0, B0 = lora_factors(
-            weights[name],
+            target.weight if weight is None else weight,
             energies,
             indices,
             scaling=config.scaling,
@@ -148,15 +147,15 @@ def _by_contrast(
     root = config.gamma**0.5
     solved: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
     for name, target in targets.items():
-        task, rank, weight = moments[name].input, target.rank, target.weight
+        task, rank, device = moments[name].input, target.rank, target.device
         key = (id(task), id(keep[name]), rank)
         # What is solved in space "y" is W's own; nobody shares it.
         if key not in solved:
             try:
                 rows, values = contrast_directions(
-                    weight,
-                    _side_on(task, weight.device),
-                    _side_on(keep[name], weight.device),
+                    target.weight,
+                    _side_on(task, device),
+                    _side_on(keep[name], device),
                     rank,
                     damping=config.damping,
                 )
@@ -164,9 +163,9 @@ def _by_contrast(
                 raise ValueError(f"{name}: {error}") from error
             solved = {key: (rows, values.cpu())}  # who shares it comes next
         rows, values = solved[key]
-        A0, B0 = (root * rows).to(weight.device, target.dtype), None
+        A0, B0 = (root * rows).to(device, target.dtype), None
         if config.start == "untouched":
-            columns = weight.double() @ rows.to(weight.device).T
+            columns = target.weight.double() @ rows.to(device).T
             lengths = torch.linalg.vector_norm(columns, dim=0)
             B0 = (columns * (root / torch.where(lengths > 0, lengths, 1))).to(target.dtype)
         yield name, values.clone(), torch.arange(rank), A0, B0  # one file has all of them
@@ -192,24 +191,29 @@ def _unseen(inputs: int, outputs: int) -> str | None:
 
 
 def _energies(
-    weights: Mapping[str, Tensor], moments: Mapping[str, Moments], config: FiletConfig
-) -> Iterator[tuple[str, Tensor]]:
-    """Each module's energies, on the CPU; a GPU computes the next modules' in the meantime."""
-    under_way: deque[tuple[str, Tensor, torch.cuda.Event | None]] = deque()
-    sizes = {name: weight.shape[1] for name, weight in weights.items() if weight.is_cuda}
+    targets: Mapping[str, Target], moments: Mapping[str, Moments], config: FiletConfig
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Each module's energies, on the CPU; a GPU computes the next modules' in the meantime.
+
+    And its weight, if that is a view: one that was dequantised is not held so long.
+    """
+    under_way: deque[tuple[str, Tensor, torch.cuda.Event | None, Tensor | None]] = deque()
+    sizes = {name: target.shape[1] for name, target in targets.items()}
     places: dict[str, Tensor] = {}
-    if sizes:  # in one piece: an allocation of pinned memory may wait for all that a GPU does
+    if torch.cuda.is_initialized():
+        # In one piece: an allocation of pinned memory may wait for all that a GPU does.
         pinned = torch.empty(sum(sizes.values()), dtype=torch.float64, pin_memory=True)
         places = dict(zip(sizes, pinned.split(list(sizes.values())), strict=True))
 
-    def arrived() -> tuple[str, Tensor]:
-        name, energies, event = under_way.popleft()
+    def arrived() -> tuple[str, Tensor, Tensor | None]:
+        name, energies, event, view = under_way.popleft()
         if event is not None:
             event.synchronize()
             energies = energies.clone()  # the report's, without the pinned piece around it
-        return name, energies
+        return name, energies, view
 
-    for name, weight in weights.items():
+    for name, target in targets.items():
+        weight = target.weight
         energies = fisher_energies(
             weight,
             _moved(moments[name], weight.device),
@@ -217,11 +221,11 @@ def _energies(
         )
         event = None
         if energies.is_cuda:
-            with torch.cuda.device(weight.device):
+            with torch.cuda.device(energies.device):
                 energies = places[name].copy_(energies, non_blocking=True)
                 event = torch.cuda.Event(blocking=True)
                 event.record()
-        under_way.append((name, energies, event))
+        under_way.append((name, energies, event, None if target.values.quantised else weight))
         if len(under_way) > _AHEAD:
             yield arrived()
     while under_way:

@@ -144,7 +144,8 @@ def initialize(
     if machine is None:
         return initialize_folder(folder, output=output, engine=engine, **settings)
     device = torch.device(settings.pop("device"))
-    settings = {"config": FiletConfig(), "dtype": "auto", "trust_remote_code": False, **settings}
+    unset: dict[str, Any] = {"trust_remote_code": False, "quantization_config": None}
+    settings = {"config": FiletConfig(), "dtype": "auto", **unset, **settings}
     with blockwise_run(folder, output=output, device=device, machine=machine, **settings) as run:
         run.sweep()
         return run.write(output)

@@ -10,10 +10,10 @@ import numpy
 import pytest
 import torch
 from cli_cases import adapter_weights, arguments, error_of, sentence
-from made_data import write_jsonl
 
 from filet.cli.main import main
 from filet.report.report import FiletReport
+from made_data import write_jsonl
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 

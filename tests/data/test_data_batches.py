@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from made_data import BOS, EOS, PAD, Letters
 
 from filet.data.samples import Sample, Tokens
 from filet.data.tokens import batches, encode
+from made_data import BOS, EOS, PAD, Letters
 
 
 def codes(text: str) -> list[int]:

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy
 import pytest
 from datasets import Dataset, DatasetDict
-from made_data import write_jsonl
 
 from filet.data import sources
 from filet.data.samples import Fields, Sample, read_samples
 from filet.data.sources import Source, draw
+from made_data import write_jsonl
 
 ROWS = [{"text": f"text {n}", "number": n} for n in range(50)]
 SIXTEEN = [{"text": str(n)} for n in range(16)]

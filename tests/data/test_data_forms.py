@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_data import write_jsonl
 
 from filet.data.samples import Chat, Fields, Sample, Tokens, read_samples
 from filet.data.sources import Source
+from made_data import write_jsonl
 
 USER, CAT, DOG = (
     {"role": role, "content": text}

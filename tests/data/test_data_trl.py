@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from made_data import write_jsonl
 from peft import LoraConfig, get_peft_model
 from tokenizers_made import CHATML, CORPUS, MARKED, WITH_TOOLS, bpe
 from torch import Tensor
@@ -21,6 +20,7 @@ import filet
 from filet.data.samples import read_samples
 from filet.data.sources import Source
 from filet.data.tokens import encode
+from made_data import write_jsonl
 
 trl = pytest.importorskip("trl", minversion="0.24")
 

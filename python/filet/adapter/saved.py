@@ -20,7 +20,6 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from filet.adapter.state import (
     CONFIG_FILE,
@@ -32,9 +31,10 @@ from filet.adapter.state import (
     key_of,
     starts_of,
 )
-from filet.model.factors import StartedFactor, StartedLinear
-from filet.model.fingerprint import check_fingerprint, fingerprints
-from filet.model.targets import check_init, check_peft_model, find_targets, weight_of
+from filet.model.factors import StartedFactor, started_class
+from filet.model.fingerprint import check_fingerprint, fingerprints_of
+from filet.model.targets import check_init, check_peft_model, find_targets
+from filet.model.values import Unreadable, dtype_of_model, values_of
 from filet.report.names import PLOT_FILE, can_draw
 from filet.report.report import FiletReport
 from filet.system.files import replaced_together, staged
@@ -130,7 +130,8 @@ def load(
                 trained, start = linear.weight.detach().tensor_split([layer["rank"]], dim)
                 linear.weight = nn.Parameter(trained.clone())
                 StartedFactor.begin(linear, start.clone(), dim, layer["weight"])
-            targets[name].layer.__class__ = StartedLinear
+            place = targets[name].layer
+            place.__class__ = started_class(type(place))
         describe(peft_model, adapter_name)
     return peft_model
 
@@ -203,7 +204,7 @@ def _check_plain(folder: Path) -> None:
 def _check_base(
     base_model: nn.Module, layers: Mapping[str, Mapping[str, Any]], folder: Path
 ) -> None:
-    weights = {}
+    values, dtype = {}, dtype_of_model(base_model)
     for name in layers:
         try:
             linear = base_model.get_submodule(name)
@@ -211,10 +212,13 @@ def _check_base(
             linear = base_model
         if isinstance(linear, LoraLayer):
             linear = linear.get_base_layer()
-        if not isinstance(linear, (nn.Linear, Conv1D)):
-            raise ValueError(f"the base model has no linear module {name!r}, which {folder} has")
-        weights[name] = weight_of(linear)
-    for name, found in fingerprints(weights).items():
+        try:
+            values[name] = values_of(linear, dtype)
+        except Unreadable as error:
+            raise ValueError(
+                f"the base model has no linear module {name!r}, which {folder} has: {error}"
+            ) from error
+    for name, found in fingerprints_of(values).items():
         check_fingerprint(name, found, layers[name]["weight"], f"{folder} belongs")
 
 

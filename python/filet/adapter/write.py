@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from filet.adapter.state import describe, made_by, set_rank, started
-from filet.model.factors import StartedFactor, StartedLinear
+from filet.model.factors import StartedFactor, StartedLayer, plain_class, started_class
 from filet.model.targets import Target, check_unmerged
 from filet.select import Layer
 from filet_kernels import residual_weight_
@@ -91,7 +90,11 @@ def _put(
 def _settle(layer: LoraLayer) -> None:
     """The layer's class by whether any of its adapters has a frozen half."""
     begun = any(isinstance(factor, StartedFactor) for factor in layer.lora_A.values())
-    layer.__class__ = StartedLinear if begun else lora.Linear
+    kind = type(layer)
+    if begun:
+        layer.__class__ = started_class(kind)
+    elif issubclass(kind, StartedLayer):
+        layer.__class__ = plain_class(kind)
 
 
 def _write(linear: nn.Linear, name: str, value: Tensor, undo: list[Any]) -> None:
@@ -119,12 +122,13 @@ def write_residual(peft_model: PeftModel, adapter_name: str = "default") -> None
     came from are cleared.
 
     Raises ValueError, with the model as it was, for an adapter that has no frozen half or that is
-    merged, for a weight that another module uses too, and for a layer on which another
-    adapter sits: their functions would change with W. On another exception (no memory, say) the
-    layers that are done are done, each with its function; the same call goes on.
+    merged, for a quantised weight, for one that another module uses too, and for a layer on which
+    another adapter sits: their functions would change with W. On another exception (no memory,
+    say) the layers that are done are done, each with its function; the same call goes on.
     """
     targets = started(peft_model, adapter_name)
     check_unmerged(targets)
+    _check_plain(targets)
     _check_sole_user(peft_model, targets, adapter_name)
     model, rslora = peft_model.base_model.model, _rslora(peft_model, adapter_name)
     try:
@@ -144,6 +148,16 @@ def write_residual(peft_model: PeftModel, adapter_name: str = "default") -> None
         peft_model.peft_config[adapter_name] = config
         if hasattr(model, "name_or_path"):
             model.name_or_path = ""
+
+
+def _check_plain(targets: Mapping[str, Target]) -> None:
+    for name, target in targets.items():
+        if target.values.quantised:
+            raise ValueError(
+                f"the weight of {name} is quantised ({target.values.kind}): its residual would be "
+                "quantised anew, whose error (9% of W in NF4) is larger than what is taken out; "
+                "expected the frozen half left beside it, as it is"
+            )
 
 
 def _check_sole_user(peft_model: PeftModel, targets: dict[str, Target], adapter_name: str) -> None:
@@ -176,7 +190,7 @@ def materialise_rest(peft_model: PeftModel, adapter_name: str, seed: int) -> Non
         for layer in peft_model.base_model.model.modules():
             if not isinstance(layer, LoraLayer):
                 continue
-            device = next(layer.get_base_layer().parameters()).device  # experts have no weight
+            device = _device_of(layer.get_base_layer())
             if device.type == "meta":  # of a model that is never whole
                 device = torch.device("cpu")
             drawn: list[nn.Parameter] = []
@@ -194,6 +208,15 @@ def materialise_rest(peft_model: PeftModel, adapter_name: str, seed: int) -> Non
                 layer.reset_lora_parameters(adapter_name, True)
             for parameter in drawn:
                 parameter.data = parameter.data.to(device)
+
+
+def _device_of(base: nn.Module) -> torch.device:
+    """Of a base whose weight may be one of several, as of experts, or no parameter (HQQ, GPTQ)."""
+    tensors = (*base.parameters(), *base.buffers())
+    if tensors:
+        return tensors[0].device
+    found: Any = getattr(base, "device", "cpu")  # HQQ's
+    return torch.device(found)
 
 
 def _is_on_meta(factor: nn.Module) -> bool:

@@ -113,9 +113,11 @@ class Blockwise:
         task = read_batches(batches, config, self.model.base)
         kept = read_keep(keep, config, self.model.peft_model)
         self.stream = WeightStream(source, device)
-        entries = self.model.entries
-        whole = save_statistics is not None
-        manifest = manifest_of(source, task, kept, lora_config, config, entries, device, whole)
+        entries, whole = self.model.entries, save_statistics is not None
+        quantised = getattr(self.model.base.config, "quantization_config", None)
+        manifest = manifest_of(
+            source, task, kept, lora_config, config, entries, quantised, device, whole
+        )
         self.work = Work(self.model, task, kept, config, self.stream, self.times, show_progress_bar)
         self.journal = Journal(
             run_folder, manifest, self.model.first, self.model.number, self.machine, whole
@@ -277,10 +279,16 @@ def blockwise_run(
     dtype: torch.dtype | Literal["auto"],
     device: torch.device,
     trust_remote_code: bool,
+    quantization_config: Any,
     machine: Machine | None = None,
 ) -> Blockwise:
     """The run of :func:`filet.initialize_folder`, whose arguments have been checked."""
-    model = empty_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = empty_model(
+        folder,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        quantization_config=quantization_config,
+    )
     run_folder = output.parent / f"{output.name}.filet-run"
     return Blockwise(
         model,

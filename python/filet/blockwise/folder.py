@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig
 from safetensors import safe_open
 
+from filet.blockwise.quantised import Unsupported, begin_packed, quantizer_of
 from filet.blockwise.stream import size_of
 from filet.config import FiletConfig, checked_config
 from filet.model.checkpoint import entries, shard_files, understood
@@ -24,7 +25,6 @@ from filet.system.memory import available_on_host
 __all__ = [
     "ADAPTER",
     "Engine",
-    "Unsupported",
     "check_alone",
     "checked_folder_arguments",
     "choose_engine",
@@ -117,29 +117,24 @@ def check_alone(lora_config: LoraConfig) -> None:
             )
 
 
-class Unsupported(ValueError):
-    """A kind of model that the blockwise engine does not take."""
-
-
 def empty_model(
     folder: str | os.PathLike[str],
     *,
     dtype: torch.dtype | Literal["auto"] = "auto",
     trust_remote_code: bool = False,
+    quantization_config: Any = None,
 ) -> Any:
     """The causal language model of a folder without its weights: parameters on the meta device.
 
-    Buffers are real (rotary frequencies, say). Raises :class:`Unsupported` for what the blockwise
-    engine does not take, as far as config.json and the names of the files say it, and ValueError
-    for what no engine does (:func:`filet.model.folder.settings_of`).
+    Buffers are real (rotary frequencies, say). Packed weights say what they consist of; with
+    ``quantization_config``, transformers', weights that are to be quantised as well.
+    Raises :class:`Unsupported` for what the blockwise engine does not take, as far as config.json
+    and the names of the files say it, and ValueError for what no engine does
+    (:func:`filet.model.folder.settings_of`).
     """
     folder = Path(folder)
     settings = settings_of(folder, trust_remote_code=trust_remote_code)
-    if getattr(settings, "quantization_config", None) is not None:
-        raise Unsupported(
-            f"{folder} is quantised (quantization_config in config.json); expected weights in "
-            "float32, bfloat16 or float16"
-        )
+    quantizer = quantizer_of(folder, settings, quantization_config)
     try:
         files = shard_files(folder)
     except FileNotFoundError as error:
@@ -147,10 +142,13 @@ def empty_model(
     if dtype == "auto":
         with understood(folder):
             dtype = getattr(settings, "dtype", None) or _dtype_of(files)
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
+    given: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if quantizer is not None:
+        given = quantizer.update_dtype(given)
     with understood(folder):
-        return outline(settings, dtype, trust_remote_code=trust_remote_code)
+        model = outline(settings, given, trust_remote_code=trust_remote_code, quantizer=quantizer)
+        begin_packed(folder, model, files, given)
+    return model
 
 
 def _dtype_of(files: Sequence[Path]) -> torch.dtype:
@@ -171,6 +169,7 @@ def choose_engine(
     *,
     dtype: torch.dtype | Literal["auto"] = "auto",
     trust_remote_code: bool = False,
+    quantization_config: Any = None,
     keep: bool = False,
 ) -> Literal["memory", "blockwise"]:
     """What "auto" is: "blockwise" where weights and second moments take more than 3/4 of a device.
@@ -180,7 +179,12 @@ def choose_engine(
     engine does not take is "memory" in any case.
     """
     try:
-        model = empty_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = empty_model(
+            folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            quantization_config=quantization_config,
+        )
     except Unsupported:
         return "memory"
     weights = size_of(entries(model))

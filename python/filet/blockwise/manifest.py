@@ -30,17 +30,20 @@ def manifest_of(
     lora_config: LoraConfig,
     config: FiletConfig,
     weights: Sequence[Entry],
+    quantised: Any,
     device: torch.device,
     statistics: bool,
 ) -> dict[str, Any]:
     """What the result depends on.
 
-    ``keep``: data to keep, if there is any. ``statistics``: whether they are kept of every block.
+    ``keep``: data to keep, if there is any. ``quantised``: the model's quantisation config, or
+    None. ``statistics``: whether they are kept of every block.
     """
     manifest = {
         "format": _FORMAT,
         "model": source.identity(),
         "dtype": str(weights[0].dtype),
+        "quantised": None if quantised is None else quantised.to_dict(),
         "device": device.type,
         "data": _digest(batches),
         "keep": _digest(keep) if keep else None,

@@ -21,7 +21,7 @@ from filet.blockwise.head import HEAD, loss_gradient
 from filet.blockwise.journal import Journal
 from filet.blockwise.machine import PeakMemory
 from filet.blockwise.plan import RunPlan
-from filet.blockwise.stream import size_of
+from filet.blockwise.stream import size_of, whole_bytes
 from filet.blockwise.work import Work
 from filet.collect.hooks import MomentHooks
 
@@ -222,15 +222,18 @@ def _device_bytes(
     model, layout = work.model, boundaries.layout
     of_block = [size_of(weights) for weights in model.weights]
     # Two places for blocks, beside what the next sweep begins with; and what is on its way in and
-    # out. Measured was with places for the last block and the first with targets.
+    # out. Measured was with places for the last block and the first with targets, which were there.
     places = 2 * max(of_block)
     largest = max(shape.numel() for shape in layout.shapes) * layout.dtype.itemsize
     more = places - 2 * max(of_block[-1], of_block[model.first]) + 4 * largest
-    then = places if resumed else size_of(model.others)
+    # A weight to be quantised has a place before, and then two copies: in 16 bits, and packed.
+    whole = max(map(whole_bytes, model.weights))
+    copies = 3 * whole // 2
+    then = places + whole if resumed else size_of(model.others)
     return max(
-        block.forward_bytes + more + then,
-        0 if resumed else head.forward_bytes + places,
-        block.reverse_bytes + more,
+        block.forward_bytes + more + copies + then,
+        0 if resumed else head.forward_bytes + places + whole + copies,
+        block.reverse_bytes + more + copies,
     )
 
 

@@ -1,7 +1,8 @@
 """Groups of weights on a device in turn, the next one loading while one is in use.
 
 A thread has the files read into two pinned buffers and copies these to the device, into the one of
-two places that the group now computing does not use.
+two places that the group now computing does not use. Packed weights are copied as they are. Weights
+that are to be quantised come one by one to a place of their own, and from there into theirs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from filet.blockwise.weights import Stored, WeightSource
 from filet.model.checkpoint import Entry
+from filet.model.packed import Packed
 
-__all__ = ["Groups", "Loading", "WeightStream", "size_of"]
+__all__ = ["Groups", "Loading", "WeightStream", "size_of", "whole_bytes"]
 
 Groups = Sequence[Sequence[Entry]]  # of weights that are on the device together
 _ALIGNMENT = 256  # bytes: what the allocator itself gives, and TMA and vector loads ask for
@@ -28,7 +30,13 @@ _PIECE = 2**27  # bytes of a pinned buffer
 
 def size_of(group: Sequence[Entry]) -> int:
     """Bytes of a group in memory."""
-    return sum(-(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT for entry in group)
+    parts = (part for entry in group for part in entry.parts.values())
+    return sum(-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in parts)
+
+
+def whole_bytes(group: Sequence[Entry]) -> int:
+    """Bytes of the largest weight of a group that is quantised on its way: of its place before."""
+    return max((entry.nbytes for entry in group if _is_quantised(entry)), default=0)
 
 
 class WeightStream:
@@ -109,6 +117,9 @@ class Loading:
         self._ready: queue.Queue[Any] = queue.Queue()
         cuda = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if cuda else None
+        # Before the places, whose events say when the memory is the loader's.
+        whole = max(map(whole_bytes, groups), default=0)
+        self._whole = torch.empty(whole, dtype=torch.uint8, device=self.device)
         size = max(map(size_of, groups), default=0)
         for _ in range(min(2, len(groups))):
             self._give(torch.empty(size, dtype=torch.uint8, device=self.device))
@@ -142,6 +153,7 @@ class Loading:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
         # Whoever still holds this object holds no places: 3.9 GiB of a 70B's embedding and head.
         self._free, self._ready = queue.Queue(), queue.Queue()
+        self._whole = torch.empty(0)
 
     def _leave(self) -> None:
         self._in_model.close()
@@ -173,14 +185,7 @@ class Loading:
                     if event is not None:
                         torch.cuda.current_stream(self.device).wait_event(event)
                     start = time.perf_counter()
-                    views = dict(zip(map(id, group), _views(group, place), strict=True))
-                    for entry, values in self.weights.source.tensors(group):
-                        view = views.pop(id(entry))
-                        if staging is not None:
-                            staging.send(values, view)
-                        else:
-                            _fill(view.view(-1), values, 0)
-                    assert not views  # the source gave every entry
+                    self._fill_place(group, place, staging)
                     if staging is not None:
                         event = torch.cuda.Event()
                         event.record()
@@ -188,6 +193,39 @@ class Loading:
                     self._ready.put((place, event))
         except BaseException as error:
             self._ready.put(error)
+
+    def _fill_place(self, group: Sequence[Entry], place: Tensor, staging: _Staging | None) -> None:
+        """Have a group's weights read into a place, those to be quantised by way of their own."""
+        ways = {}  # of what is read: its goal, and who quantises that, into which views
+        wanted: list[Entry] = []
+        for entry, views in zip(group, _views(group, place), strict=True):
+            stored = entry.stored
+            wanted += stored
+            if _is_quantised(entry):
+                ways[id(entry)] = _view(entry, self._whole, 0), entry.packed, views
+            else:
+                for each, view in zip(stored, views.values(), strict=True):
+                    ways[id(each)] = view, None, views
+        for entry, values in self.weights.source.tensors(wanted):
+            goal, packed, views = ways.pop(id(entry))
+            if staging is not None:
+                staging.send(values, goal)
+            else:
+                _fill(goal.view(-1), values, 0)
+            if packed is not None:
+                self._quantise(packed, goal, views)
+        assert not ways  # the source gave every entry
+
+    def _quantise(self, packed: Packed, whole: Tensor, views: Mapping[str, Tensor]) -> None:
+        if self._stream is None:
+            return packed.quantise(whole, views)
+        # bitsandbytes quantises on the default stream, whichever is the current one. That gets no
+        # work that would have to wait for the copy: the host does.
+        torch.cuda.current_stream(self.device).synchronize()
+        default = torch.cuda.default_stream(self.device)
+        with torch.cuda.stream(default):
+            packed.quantise(whole, views)
+        return torch.cuda.current_stream(self.device).wait_stream(default)
 
 
 class _Staging:
@@ -222,28 +260,40 @@ def _fill(goal: Tensor, values: Tensor | Stored, start: int) -> None:
         goal.copy_(values.reshape(-1)[start : start + goal.numel()])  # by all of torch's threads
 
 
-def _views(group: Sequence[Entry], place: Tensor) -> list[Tensor]:
-    views, offset = [], 0
+def _is_quantised(entry: Entry) -> bool:
+    """Whether that is done on the way to the device."""
+    return entry.packed is not None and entry.packed.quantises
+
+
+def _view(entry: Entry, place: Tensor, offset: int) -> Tensor:
+    return place[offset : offset + entry.nbytes].view(entry.dtype).view(entry.shape)
+
+
+def _views(group: Sequence[Entry], place: Tensor) -> list[dict[str, Tensor]]:
+    """The parts of each entry, where they lie in a place."""
+    views: list[dict[str, Tensor]] = []
+    offset = 0
     for entry in group:
-        raw = place[offset : offset + entry.nbytes]
-        views.append(raw.view(entry.dtype).view(entry.shape))
-        offset += -(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT
+        views.append({})
+        for name, part in entry.parts.items():
+            views[-1][name] = _view(part, place, offset)
+            offset += -(-part.nbytes // _ALIGNMENT) * _ALIGNMENT
     return views
 
 
 @contextlib.contextmanager
 def _placed(group: Sequence[Entry], place: Tensor) -> Iterator[None]:
     """The model's weights of this group are in ``place``; afterwards what they were before."""
-    undo: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for entry, view in zip(group, _views(group, place), strict=True):
+    with contextlib.ExitStack() as undo:
+        for entry, views in zip(group, _views(group, place), strict=True):
+            if entry.packed is not None:
+                undo.enter_context(entry.packed.placed(views))
+                continue
+            view = views[""]
             value = nn.Parameter(view, requires_grad=False)
             for module, key in entry.places:
                 parameter = key in module._parameters
                 own: dict[str, Any] = module._parameters if parameter else module._buffers
-                undo.append((own, key, own[key]))
+                undo.callback(own.__setitem__, key, own[key])
                 own[key] = value if parameter else view
         yield
-    finally:
-        for own, key, old in reversed(undo):
-            own[key] = old

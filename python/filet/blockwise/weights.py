@@ -82,7 +82,10 @@ class WeightSource(Protocol):
     """Where weights come from."""
 
     def tensors(self, wanted: Sequence[Entry]) -> Iterator[tuple[Entry, Tensor | Stored]]:
-        """Each wanted entry once, in any order, with its values: of any dtype, on the CPU."""
+        """Each wanted entry once, in any order, with its values: of any dtype, on the CPU.
+
+        Of packed weights what is stored of them is wanted, :attr:`Entry.stored`.
+        """
 
     def identity(self) -> dict[str, Any]:
         """JSON-able; equal for equal weights."""
@@ -121,7 +124,8 @@ class ShardedWeights:
         with understood(self.folder):
             self._names = Names(model, headers)
         check_kinds(self.folder, model, self._names, headers)
-        shapes = ((self._name(entry), entry.shape) for entry in entries(model))
+        stored = [each for entry in entries(model) for each in entry.stored]
+        shapes = ((self._name(entry), entry.shape) for entry in stored)
         check_shapes(
             self.folder, ((name, self._names.shape(name), shape) for name, shape in shapes)
         )

@@ -168,7 +168,7 @@ class Work:
             keep = with_unseen({name: its.input for name, its in kept.moments.items()}, moments)
         return Statistics(
             moments,
-            fingerprints_of(targets),
+            fingerprints_of({name: target.values for name, target in targets.items()}),
             hooks.shared_input,
             samples=counts["samples"],
             tokens=counts["tokens"],

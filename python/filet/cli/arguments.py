@@ -221,6 +221,17 @@ def _add_model(group: argparse._ArgumentGroup, *, required: bool) -> None:
         help="type of the weights in memory (default: auto, as saved)",
     )
     group.add_argument(
+        "--quantize",
+        choices=("nf4", "fp4", "int8"),
+        help="quantise the model as it is loaded, by bitsandbytes: the adapter is for that base "
+        "(QLoRA). A folder that is quantised already is loaded as it is, without this",
+    )
+    group.add_argument(
+        "--double-quant",
+        action="store_true",
+        help="of --quantize nf4 and fp4: quantise their scales once more",
+    )
+    group.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
@@ -482,6 +493,8 @@ def _check_names(args: argparse.Namespace, parser: argparse.ArgumentParser) -> N
 
 
 def _check_fields(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.double_quant and args.quantize not in ("nf4", "fp4"):
+        parser.error("--double-quant is for --quantize nf4 or fp4")
     if args.text_field and (args.prompt_field or args.response_field):
         parser.error("--text-field excludes --prompt-field and --response-field")
     if args.response_field and not args.prompt_field:

@@ -18,6 +18,7 @@ from filet.cli.model import (
     load_peft_model,
     lora_config_of,
     own_code,
+    quantization_config_of,
     quiet_transformers,
 )
 from filet.cli.output import check_file_output, check_folder_output, one_line, say, say_entry
@@ -80,6 +81,7 @@ def _init_blockwise(args: argparse.Namespace, encoded: Any, keep: Any, config: A
             show_progress_bar=not args.no_progress,
             keep=_kept_batches(encoded, keep, size),
             save_statistics=args.save_statistics,
+            quantization_config=quantization_config_of(args),
         )
 
 
@@ -248,5 +250,6 @@ def _engine(args: argparse.Namespace) -> str:
             torch.device(device_of(args)),
             dtype=dtype_of(args),
             trust_remote_code=args.trust_remote_code,
+            quantization_config=quantization_config_of(args),
             keep=args.keep is not None,
         )

@@ -15,6 +15,7 @@ __all__ = [
     "load_peft_model",
     "lora_config_of",
     "own_code",
+    "quantization_config_of",
     "quiet_transformers",
 ]
 
@@ -87,6 +88,7 @@ def load_peft_model(args: argparse.Namespace, *, rank: int, alpha: int | None) -
             trust_remote_code=args.trust_remote_code,
             allow_pickle=args.allow_pickle,
             gradient_checkpointing=args.gradient_checkpointing,
+            quantization_config=quantization_config_of(args),
         )
 
 
@@ -105,6 +107,21 @@ def dtype_of(args: argparse.Namespace) -> Any:
     import torch
 
     return args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
+def quantization_config_of(args: argparse.Namespace) -> Any:
+    """transformers' config for --quantize, None without it."""
+    if args.quantize is None:
+        return None
+    from filet.model.folder import quantization_of
+
+    return quantization_of(
+        args.model,
+        args.quantize,
+        double=args.double_quant,
+        dtype=dtype_of(args),
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def lora_config_of(args: argparse.Namespace, *, rank: int, alpha: int | None) -> Any:

@@ -104,7 +104,7 @@ def passes_that_fit(
     """
     moments = moment_bytes(targets, {}, keep)
     small = [
-        sum(sum(moments[name]) for name, t in targets.items() if t.base.weight.device == device)
+        sum(sum(moments[name]) for name, t in targets.items() if t.device == device)
         <= _SMALL * available(device)
         for device in gpus_of(peft_model)
     ]
@@ -178,7 +178,7 @@ def _choices(targets: dict[str, Target], config: FiletConfig) -> Sequence[int]:
         return [config.passes]
     on: dict[torch.device, int] = {}
     for names in blocks(targets).values():
-        device = targets[names[0]].base.weight.device
+        device = targets[names[0]].device
         on[device] = on.get(device, 0) + 1
     return range(1, max(on.values()) + 1)
 
@@ -194,7 +194,7 @@ def _device_plan(
     keep: bool,
 ) -> DevicePlan:
     """``free``: of a GPU, before anything was measured. ``parts``: groups by number of passes."""
-    mine = [target for target in targets.values() if target.base.weight.device == device]
+    mine = [target for target in targets.values() if target.device == device]
     here = {target.name: sum(moments[target.name]) for target in mine}
     fixed = per_sample = total = None
     if free is not None:

@@ -34,7 +34,7 @@ def groups(targets: dict[str, Target], passes: int) -> list[list[str]]:
     sizes = moment_bytes(targets, {})
     by_device: dict[torch.device, list[list[str]]] = {}
     for names in blocks(targets).values():
-        by_device.setdefault(targets[names[0]].base.weight.device, []).append(names)
+        by_device.setdefault(targets[names[0]].device, []).append(names)
     found: list[list[str]] = [[] for _ in range(passes)]
     for its_blocks in by_device.values():
         weights = [sum(sum(sizes[name]) for name in names) for names in its_blocks]

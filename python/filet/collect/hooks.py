@@ -13,13 +13,12 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from filet.collect.check import FiniteCheck
 from filet.collect.rows import Rows
 from filet.collect.sharing import SharedInputs, sharing_broke
-from filet.collect.unrounded import Unrounded, UnroundedLinear, hands_on, unrounded
+from filet.collect.unrounded import Unrounded, UnroundedLinear, bias_of, hands_on, unrounded
 from filet.config import FiletConfig
 from filet.model.overrides import replaced
 from filet.model.targets import Target
@@ -71,7 +70,6 @@ class MomentHooks:
         self.peaks: list[Tensor] = []
         self._calls: dict[str, int] = {}
         self._check = FiniteCheck()
-        self._weights: dict[str, Tensor] = {}
         self._replaced: set[nn.Module] = set()  # whose forwards are ours
         self._stack = contextlib.ExitStack()
 
@@ -93,9 +91,9 @@ class MomentHooks:
         for name in self.counted:
             its = moments[name].input
             if id(its) not in new:
-                weight = self.targets[shared_input.get(name, name)].weight
+                leader = self.targets[shared_input.get(name, name)]
                 new[id(its)] = SecondMoment.zeros(
-                    its.space, its.sum.shape[0], dtype=its.sum.dtype, device=weight.device
+                    its.space, its.sum.shape[0], dtype=its.sum.dtype, device=leader.device
                 )
             self.moments[name] = Moments.zeros(
                 moments[name].shape, device="meta", input=new[id(its)]
@@ -105,11 +103,10 @@ class MomentHooks:
 
     def __enter__(self) -> MomentHooks:
         with contextlib.ExitStack() as stack:
-            self._weights = {name: target.weight for name, target in self.targets.items()}
             forwards: dict[nn.Module, Callable[..., Any]] = {
                 target.base: bound(self._forward, target)
                 for target in self.targets.values()
-                if type(target.base) is nn.Linear
+                if target.values.multiplies
             }
             self._replaced = stack.enter_context(replaced(forwards))
             for target in self.targets.values():
@@ -123,7 +120,6 @@ class MomentHooks:
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
-        self._weights.clear()
         self.sharing.clear()
 
     def finish(self) -> None:
@@ -185,16 +181,16 @@ class MomentHooks:
         moment = self.moments[target.name].input
         if moment.space != "y":
             return None
-        y = unrounded(x, self._weights[target.name].T, torch.float32)
-        enters = self.phase == "forward"
-        return self.unrounded.add(target.name, moment, y, x.dtype, enters, bias=target.base.bias)
+        y = unrounded(x, target.weight.T, torch.float32)
+        enters, bias = self.phase == "forward", bias_of(target, x.dtype)
+        return self.unrounded.add(target.name, moment, y, x.dtype, enters, bias=bias)
 
     def take_h(self, target: Target, gradient: Tensor) -> Tensor | None:
         """The input's gradient g W, after it entered its moment; None as for :meth:`take_y`."""
         moment = self.moments[target.name].output
         if moment.space != "h":
             return None
-        h = unrounded(gradient, self._weights[target.name], torch.float32)
+        h = unrounded(gradient, target.weight, torch.float32)
         enters, alpha = self.phase == "backward", self.gradient_scale**-2
         return self.unrounded.add(target.name, moment, h, gradient.dtype, enters, alpha=alpha)
 
@@ -225,26 +221,28 @@ class MomentHooks:
             output.register_hook(bound(self._gradient, target, self._hands_on(target, args[0])))
 
     def _forward(self, target: Target, x: Tensor) -> Tensor:
-        """What nn.Linear does, with y and h handed on where a moment is of them."""
+        """What the layer does, with y and h handed on where a moment is of them."""
         if self._hands_on(target, x):
-            y: Tensor = UnroundedLinear.apply(x, self, target)
-            return y
-        return F.linear(x, target.base.weight, target.base.bias)
+            y: Tensor = UnroundedLinear.apply(_entering(target, x), self, target)
+            return y.to(x.dtype)
+        y = type(target.base).forward(target.base, x)
+        return y
 
     def _hands_on(self, target: Target, x: Tensor) -> bool:
-        moments, weight = self.moments.get(target.name), self._weights[target.name]
+        moments, values = self.moments.get(target.name), target.values
+        dtype = values.dtype
         return (
             moments is not None
             and (moments.input.space == "y" or moments.output.space == "h")
             and target.base in self._replaced
-            and hands_on(weight.device)  # where a device map brings x, if it is elsewhere
-            and x.dtype == weight.dtype
-            and x.dtype in (torch.bfloat16, torch.float16)
-            and not torch.is_autocast_enabled(weight.device.type)
+            and dtype in (torch.bfloat16, torch.float16)
+            and (x.dtype == dtype or values.rounds)
+            and hands_on(values.device)  # where a device map brings x, if it is elsewhere
+            and not torch.is_autocast_enabled(values.device.type)
         )
 
     def _count_input(self, target: Target, x: Tensor) -> None:
-        name, weight = target.name, self._weights[target.name]
+        name = target.name
         self._calls[name] = self._calls.get(name, 0) + 1
         owner = self.sharing.owner(x)
         if name not in self.moments:
@@ -253,16 +251,17 @@ class MomentHooks:
                 share = self.moments[owner].input
                 self.shared_input[name] = owner
             # Where nothing is counted, only the spaces matter.
-            self.moments[name] = empty_moments(weight, share, None if self.counting else "meta")
+            self.moments[name] = empty_moments(target, share, None if self.counting else "meta")
         mine, leader = self.moments[name].input, self.shared_input.get(name)
         if leader is not None:
             if owner != leader:
                 raise sharing_broke(name, leader, None)
         elif mine.space == "x":
-            self.rows.add(name, mine, x.detach())
+            self.rows.add(name, mine, _entering(target, x.detach()))
             self.sharing.own(x, name)
         elif not self._hands_on(target, x):
-            self.rows.add(name, mine, unrounded(x.detach(), weight.T, mine.sum.dtype))
+            v = _entering(target, x.detach())
+            self.rows.add(name, mine, unrounded(v, target.weight.T, mine.sum.dtype))
 
     def _gradient(self, target: Target, handed_on: bool, gradient: Tensor) -> None:
         if self.phase == "probe":
@@ -273,27 +272,33 @@ class MomentHooks:
             self.peaks.append(peak.max() if peak.numel() else peak.sum())
         elif self.phase == "backward" and target.name in self.counted:
             output = self.moments[target.name].output
-            v = gradient.detach()
+            v = _entering(target, gradient.detach())
             if output.space == "h":
                 if handed_on:
                     return
-                v = unrounded(v, self._weights[target.name], output.sum.dtype)
+                v = unrounded(v, target.weight, output.sum.dtype)
             self.rows.add(target.name, output, v, alpha=self.gradient_scale**-2)
 
 
+def _entering(target: Target, v: Tensor) -> Tensor:
+    """x or g as the layer multiplies it: rounded, where it rounds to its own dtype first."""
+    dtype = target.values.dtype
+    return v.to(dtype) if target.values.rounds and dtype.itemsize <= v.itemsize else v
+
+
 def empty_moments(
-    weight: Tensor,
+    target: Target,
     shared_input: SecondMoment | None = None,
     device: torch.device | str | None = None,
 ) -> Moments:
-    """Accumulators for a layer with this weight: float32 sums, float64 for a float64 weight.
+    """Accumulators for a layer: float32 sums, float64 for a float64 weight.
 
     On the weight's device by default.
     """
     return Moments.zeros(
-        (weight.shape[0], weight.shape[1]),
-        dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
-        device=weight.device if device is None else device,
+        target.shape,
+        dtype=torch.float64 if target.values.dtype == torch.float64 else torch.float32,
+        device=target.device if device is None else device,
         input=shared_input,
     )
 

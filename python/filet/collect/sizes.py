@@ -49,10 +49,12 @@ def selection_bytes(
         d = n if target.name in shared_input else min(m, n)
         if keep:
             energies = 8 * (6 * d**2 + m * max(m, n // 4))
-        elif item == 8 or not target.base.weight.is_cuda:
+        elif item == 8 or target.device.type != "cuda":
             energies = 8 * (4 * m * n + 2 * d**2)
         else:
             energies = 16 * d**2 + 4 * m * n + 2**27
+        if target.values.quantised:
+            energies += m * n * target.values.dtype.itemsize
         most = max(most, energies)
         factors += item * target.rank * (m + n)
     return most + factors
@@ -80,4 +82,4 @@ def relative_cost(
 
 def _item(target: Target) -> int:
     """Bytes of a number in a moment of this layer."""
-    return 8 if target.base.weight.dtype == torch.float64 else 4
+    return 8 if target.values.dtype == torch.float64 else 4

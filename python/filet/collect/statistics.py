@@ -20,6 +20,7 @@ from filet.collect.estimate import passes_that_fit
 from filet.collect.groups import collect_in_passes
 from filet.collect.hooks import empty_moments
 from filet.collect.keep import Keep, check_keep, collect_keep
+from filet.collect.probe import gpus_of
 from filet.config import FiletConfig, checked_config
 from filet.loss.batch import ForwardFn
 from filet.model.fingerprint import check_fingerprint, fingerprints_of
@@ -310,8 +311,8 @@ def statistics_of(
     """:func:`collect_statistics` for an adapter whose targets are found and checked."""
     check_keep(keep, peft_model)
     with named_shortage("checks", lambda: "the hashing of the weights"):
-        weights = fingerprints_of(targets)
-    devices = {place for t in targets.values() if (place := t.base.weight.device).type == "cuda"}
+        weights = fingerprints_of({name: target.values for name, target in targets.items()})
+    devices = set(gpus_of(peft_model))
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
@@ -370,7 +371,7 @@ def moments_of_all(
     moments = {}
     for name, target in targets.items():
         if name not in found:
-            found[name] = empty_moments(target.weight, device=device)
+            found[name] = empty_moments(target, device=device)
             found[name].loss_terms.fill_(loss_terms)
         moments[name] = found[name]
     return moments
@@ -387,7 +388,7 @@ def check_statistics(statistics: Statistics, targets: dict[str, Target]) -> None
     missing = next((name for name in targets if name not in statistics.fingerprints), None)
     if missing is not None:
         raise ValueError(f"{_of(statistics)} have no module {missing!r}, a target of this adapter")
-    mine = fingerprints_of(targets)
+    mine = fingerprints_of({name: target.values for name, target in targets.items()})
     _compare(statistics, mine, "this model", partial=True)
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "HandsOn",
     "Unrounded",
     "UnroundedLinear",
+    "bias_of",
     "bytes_a_row",
     "hands_on",
     "unrounded",
@@ -165,6 +166,12 @@ class Unrounded:
         syrk_(moment.sum, (rows * scale).half(), alpha=alpha, weights=weights)
 
 
+def bias_of(target: Target, dtype: torch.dtype) -> Tensor | None:
+    """A layer's bias in the dtype that the layer adds it in; bitsandbytes casts it there."""
+    bias: Any = target.base.bias
+    return None if bias is None else bias.detach().to(dtype)
+
+
 class HandsOn(Protocol):
     """To whom a layer hands y and h on; who returns them rounded, or None for neither."""
 
@@ -184,7 +191,7 @@ class UnroundedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, hooks: HandsOn, target: Target) -> Tensor:
         ctx.hooks, ctx.target = hooks, target
         y = hooks.take_y(target, x)
-        return F.linear(x, target.base.weight, target.base.bias) if y is None else y
+        return F.linear(x, target.weight, bias_of(target, x.dtype)) if y is None else y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

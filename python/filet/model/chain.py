@@ -7,6 +7,7 @@ what follows them, is then known for any model that chains its blocks by one ten
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -280,7 +281,7 @@ def _find_blocks(
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module):
             held = sum(
-                target.weight.numel()
+                math.prod(target.shape)
                 for name, target in targets.items()
                 if split(name, path).index is not None
             )

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from filet.model.packed import Packed, packed_of
 from filet.system.tensorfile import DTYPES
 
 __all__ = [
@@ -50,17 +51,40 @@ _NUMBERS = ("float64", "float32", "float16", "bfloat16")
 class Entry:
     """A weight (a parameter or persistent buffer) and everywhere the model keeps it.
 
-    ``dtype`` is what it has in memory. Tied weights are one entry with several names.
+    ``shape`` and ``dtype`` are what it has in memory; of a weight that is quantised on its way
+    there, what it is read as. Tied weights are one entry with several names.
     """
 
     names: tuple[str, ...]
     shape: torch.Size
     dtype: torch.dtype
     places: tuple[tuple[nn.Module, str], ...]
+    packed: Packed | None = None
 
     @property
     def nbytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
+
+    @property
+    def parts(self) -> dict[str, Entry]:
+        """What lies in memory, by name; of a plain weight itself."""
+        if self.packed is None:
+            return {"": self}
+        path = self.names[0].removesuffix("weight")
+        return {
+            name: Entry((path + name,), value.shape, value.dtype, ())
+            for name, value in self.packed.parts.items()
+        }
+
+    @property
+    def whole(self) -> bool:
+        """Whether the files have it as it is, and not in :attr:`parts`."""
+        return self.packed is None or self.packed.quantises
+
+    @property
+    def stored(self) -> list[Entry]:
+        """What is read of it."""
+        return [self] if self.whole else list(self.parts.values())
 
 
 def entries(model: nn.Module) -> list[Entry]:
@@ -88,7 +112,14 @@ def entries(model: nn.Module) -> list[Entry]:
             names.append(f"{path}.{key}" if path else key)
             places.append((module, key))
     result = []
+    quantizer = getattr(model, "hf_quantizer", None)
+    quantises = quantizer is not None and not quantizer.pre_quantized
     for value, names, places in found.values():
+        packed = packed_of(places[0][0], value, quantises)
+        if packed is not None:
+            part = packed.stored_weight
+            result.append(Entry(tuple(names), part.shape, part.dtype, tuple(places), packed))
+            continue
         dtype = value.dtype
         if dtype.is_floating_point and any(part.search(names[0]) for part in float32):
             dtype = torch.float32
@@ -121,7 +152,8 @@ def check_kinds(
         if not entry.dtype.is_floating_point:
             continue
         for key in names.keys_of(entry):
-            if headers[key].kind not in _NUMBERS:
+            known = key in names.dequantised or headers[key].dtype == entry.dtype
+            if headers[key].kind not in _NUMBERS and not known:
                 raise ValueError(
                     f"{key} is {headers[key].kind} in {folder}, and config.json has no "
                     f"quantization_config that says what it means; expected {', '.join(_NUMBERS)}"
@@ -142,8 +174,12 @@ class Names:
         self.plain: dict[str, str] = {}  # name in the model -> key in the files
         self.converted: dict[str, _Conversion] = {}
         self.unused: set[str] = set()  # names that the model does not have
+        self.dequantised: set[str] = set()  # keys that become numbers together with their scales
         self._shapes = {key: header.shape for key, header in headers.items()}
-        transforms = get_model_conversion_mapping(model)
+        quantizer = getattr(model, "hf_quantizer", None)
+        if not getattr(getattr(quantizer, "quantization_config", None), "dequantize", False):
+            quantizer = None
+        transforms = get_model_conversion_mapping(model, hf_quantizer=quantizer)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
@@ -161,6 +197,11 @@ class Names:
                 conversion = conversions.setdefault(name, _Conversion(name, by_pattern[pattern]))
                 conversion.sources.append((key, pattern))
         for conversion in conversions.values():
+            keys = [key for key, _ in conversion.sources]
+            if quantizer is not None and len(keys) == 1:  # it has no scales: it is what it is
+                self.plain[conversion.name] = keys[0]
+                continue
+            self.dequantised |= set(keys if quantizer is not None else ())
             made = conversion.run(model, lambda key: headers[key].meta())
             for name, value in made.items():
                 self.converted[name] = conversion

@@ -10,16 +10,18 @@ the two halves together.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-__all__ = ["OF_ADAPTER", "StartedFactor", "StartedLinear"]
+__all__ = ["OF_ADAPTER", "StartedFactor", "StartedLayer", "plain_class", "started_class"]
 
 OF_ADAPTER = "_filet_adapter"
 """Attribute of a config: the name of the adapter whose it is."""
@@ -272,8 +274,8 @@ def _flat(values: Iterable[Any]) -> Iterable[Any]:
             yield value
 
 
-class StartedLinear(lora.Linear):
-    """A LoRA layer of PEFT's with such factors: an adapter made by their config has them too.
+class StartedLayer:
+    """Of a LoRA layer of PEFT's with such factors: an adapter made by their config has them too.
 
     TRL's trainers make their reference so, ``add_adapter("ref", model.peft_config["default"])``,
     and then copy the parameters over by name. It begins where the other began. (PEFT's "all-linear"
@@ -281,11 +283,10 @@ class StartedLinear(lora.Linear):
     """
 
     def _get_name(self) -> str:
-        name: str = lora.Linear.__name__  # in what is printed
-        return name
+        return plain_class(type(self)).__name__  # in what is printed
 
-    def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
-        super().update_layer(adapter_name, r, *args, **kwargs)
+    def update_layer(self: Any, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
+        super().update_layer(adapter_name, r, *args, **kwargs)  # type: ignore[misc]
         # PEFT 0.18 hands on what is in the config, not the config itself.
         config = kwargs.get("config") or sys._getframe(1).f_locals.get("lora_config")
         name = vars(config).get(OF_ADAPTER) if config is not None else None
@@ -299,3 +300,29 @@ class StartedLinear(lora.Linear):
                 begun.to(new.weight.dtype), requires_grad=new.weight.requires_grad
             )
             StartedFactor.begin(new, like.start.clone(), like.dim, like.base)
+
+
+def started_class(kind: type[LoraLayer]) -> type[LoraLayer]:
+    """PEFT's class of a LoRA layer, over a plain or a quantised base, with a frozen half."""
+    kind = plain_class(kind)
+    return _made(kind.__module__, kind.__name__)
+
+
+def plain_class(kind: type) -> type[LoraLayer]:
+    """The class of PEFT's that a layer's class is, or was made from."""
+    return kind.__bases__[1] if issubclass(kind, StartedLayer) else kind
+
+
+@functools.cache
+def _made(module: str, name: str) -> type[LoraLayer]:
+    kind = getattr(importlib.import_module(module), name)
+    where = {"__module__": __name__, "__qualname__": f"Started_{module.rpartition('.')[2]}_{name}"}
+    return type(where["__qualname__"], (StartedLayer, kind), where)
+
+
+def __getattr__(name: str) -> Any:
+    """A pickled layer's class is found by its name here, in a process that has not made it yet."""
+    if name.startswith("Started_"):
+        _, module, kind = name.split("_", 2)
+        return _made(f"peft.tuners.lora.{module}", kind)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

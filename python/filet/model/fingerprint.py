@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from filet.model.targets import Target
+from filet.model.values import Values
 from filet.system.transfer import values
 
 __all__ = ["check_fingerprint", "fingerprints", "fingerprints_of"]
+
+_FACTOR = -7046029254386353131  # odd: invertible modulo 2⁶⁴
 
 
 def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:
@@ -23,15 +25,39 @@ def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:
     """
     totals = values([_hash(weight) for weight in weights.values()])
     return {
-        name: f"{str(weight.dtype).removeprefix('torch.')}:{'x'.join(map(str, weight.shape))}:"
-        f"{total & (2**64 - 1):016x}"
+        name: _written(str(weight.dtype).removeprefix("torch."), weight.shape, total)
         for (name, weight), total in zip(weights.items(), totals, strict=True)
     }
 
 
-def fingerprints_of(targets: Mapping[str, Target]) -> dict[str, str]:
-    """Those of the base weights of these layers."""
-    return fingerprints({name: target.weight for name, target in targets.items()})
+def fingerprints_of(of: Mapping[str, Values]) -> dict[str, str]:
+    """Those of base weights. Of quantised ones: of what they are stored as, to the bit."""
+    hashes = {name: [_hash(rows) for rows in _rows(each)] for name, each in of.items()}
+    numbers = iter(values([each for its in hashes.values() for each in its]))
+    found = {}
+    for name, its in hashes.items():
+        total = 0
+        for _ in its:  # in their order
+            total = total * _FACTOR + next(numbers)
+        found[name] = _written(of[name].kind, of[name].shape, total)
+    return found
+
+
+def _written(kind: str, shape: Sequence[int], total: int) -> str:
+    return f"{kind}:{'x'.join(map(str, shape))}:{total & (2**64 - 1):016x}"
+
+
+def _rows(its: Values) -> list[Tensor]:
+    """What is hashed of a weight: itself, or the bytes of its parts in rows of 4096 and a rest."""
+    if not its.quantised:
+        return [its.weight()]
+    found = []
+    for part in its.stored():
+        flat = part.contiguous().view(-1).view(torch.uint8)
+        whole = flat.numel() // 4096 * 4096
+        rows = flat[:whole].view(-1, 4096), flat[whole:].view(1, -1)
+        found += [each for each in rows if each.numel()]
+    return found
 
 
 def check_fingerprint(
@@ -45,6 +71,12 @@ def check_fingerprint(
         return
     dtype, shape, _ = here.split(":")
     its_dtype, its_shape, _ = there.split(":")
+    quantised = not (hasattr(torch, dtype) and hasattr(torch, its_dtype))
+    if dtype != its_dtype and shape == its_shape and quantised:
+        raise ValueError(
+            f"{subject} to a base in {its_dtype}: the weight of {name} is {dtype} in {model}; "
+            "expected the base quantised as it was there, for the two are other models"
+        )
     if dtype != its_dtype and shape == its_shape:
         raise ValueError(
             f"{subject} to a base model in {its_dtype}: the weight of {name} is {dtype} in "
@@ -71,6 +103,6 @@ def _hash(weight: Tensor) -> Tensor:
             torch.arange(begin, begin + size, device=weight.device, dtype=torch.int64) * 2 + 1
             for begin, size in ((0, words.shape[1]), (start, words.shape[0]))
         )
-        # Odd multipliers are invertible modulo 2⁶⁴, so no single change goes unseen.
-        total += ((words * columns).sum(1) * index * -7046029254386353131).sum()
+        # Odd multipliers are invertible, so no single change goes unseen.
+        total += ((words * columns).sum(1) * index * _FACTOR).sum()
     return total

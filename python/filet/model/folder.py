@@ -19,7 +19,9 @@ from filet.model.checkpoint import check_shapes, missing_weight, understood, war
 from filet.model.targets import adapted
 from filet.system.memory import named_shortage
 
-__all__ = ["load_adapted", "load_model", "outline", "settings_of"]
+__all__ = ["Quantize", "load_adapted", "load_model", "outline", "quantization_of", "settings_of"]
+
+Quantize = Literal["nf4", "fp4", "int8"]
 
 _EXPECTED = (
     "expected a causal language model (filet.initialize_lora_filet_weights takes others, loaded by "
@@ -77,8 +79,13 @@ def settings_of(folder: str | os.PathLike[str], *, trust_remote_code: bool = Fal
     return settings
 
 
-def outline(settings: Any, dtype: Any, *, trust_remote_code: bool = False) -> Any:
-    """The causal language model of a config, its parameters on the meta device, in eval mode."""
+def outline(
+    settings: Any, dtype: Any, *, trust_remote_code: bool = False, quantizer: Any = None
+) -> Any:
+    """The causal language model of a config, its parameters on the meta device, in eval mode.
+
+    ``quantizer``: transformers', which then has put its layers in, as it does before loading.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -87,6 +94,18 @@ def outline(settings: Any, dtype: Any, *, trust_remote_code: bool = False) -> An
             settings, dtype=dtype, trust_remote_code=trust_remote_code
         )
     model.tie_weights()  # again: the meta device parted them
+    if quantizer is not None:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # biases of its layers
+        try:
+            quantizer.preprocess_model(
+                model=model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=[],
+                use_kernels=False,
+            )  # fmt: skip
+        finally:
+            torch.set_default_dtype(before)
+        quantizer.postprocess_model(model)
+        model.hf_quantizer = quantizer
     return model.eval()
 
 
@@ -97,8 +116,11 @@ def load_model(
     dtype: torch.dtype | Literal["auto"] = "auto",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    quantization_config: Any = None,
 ) -> Any:
     """The causal language model of a folder, whole, on ``device``.
+
+    ``quantization_config``: transformers', by which it is quantised as it is loaded.
 
     Raises ValueError for another kind of model (:func:`settings_of`), and for a weight that no file
     has, or that is quantised without a word of it in config.json or has another shape, naming it;
@@ -110,8 +132,19 @@ def load_model(
 
     folder = Path(folder)
     settings = settings_of(folder, trust_remote_code=trust_remote_code)
+    saved = getattr(settings, "quantization_config", None)
+    if saved is not None and quantization_config is not None:
+        raise ValueError(
+            f"{folder} is quantised already (quantization_config in config.json); expected no "
+            "quantization_config (--quantize), or the folder that it was made from"
+        )
+    quantised: dict[str, Any] = {}
+    if saved is not None or quantization_config is not None:
+        quantised["device_map"] = {"": device}  # as it is loaded: some cannot be moved later
+    if quantization_config is not None:
+        quantised["quantization_config"] = quantization_config
     with understood(folder), named_shortage("loading", lambda: f"the loading of {folder}"):
-        if getattr(settings, "quantization_config", None) is None:
+        if saved is None:
             make = partial(outline, settings, torch.float32, trust_remote_code=trust_remote_code)
             check_numbers(folder, make, pickled=allow_pickle)
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -122,13 +155,41 @@ def load_model(
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused here, by name
+            **quantised,
         )
         check_shapes(folder, sorted(found["mismatched_keys"]))
         if found["missing_keys"]:  # without those that are tied to one that is there
             raise missing_weight(folder, sorted(found["missing_keys"]))
-        model = model.to(device)
+        model = model if quantised else model.to(device)
     warn_of_unused(folder, model, found["unexpected_keys"])
     return model
+
+
+def quantization_of(
+    folder: str | os.PathLike[str],
+    kind: Quantize,
+    *,
+    double: bool = False,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    trust_remote_code: bool = False,
+) -> Any:
+    """transformers' config by which bitsandbytes quantises a folder's model as it is loaded.
+
+    4-bit layers compute in the model's dtype, ``double`` quantises their scales once more.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if dtype == "auto":
+        settings = settings_of(folder, trust_remote_code=trust_remote_code)
+        dtype = getattr(settings, "dtype", None) or torch.float32
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def load_adapted(
@@ -141,6 +202,7 @@ def load_adapted(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     gradient_checkpointing: bool = False,
+    quantization_config: Any = None,
 ) -> PeftModel:
     """The model of a folder with an adapter, drawn by PEFT from ``seed``.
 
@@ -152,6 +214,7 @@ def load_adapted(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
+        quantization_config=quantization_config,
     )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()

@@ -7,7 +7,7 @@ import os
 import random
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from filet.model.fused import fused
 from filet.model.targets import Target
+from filet.model.values import as_trained
 from filet.system.transfer import values
 
 __all__ = ["deterministic_attention", "preserved"]
@@ -60,7 +61,8 @@ def preserved(
         stack.enter_context(_deterministic(bool(cuda)))
         for parameter in peft_model.parameters():
             parameter.requires_grad_(False)
-        stack.enter_context(_without_dropout(peft_model))
+        quantised = stack.enter_context(as_trained(peft_model))
+        stack.enter_context(_without_dropout(peft_model, quantised))
         stack.enter_context(_without_cache(base_model))
         stack.enter_context(fused(base_model))
         stack.enter_context(_gradient_from_embeddings(base_model))
@@ -128,9 +130,12 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Inside, no module trains, but those that checkpoint gradients, and none drops anything."""
-    training = {module: module.training for module in model.modules()}
+def _without_dropout(model: nn.Module, quantised: Set[nn.Module]) -> Iterator[None]:
+    """Inside, no module trains, but those that checkpoint gradients, and none drops anything.
+
+    The quantised ones train as well: they have no dropout.
+    """
+    training = {m: m.training for m in model.modules() if m not in quantised}
     dropouts: list[tuple[nn.Module, str, float]] = []
     try:
         for module, flag in training.items():

@@ -14,7 +14,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from filet.model.factors import StartedFactor, StartedLinear
+from filet.model.factors import StartedFactor, plain_class
+from filet.model.values import LORA_LAYERS, Unreadable, Values, dtype_of_model, values_of
+from filet.system.text import some
 
 __all__ = [
     "Target",
@@ -26,10 +28,7 @@ __all__ = [
     "checked_targets",
     "find_targets",
     "layers_of",
-    "weight_of",
 ]
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Values of LoraConfig.init_lora_weights, or their beginnings, by which PEFT changes W.
 _CHANGES_W = ("pissa", "corda", "olora", "loftq", "lora_ga")
@@ -37,7 +36,7 @@ _CHANGES_W = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A LoRA layer over a plain linear module.
+    """A LoRA layer over a linear module, plain or quantised.
 
     Its fields are what the layer was when it was found; its weight is looked up: blockwise weights
     come and go.
@@ -46,6 +45,7 @@ class Target:
         name: path below the base model, "model.layers.0.self_attn.q_proj".
         layer, adapter: the layer of PEFT's, and which of its adapters.
         base: the module under the adapter.
+        values: what that multiplies by.
         A, B: the adapter's factors.
         shape: (m, n) = (out, in) of the base weight.
         rank: of what trains: PEFT counts the frozen half of an initialised layer as well.
@@ -54,9 +54,10 @@ class Target:
     """
 
     name: str
-    layer: lora.Linear
+    layer: LoraLayer
     adapter: str
-    base: nn.Linear | Conv1D
+    base: nn.Module
+    values: Values
     A: nn.Linear
     B: nn.Linear
     shape: tuple[int, int]
@@ -65,18 +66,17 @@ class Target:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, name: str, layer: lora.Linear, adapter: str) -> Target:
-        base = layer.get_base_layer()
+    def of(cls, name: str, layer: LoraLayer, adapter: str, values: Values) -> Target:
         A = layer.lora_A[adapter]
-        m, n = weight_of(base).shape
         return cls(
             name=name,
             layer=layer,
             adapter=adapter,
-            base=base,
+            base=values.module,
+            values=values,
             A=A,
             B=layer.lora_B[adapter],
-            shape=(m, n),
+            shape=values.shape,
             rank=A.rank if isinstance(A, StartedFactor) else layer.r[adapter],
             scaling=layer.scaling[adapter],
             dtype=next(A.parameters()).dtype,
@@ -84,14 +84,13 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
-        """The base weight as a view (m, n) = (out, in), detached."""
-        return weight_of(self.base)
+        """The base weight (m, n) = (out, in), detached: a view, or dequantised whenever read."""
+        return self.values.weight()
 
-
-def weight_of(linear: nn.Module) -> Tensor:
-    """A linear module's weight as a view (m, n) = (out, in), detached: Conv1D stores it turned."""
-    weight: Tensor = linear.weight.detach()  # type: ignore[operator]
-    return weight.T if isinstance(linear, Conv1D) else weight
+    @property
+    def device(self) -> torch.device:
+        """Where the base weight lies."""
+        return self.values.device
 
 
 def adapted(model: Any, lora_config: LoraConfig, seed: int | None = None) -> PeftModel:
@@ -177,16 +176,23 @@ def find_targets(
     unsupported: dict[str, str] = {}
     wrapped: list[str] = []  # whose inner layers PEFT handles as parts of them
     tied = _embedding_storages(peft_model, adapter_name)
+    dtype = dtype_of_model(peft_model.base_model.model)
     for name, layer in layers_of(peft_model, adapter_name):
         if name.startswith(tuple(wrapped)):
             continue
         if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
             wrapped.append(f"{name}.")
-        reason = _unsupported(layer, adapter_name, loaded, tied)
-        if reason is None:
-            targets[name] = Target.of(name, layer, adapter_name)
-        else:
-            unsupported[name] = reason
+        try:
+            values = _checked_values(layer, adapter_name, dtype, tied)
+        except Unreadable as error:
+            unsupported[name] = str(error)
+            continue
+        if loaded and values.device.type == "meta":
+            raise ValueError(
+                "a base weight is on the meta device (not loaded, or offloaded by device_map); "
+                "load the model onto real devices before initialising it"
+            )
+        targets[name] = Target.of(name, layer, adapter_name, values)
     return targets, unsupported
 
 
@@ -210,32 +216,34 @@ def _embedding_storages(peft_model: PeftModel, adapter_name: str) -> set[int]:
     }
 
 
-def _unsupported(layer: LoraLayer, adapter_name: str, loaded: bool, tied: set[int]) -> str | None:
+def _checked_values(
+    layer: LoraLayer, adapter_name: str, dtype: torch.dtype, tied: set[int]
+) -> Values:
+    """The values under a layer; :class:`Unreadable` where its adapter is no plain LoRA."""
     base = layer.get_base_layer()
     kind = type(base).__name__
     if adapter_name in layer.lora_variant:
-        return f"its adapter is a {type(layer.lora_variant[adapter_name]).__name__}, not plain LoRA"
+        variant = type(layer.lora_variant[adapter_name]).__name__
+        raise Unreadable(f"its adapter is a {variant}, not plain LoRA")
     if isinstance(layer, lora.ParamWrapper):
-        return f"{layer.parameter_name} of this {kind} is a parameter (target_parameters), no layer"
-    if isinstance(base, nn.MultiheadAttention):
-        return "nn.MultiheadAttention multiplies by its weights itself, no layer of it is called"
-    if type(layer) not in (lora.Linear, StartedLinear) or not isinstance(base, (nn.Linear, Conv1D)):
-        return f"{kind} is not a linear module (or is quantised)"
-    if base.weight.dtype not in _DTYPES:
-        return (
-            f"the weight of this {kind} is {base.weight.dtype}: quantised, which is not supported"
+        raise Unreadable(
+            f"{layer.parameter_name} of this {kind} is a parameter (target_parameters), no layer"
         )
+    if isinstance(base, nn.MultiheadAttention):
+        raise Unreadable(
+            "nn.MultiheadAttention multiplies by its weights itself, no layer of it is called"
+        )
+    values = values_of(base, dtype)
+    its_class = plain_class(type(layer))
+    ours = its_class.__module__.startswith("peft.tuners.lora.")
+    if not ours or its_class.__name__ not in LORA_LAYERS:
+        raise Unreadable(f"its LoRA layer over this {kind} is a {its_class.__name__}")
     factor = layer.lora_A[adapter_name]
     if type(factor) not in (nn.Linear, StartedFactor):
-        return f"its A is a {type(factor).__name__}; expected nn.Linear"
+        raise Unreadable(f"its A is a {type(factor).__name__}; expected nn.Linear")
     if next(factor.parameters()).untyped_storage().data_ptr() in tied - {0}:
-        return "its adapter is tied to that of the embedding"
-    if loaded and base.weight.device.type == "meta":
-        raise ValueError(
-            "a base weight is on the meta device (not loaded, or offloaded by device_map); "
-            "load the model onto real devices before initialising it"
-        )
-    return None
+        raise Unreadable("its adapter is tied to that of the embedding")
+    return values
 
 
 def check_targets(
@@ -246,10 +254,14 @@ def check_targets(
 ) -> None:
     """An error where nothing can be initialised, or a weight is not the original."""
     if not targets:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(unsupported.items())[:5])
+        of_reason: dict[str, list[str]] = {}
+        for name, why in unsupported.items():
+            of_reason.setdefault(why, []).append(name)
+        reasons = [f"{some(names, 1)}: {why}" for why, names in of_reason.items()]
         raise ValueError(
             f"adapter {adapter_name!r} has no module that FILet can initialise "
-            f"({reasons or 'it has no module at all'}); expected LoRA on nn.Linear or Conv1D"
+            f"({'; '.join(reasons[:3]) or 'it has no module at all'}); expected LoRA on linear "
+            "modules"
         )
     check_unmerged(targets)
     for other, config in peft_model.peft_config.items():

@@ -104,9 +104,14 @@ def _on(message: str) -> str:
 
 
 def available(device: torch.device) -> int:
-    """Bytes free on a CUDA device, with what torch's allocator has reserved and does not use."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+    """Bytes free on a CUDA device, with what torch's allocator has reserved and does not use.
+
+    No more than the process may still have (``torch.cuda.set_per_process_memory_fraction``).
+    """
+    allocated = torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return min(free + torch.cuda.memory_reserved(device) - allocated, share - allocated)
 
 
 def available_on_host() -> int:

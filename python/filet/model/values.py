@@ -1,0 +1,550 @@
+"""What a LoRA layer's base multiplies by: W (m, n) = (out, in), plain or dequantised.
+
+The one place that knows kinds of bases. Each says whether it can be trained on, and gives W as its
+own forward multiplies by it. PEFT's registry of backends would do for merging, but dequantises to
+the dtype of the weight that was quantised, not to the one that the layer computes in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["LORA_LAYERS", "Unreadable", "Values", "as_trained", "dtype_of_model", "values_of"]
+
+LORA_LAYERS = frozenset(
+    {
+        "Linear",
+        "Linear4bit",
+        "Linear8bitLt",
+        "HqqLoraLinear",
+        "TorchaoLoraLinear",
+        "GPTQLoraLinear",
+        "QuantLinear",  # GPTQ's before PEFT 0.18
+        "AwqLoraLinear",
+    }
+)
+"""PEFT's classes of a LoRA over a linear layer, W x + s B A x, in ``peft.tuners.lora``."""
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_READABLE = (
+    "expected a plain linear module, or one of bitsandbytes, torchao (weight only), HQQ, GPTQ, AWQ "
+    "or FP8 blocks"
+)
+
+# AWQ's kernels whose packed weight is laid out as AutoAWQ's GEMM has it.
+_AWQ_GEMM = ("AwqTorchLinear", "AwqGEMMLinear", "AwqGEMMTritonLinear")
+
+
+class Unreadable(ValueError):
+    """A base whose values cannot be had, or that nothing can be trained on: why, in one line."""
+
+
+class Values:
+    """Of a plain linear module; the subclasses are of quantised ones.
+
+    Nothing is kept: the module's tensors are looked up whenever they are asked for, for blockwise
+    weights come and go.
+
+    Attributes:
+        module: the base module.
+        quantised: W is made anew whenever it is asked for.
+        dtype: of W, in which the layer multiplies.
+        multiplies: the module's forward is x Wᵀ + b with this very W, and nothing else. False also
+            where it quantises x or adds up otherwise; then it is left to itself.
+        rounds: x and g of a wider dtype are rounded to W's before they are multiplied, and y and
+            h are given back in theirs.
+    """
+
+    quantised = False
+    multiplies = False
+    rounds = False
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        """``dtype``: what the model computes in, for a base that does not say."""
+        self.module: Any = module
+        self.dtype = self._dtype(dtype)
+        if type(self) is Values:
+            self.multiplies = type(module) is nn.Linear
+
+    def _dtype(self, of_model: torch.dtype) -> torch.dtype:
+        dtype: torch.dtype = self.module.weight.dtype
+        return dtype
+
+    @property
+    def kind(self) -> str:
+        """How W is stored, for fingerprints and messages: "bfloat16", "nf4 (bitsandbytes)"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m, n = self.weight().shape
+        return m, n
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.module.weight.device
+        return device
+
+    def weight(self) -> Tensor:
+        """W (m, n), detached: a view of the module's, or dequantised, in memory of its own."""
+        weight: Tensor = self.module.weight.detach()
+        return weight.T if isinstance(self.module, Conv1D) else weight
+
+    def stored(self) -> list[Tensor]:
+        """What W is made of, in an order of its own: all that a fingerprint is to tell apart."""
+        return [self.weight()]
+
+    def check(self) -> None:
+        """Raises :class:`Unreadable` where W cannot be had, or no gradient comes through."""
+        if self.dtype not in _DTYPES:
+            raise Unreadable(
+                f"the weight of this {type(self.module).__name__} is {self.dtype}: quantised as "
+                f"nothing that FILet reads; {_READABLE}"
+            )
+
+
+class _Quantised(Values):
+    """A module with ``out_features`` and ``in_features``."""
+
+    quantised = True
+
+    @classmethod
+    def claims(cls, module: Any) -> bool:
+        raise NotImplementedError
+
+    @property
+    def kind(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.module.out_features, self.module.in_features
+
+    def _dtype(self, of_model: torch.dtype) -> torch.dtype:
+        return of_model
+
+    def check(self) -> None:
+        pass
+
+
+class _Bnb4bit(_Quantised):
+    """``bitsandbytes.nn.Linear4bit``: NF4 or FP4, its scales quantised once more or not."""
+
+    multiplies = True
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__(module, dtype)
+        self.rounds = self.module.compute_dtype is not None
+
+    def _dtype(self, of_model: torch.dtype) -> torch.dtype:
+        return self.module.compute_dtype or of_model
+
+    @classmethod
+    def claims(cls, module: Any) -> bool:
+        return _is(module, "bitsandbytes", "Linear4bit")
+
+    @property
+    def kind(self) -> str:
+        weight = self.module.weight
+        double = " with double quantisation" if weight.compress_statistics else ""
+        return f"{weight.quant_type}{double} (bitsandbytes)"
+
+    def check(self) -> None:
+        if self.device.type != "meta" and self._state is None:
+            raise Unreadable("this Linear4bit is not quantised yet: move it to its device first")
+
+    @property
+    def _state(self) -> Any:
+        state = getattr(self.module.weight, "quant_state", None)
+        return self.module.quant_state if state is None else state  # FSDP drops the weight's
+
+    def packed(self) -> tuple[Tensor, Any]:
+        """The packed bytes and their state, as bitsandbytes made them; copied if they are not so.
+
+        On a CPU with AVX512-BF16 a forward in eval mode repacks the weight in place, and rounds its
+        scales to bfloat16. bitsandbytes' way back rounds them once more, or leaves them turned.
+        """
+        data, state = self.module.weight.data, self._state
+        if not getattr(state, "packing_format_for_cpu", False):
+            return data, state
+        from bitsandbytes import functional
+
+        state = copy.copy(state)
+        scales = state.absmax.T.reshape(-1).float()
+        state.original_nested = False  # what it would quantise the scales for
+        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+        state.absmax, state.nested = scales, False
+        return data, state
+
+    def unpack(self) -> None:
+        """Undo that repacking, by which no gradient comes through. Mutates the module."""
+        if getattr(self._state, "packing_format_for_cpu", False):
+            data, state = self.packed()
+            self.module.weight.data = data
+            self.module.weight.quant_state = self.module.quant_state = state
+
+    @torch.no_grad()
+    def weight(self) -> Tensor:
+        from bitsandbytes import functional
+
+        data, state = self.packed()
+        if state.dtype != self.dtype:  # the forward rounds once, to its own
+            state = copy.copy(state)
+            state.dtype = self.dtype
+        W: Tensor = functional.dequantize_4bit(data, state)
+        return W if tuple(W.shape) == self.shape else W.T
+
+    def stored(self) -> list[Tensor]:
+        data, state = self.packed()
+        parts = [data, state.absmax, state.code, _numbers(state.blocksize)]
+        if state.nested:
+            inner = state.state2
+            parts += [inner.absmax, inner.code, state.offset, _numbers(inner.blocksize)]
+        return parts
+
+
+class _Bnb8bit(_Quantised):
+    """``bitsandbytes.nn.Linear8bitLt``: LLM.int8(), whose forward rounds x to int8 on a GPU.
+
+    W = CB diag(SCB) / 127, by rows, rounded to the model's dtype as in its backward. The rounding
+    of x and its outliers is the layer's own affair: y = W x and h = Wᵀ g are not.
+    """
+
+    @classmethod
+    def claims(cls, module: Any) -> bool:
+        return _is(module, "bitsandbytes", "Linear8bitLt")
+
+    @property
+    def kind(self) -> str:
+        return "int8 (bitsandbytes)"
+
+    def check(self) -> None:
+        if self.module.state.has_fp16_weights:
+            raise Unreadable(
+                "this Linear8bitLt quantises its weight anew in every forward "
+                "(has_fp16_weights=True); expected load_in_8bit=True"
+            )
+        if self.device.type != "meta" and self.module.weight.dtype != torch.int8:
+            raise Unreadable("this Linear8bitLt is not quantised yet: move it to its device first")
+
+    @property
+    def _scales(self) -> Tensor:
+        # They move from the weight to the state in the first forward.
+        scales = self.module.state.SCB
+        found: Tensor = self.module.weight.SCB if scales is None else scales
+        return found.to(self.device)
+
+    @torch.no_grad()
+    def weight(self) -> Tensor:
+        codes: Tensor = self.module.weight.data
+        return codes.to(self.dtype).mul_(self._scales.unsqueeze(1).mul(1.0 / 127.0))
+
+    def stored(self) -> list[Tensor]:
+        return [self.module.weight.data, self._scales]
+
+
+class _Hqq(_Quantised):
+    """``hqq.core.quantize.HQQLinear``, of any number of bits."""
+
+    multiplies = True
+
+    @classmethod
+    def claims(cls, module: Any) -> bool:
+        return _is(module, "hqq", "HQQLinear")
+
+    @property
+    def kind(self) -> str:
+        return f"{self.module.meta['nbits']} bits (HQQ)"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m, n = self.module.meta["shape"]
+        return m, n
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.module.W_q.device
+        return device
+
+    def _dtype(self, of_model: torch.dtype) -> torch.dtype:
+        dtype: torch.dtype = self.module.compute_dtype
+        return dtype
+
+    def check(self) -> None:
+        if not self.module.ready:
+            raise Unreadable("this HQQLinear is not quantised yet")
+
+    @torch.no_grad()
+    def weight(self) -> Tensor:
+        W: Tensor = self.module.dequantize().detach()
+        return W
+
+    def stored(self) -> list[Tensor]:
+        meta = self.module.meta
+        numbers = _numbers(*(meta[key] or 0 for key in ("nbits", "group_size", "axis")))
+        return [self.module.W_q.detach(), *_tensors(meta), numbers]
+
+
+class _Torchao(_Quantised):
+    """``nn.Linear`` whose weight is one of torchao's tensors, x staying as it is."""
+
+    _gradients: ClassVar[dict[tuple[type, str], str]] = {}  # why there is none, or ""
+
+    @classmethod
+    def claims(cls, module: Any) -> bool:
+        return isinstance(module, nn.Linear) and _from(type(module.weight), "torchao")
+
+    @property
+    def kind(self) -> str:
+        return f"{type(self.module.weight).__name__} (torchao)"
+
+    def _dtype(self, of_model: torch.dtype) -> torch.dtype:
+        dtype: torch.dtype = self.module.weight.dtype
+        return dtype
+
+    def check(self) -> None:
+        weight = self.module.weight
+        for name in ("act_quant_kwargs", "activation_quantization"):
+            if getattr(weight, name, None) is not None:
+                raise Unreadable(
+                    f"torchao's {type(weight).__name__} quantises its input as well ({name}), so "
+                    "that it has no gradient; expected a weight-only configuration"
+                )
+        key = type(weight), self.device.type
+        if self.device.type != "meta" and key not in self._gradients:
+            self._gradients[key] = self._tried()
+        if self._gradients.get(key):
+            raise Unreadable(
+                f"torchao's {type(weight).__name__} gives no gradient to its input, or no values "
+                f"({self._gradients[key]}); expected Int8WeightOnlyConfig, say"
+            )
+
+    def _tried(self) -> str:
+        """Why no gradient comes through a weight of this kind, or "" where one does."""
+        try:
+            W = self.weight()
+            with torch.enable_grad():
+                x = W.new_zeros(1, self.shape[1], requires_grad=True)
+                nn.functional.linear(x, self.module.weight.detach()).sum().backward()
+            return "" if x.grad is not None else "none arrived"
+        except (NotImplementedError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+
+    @torch.no_grad()
+    def weight(self) -> Tensor:
+        W: Tensor = self.module.weight.detach().dequantize()
+        return W
+
+    def stored(self) -> list[Tensor]:
+        return _flat(self.module.weight.detach())
+
+
+class _GptqModel(_Quantised):
+    """GPTQ's and AWQ's modules, by gptqmodel."""
+
+    @classmethod
+    def claims(cls, module: Any) -> bool:
+        return _from(type(module), "gptqmodel") and hasattr(module, "SUPPORTS_TRAINING")
+
+    @property
+    def _method(self) -> str:
+        methods = [
+            getattr(each, "value", each) for each in getattr(self.module, "SUPPORTS_METHODS", ())
+        ]
+        return "AWQ" if "awq" in [getattr(each, "value", each) for each in methods] else "GPTQ"
+
+    @property
+    def kind(self) -> str:
+        return f"{self.module.bits} bits ({self._method})"
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.module.qweight.device
+        return device
+
+    def check(self) -> None:
+        kernel, method = type(self.module).__name__, self._method
+        config = "AwqConfig" if method == "AWQ" else "GPTQConfig"
+        if not self.module.SUPPORTS_TRAINING:
+            raise Unreadable(
+                f"{method}'s kernel {kernel} has no gradient to its input: load with "
+                f"{config}(backend='auto_trainable')"
+            )
+        if not hasattr(self.module, "dequantize_weight") and kernel not in _AWQ_GEMM:
+            raise Unreadable(
+                f"{method}'s kernel {kernel} does not give its values: load with "
+                f"{config}(backend='{'torch_awq' if method == 'AWQ' else 'auto_trainable'}')"
+            )
+        for name in ("online_full_had", "online_partial_had"):
+            if getattr(self.module, name, False):
+                raise Unreadable(f"this {kernel} rotates its input ({name}), which FILet does not")
+
+    @torch.no_grad()
+    def weight(self) -> Tensor:
+        module = self.module
+        if hasattr(module, "dequantize_weight"):
+            W = module.dequantize_weight()
+        else:
+            from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+            W = dequantize_gemm(
+                module.qweight, module.qzeros, module.scales, module.bits, module.group_size
+            )
+        turned: Tensor = W.detach().T  # theirs is (in, out)
+        return turned.to(self.dtype)
+
+    def stored(self) -> list[Tensor]:
+        names = ("qweight", "qzeros", "scales", "g_idx")
+        parts = [getattr(self.module, name, None) for name in names]
+        return [part for part in parts if part is not None]
+
+
+class _Fp8(_Quantised):
+    """transformers' ``FP8Linear``: float8 values with a scale for each block, x rounded as well."""
+
+    @classmethod
+    def claims(cls, module: Any) -> bool:
+        return _is(module, "transformers", "FP8Linear") and module.weight.element_size() == 1
+
+    @property
+    def kind(self) -> str:
+        return "float8 blocks"
+
+    def check(self) -> None:
+        from transformers.integrations import finegrained_fp8
+
+        if not hasattr(finegrained_fp8, "FP8LinearFunction"):
+            raise Unreadable(
+                "FP8Linear has no gradient to its input in this transformers: load with "
+                "FineGrainedFP8Config(dequantize=True), or update transformers"
+            )
+        if not self.module.weight.dtype.is_floating_point:
+            raise Unreadable("FP8Linear has no gradient through FP4 weights")
+
+    @torch.no_grad()
+    def weight(self) -> Tensor:
+        from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+
+        module = self.module
+        scales = module.weight_scale_inv.detach()
+        W: Tensor = _dequantize_fp8_weight(
+            module.weight.detach(), scales, module.block_size, self.dtype
+        )
+        return W
+
+    def stored(self) -> list[Tensor]:
+        return [self.module.weight.detach(), self.module.weight_scale_inv.detach()]
+
+
+_KINDS: tuple[type[_Quantised], ...] = (_Bnb4bit, _Bnb8bit, _Hqq, _Torchao, _GptqModel, _Fp8)
+
+
+def values_of(module: nn.Module, dtype: torch.dtype) -> Values:
+    """The values of a base module; :class:`Unreadable` with the reason where they cannot be had.
+
+    ``dtype``: what the model computes in (:func:`dtype_of_model`), for a base that does not say.
+    """
+    kind = type(module).__name__
+    claimed = next((each for each in _KINDS if each.claims(module)), None)
+    if claimed is None:
+        _refuse(module, kind)
+    values = Values(module, dtype) if claimed is None else claimed(module, dtype)
+    values.check()
+    return values
+
+
+def _refuse(module: Any, kind: str) -> None:
+    """:class:`Unreadable` for what no class here is for."""
+    compressed = hasattr(module, "quantization_scheme") or _from(type(module), "compressed_tensors")
+    if compressed and ("forward" in vars(module) or not _is_plain(module)):
+        raise Unreadable(
+            "compressed-tensors' layers are not trained on as they are: load with "
+            "CompressedTensorsConfig(dequantize=True)"
+        )
+    if "mxfp4" in kind.lower():
+        raise Unreadable(f"{kind} has MXFP4 weights: load with Mxfp4Config(dequantize=True)")
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        raise Unreadable(f"{kind} is not a linear module (or is quantised); {_READABLE}")
+    if not isinstance(getattr(module, "weight", None), Tensor):
+        raise Unreadable(f"{kind} has no weight; {_READABLE}")
+    weight = type(module.weight)
+    if not weight.__module__.startswith("torch."):
+        raise Unreadable(
+            f"the weight of this {kind} is a {weight.__module__}.{weight.__name__}, which FILet "
+            f"does not read; {_READABLE}"
+        )
+
+
+def _is_plain(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dtype in _DTYPES
+
+
+def dtype_of_model(model: Any) -> torch.dtype:
+    """What a model computes in: as its config says, which no cast of its norms changes."""
+    dtype = getattr(getattr(model, "config", None), "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    return dtype if dtype in _DTYPES else torch.float32
+
+
+@contextlib.contextmanager
+def as_trained(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """Inside, quantised layers run as they do in training, which some do otherwise; gives those.
+
+    bitsandbytes repacks 4-bit weights on some CPUs in eval mode, and rounds the inputs of 8-bit
+    ones there; GPTQ's kernels have another forward. A weight that was repacked before is unpacked
+    for good: trained on as it is, its input would get no gradient.
+    """
+    found = {m: kind for m in model.modules() for kind in _KINDS if kind.claims(m)}
+    flags = {module: module.training for module in found}
+    try:
+        for module, kind in found.items():
+            if kind is _Bnb4bit:
+                _Bnb4bit(module, torch.float32).unpack()
+            module.train()
+        yield set(found)
+    finally:
+        for module, flag in flags.items():
+            module.train(flag)
+
+
+def _is(module: nn.Module, library: str, name: str) -> bool:
+    """Whether a module is of this class, or of one made from it; the library is not imported."""
+    return any(each.__name__ == name and _from(each, library) for each in type(module).__mro__)
+
+
+def _from(kind: type, library: str) -> bool:
+    return kind.__module__.partition(".")[0] == library
+
+
+def _numbers(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _tensors(meta: dict[str, Any]) -> list[Tensor]:
+    """Those in a dictionary and in the dictionaries in it, by their keys."""
+    found: list[Tensor] = []
+    for key in sorted(meta):
+        value = meta[key]
+        if isinstance(value, Tensor):
+            found.append(value.detach())
+        elif isinstance(value, dict):
+            found += _tensors(value)
+    return found
+
+
+def _flat(tensor: Any) -> list[Tensor]:
+    """The plain tensors that a tensor of torchao's is made of."""
+    if not _from(type(tensor), "torchao"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    parts = [getattr(tensor, name) for name in names]
+    return [plain for part in parts if part is not None for plain in _flat(part)]

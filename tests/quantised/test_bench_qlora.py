@@ -1,0 +1,40 @@
+"""benchmarks/bench_qlora.py on a tiny shape: what it writes."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+
+@pytest.mark.parametrize("more", [[], ["--double-quant", "--no-bare", "--kind", "fp4"]])
+def test_bench_qlora(more: list[str], tmp_path: Path) -> None:
+    import bench_qlora
+
+    options = [
+        "--shape",
+        "tiny",
+        "--samples",
+        "8",
+        "--length",
+        "24",
+        "--rounds",
+        "1",
+        "--rank",
+        "4",
+    ]
+    bench_qlora.main([*options, *more, "--output", str(tmp_path)])
+    with open(tmp_path / "qlora_tiny.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["what"][:3] for row in rows] == ["(a)", "(b)", "(c)", "(b)"]
+    assert {row["kind"] for row in rows} == {"fp4" if more else "nf4"}
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds[3] == pytest.approx(seconds[1] + seconds[2])
+    if not more:
+        assert float(rows[1]["times_bare"]) == pytest.approx(seconds[1] / seconds[0])
+    # Two blocks; a moment of q, k and v's x, o's, gate and up's and down's y, and of each one's g
+    # or h, 32² for k and v's and 64² for the rest.
+    assert float(rows[0]["moments_GiB"]) * 2**30 == 2 * 4 * (2 * 32**2 + 9 * 64**2)
