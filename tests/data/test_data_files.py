@@ -6,6 +6,7 @@ import gzip
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -210,3 +211,23 @@ def test_a_name_on_the_hub(cached: str, tmp_path: Path, monkeypatch: pytest.Monk
     Dataset.from_list([{"text": "here"}]).save_to_disk(cached)
     assert not source.on_hub
     assert read_samples(source) == [Sample("here")]
+
+
+def test_a_streamed_name_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows come from a shuffled buffer, by the seed; subset and revision are asked for."""
+    asked: list[Any] = []
+
+    def load(*args: Any, **options: Any) -> Any:
+        asked.append((args, options))
+        return Dataset.from_list(ROWS * 300).to_iterable_dataset()
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr(sources, "_least", None)
+    source = Source("cats/tales", "test", "short", "v1", streaming=True)
+    found = read_samples(source, samples=7, seed=1)
+    assert asked[0] == (
+        ("cats/tales", "short"), {"split": "test", "revision": "v1", "streaming": True}
+    )  # fmt: skip
+    assert len(found) == 7 and found == read_samples(source, samples=7, seed=1)
+    assert found != read_samples(source, samples=7, seed=2)
+    assert found != [Sample(row["text"]) for row in ROWS[:7]]

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import filet
-from filet.data.samples import read_samples
+from filet.data.samples import Chat, read_samples
 from filet.data.sources import Source
 from filet.data.tokens import encode
 from made_data import write_jsonl
@@ -27,6 +27,7 @@ trl = pytest.importorskip("trl", minversion="0.24")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:dropped"),
 ]
 
 ASKED = {"role": "user", "content": "What colour is the sky?"}
@@ -136,6 +137,27 @@ def test_batches_are_those_of_the_trainer(
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize(
+    "name", ["cohere", "gemma", "gemma3", "lfm2", "llama3", "qwen3_instruct_2507"]
+)
+def test_prefixes_find_what_the_training_templates_mark(name: str) -> None:
+    """Of models' own templates, which TRL has with marks and without."""
+    folder = Path(trl.__file__).parent / "chat_templates"
+    plain, marked = (folder / f"{name}{kind}.jinja" for kind in ("", "_training"))
+    if not plain.exists() or not marked.exists():
+        pytest.skip("this release of TRL has no such templates")
+    chat = Chat([ASKED, BLUE, WHO, CAT])
+    found, expected = (
+        encode([chat], bpe(path.read_text(), bos_token="<|endoftext|>"), max_length=999).rows
+        for path in (plain, marked)
+    )
+    assert "generation" not in plain.read_text().replace("add_generation_prompt", "")
+    assert found == expected
+    ids, labels = found[0]
+    counted = [i for i in labels if i != -100]
+    assert "It is blue." in bpe().decode(counted) and len(counted) < len(ids)
 
 
 def test_the_default_length_is_the_trainers() -> None:
