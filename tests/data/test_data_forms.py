@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from filet.data.samples import Chat, Fields, Sample, Tokens, read_samples
@@ -109,6 +111,19 @@ def test_turns_have_only_what_is_in_their_row(tmp_path: Path) -> None:
     answered = [*calls, {"role": "tool", "name": "rain", "content": "yes"}, CAT]
     found = read(tmp_path, {"messages": [USER, CAT]}, {"messages": answered})
     assert found == [Chat([USER, CAT]), Chat(answered)]
+
+
+def test_turns_of_arrow_have_the_keys_of_all(tmp_path: Path) -> None:
+    """In a parquet file each turn is a struct, with null for what it has not."""
+    called = {"role": "assistant", "content": None, "name": "rain"}
+    rows = [{"messages": [USER, CAT]}, {"messages": [USER, called, CAT]}]
+    turn = pyarrow.struct([(key, pyarrow.string()) for key in ("role", "content", "name")])
+    schema = pyarrow.schema([("messages", pyarrow.list_(turn))])
+    table = pyarrow.Table.from_pylist(rows, schema=schema)
+    assert table.to_pylist()[0]["messages"][0] == {**USER, "name": None}
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    found = read_samples(Source(tmp_path / "a.parquet"))
+    assert found == [Chat([USER, CAT]), Chat([USER, called, CAT])]
 
 
 def test_columns_that_other_rows_have(tmp_path: Path) -> None:
