@@ -21,6 +21,7 @@ PACKAGES = {"filet": ROOT / "python" / "filet", "filet_kernels": ROOT / "filet_k
 # From the ground up. What stands on a floor imports what stands below, and nothing else.
 FLOORS = (
     ("config", "system"),
+    ("distributed",),
     ("model", "report"),
     ("loss",),
     ("collect",),
@@ -28,7 +29,7 @@ FLOORS = (
     ("adapter",),
     ("blockwise",),
     ("initialize",),
-    ("data",),
+    ("data", "trainer"),
     ("cli",),
 )
 # Below these two stand some that they may not know, whatever the floors allow.

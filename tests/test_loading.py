@@ -160,6 +160,18 @@ def test_load_goes_on_at_rank_r(case: str, tmp_path: Path) -> None:
     assert torch.equal(logits(plain), logits(model))
 
 
+@pytest.mark.parametrize("start", ["zero", "untouched"])
+def test_a_head_in_half_precision_rounds_no_factor(tmp_path: Path, start: Any) -> None:
+    model = wrap(llama().bfloat16(), modules_to_save=["lm_head"])
+    initialise(model, start=start)
+    factors = {key: x for key, x in model.state_dict().items() if ".lora_" in key}
+    assert {x.dtype for x in factors.values()} == {torch.float32}
+    filet.save_as_lora(model, tmp_path)
+    found = filet.load(llama().bfloat16(), tmp_path).state_dict()
+    for key, x in factors.items():
+        assert found[key].dtype == torch.float32 and torch.equal(found[key], x), key
+
+
 def other_base() -> Any:
     model = llama()
     with torch.no_grad():

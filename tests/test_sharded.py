@@ -123,7 +123,14 @@ def _rank_of_two(rank: int, folder: str) -> None:
     )
     model.eval()
     batch = batches[0]
-    starts = [m.start.clone() for m in model.modules() if isinstance(m, StartedFactor)]
+    factors = [m for m in model.modules() if isinstance(m, StartedFactor)]
+    for each in factors:  # they have chosen together
+        both = [torch.empty_like(each.start) for _ in range(2)]
+        dist.all_gather(both, each.start)
+        assert torch.equal(both[0], both[1])
+        if rank:  # as if they had not
+            each.start += 0.1
+    starts = [each.start.clone() for each in factors]
     parallel = DistributedDataParallel(model)
     with torch.no_grad(), model.disable_adapter():
         original = model(**batch).logits
@@ -140,9 +147,8 @@ def _rank_of_two(rank: int, folder: str) -> None:
     dist.all_gather(theirs, logits)
     assert torch.equal(theirs[0], theirs[1])
     assert (logits - original).abs().max() > 0.01
-    kept = [m.start for m in model.modules() if isinstance(m, StartedFactor)]
-    same = all(map(torch.equal, starts, kept))
-    assert same == (rank == 0), "the ranks chose the same directions: the test says nothing"
+    same = all(torch.equal(start, each.start) for start, each in zip(starts, factors, strict=True))
+    assert same == (rank == 0)
     dist.barrier()
     # Not through the destructors: that of the process group, which the DDP model keeps, holds the
     # GIL and joins gloo's thread, which now and then waits for the GIL to free what it gathered.

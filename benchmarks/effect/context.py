@@ -14,7 +14,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from effect.moments import Batch, LayerMoments, LossFn, input_moments, mean_loss, task_moments
+from effect.moments import (
+    Batch,
+    LayerMoments,
+    LossFn,
+    input_moments,
+    mean_loss,
+    task_moments,
+    without_labels,
+)
 from filet import FiletConfig, Statistics, collect_statistics
 
 __all__ = ["Context", "Svd"]
@@ -34,7 +42,7 @@ class Context:
         seed: of whatever is random.
         batches: the task's calibration data, with labels, on the model's device. Padding is what
             their ``attention_mask`` says it is; without one every token counts.
-        keep: data of what is not to be forgotten, labels not needed; or None.
+        keep: data of what is not to be forgotten, or None; labels not needed but for a ``loss_fn``.
         loss_fn: the mean loss of a batch and over how many terms.
     """
 
@@ -103,7 +111,10 @@ class Context:
         """And of :attr:`keep`, or of text drawn from the model itself."""
         if not own_text and not self.keep:
             raise ValueError("keep=None; expected batches of what is not to be forgotten")
-        keep = "self" if own_text else self.keep
+        keep: Any = self.keep
+        if self.loss_fn is mean_loss:  # its labels may be those of another task
+            keep = [without_labels(batch) for batch in self.keep or ()]
+        keep = "self" if own_text else keep
         return self.once(("kept", own_text), lambda: self._collected(keep))
 
     def _collected(self, keep: Any) -> Statistics:

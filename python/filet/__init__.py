@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from filet.report.modules import ModuleReport
     from filet.report.report import FiletReport
     from filet.system.memory import OutOfMemoryError
+    from filet.trainer import FiletInitCallback
 
 __all__ = [
     "DevicePlan",
     "FiletConfig",
+    "FiletInitCallback",
     "FiletReport",
     "ModuleReport",
     "OutOfMemoryError",
@@ -50,6 +52,7 @@ _MODULES = {
     "report.modules": ("ModuleReport",),
     "report.report": ("FiletReport",),
     "system.memory": ("OutOfMemoryError",),
+    "trainer": ("FiletInitCallback",),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel
 
 from filet.adapter.saved import write_folder
@@ -18,12 +20,21 @@ from filet.blockwise.engine import blockwise_run
 from filet.blockwise.folder import Engine, checked_folder_arguments, choose_engine
 from filet.collect.keep import Keep, check_keep_used
 from filet.collect.statistics import Statistics, check_statistics, collect_statistics, statistics_of
+from filet.collect.together import check_same_model, owners_by_block
 from filet.config import FiletConfig, checked_config, resolved
+from filet.distributed.group import Group, current, joined
 from filet.loss.batch import ForwardFn
 from filet.model.folder import load_adapted
 from filet.model.targets import Target, checked_targets
 from filet.report.report import FiletReport
-from filet.select import check_contrast_rank, check_rank, choose, warn_of
+from filet.select import (
+    Choice,
+    check_contrast_rank,
+    check_rank,
+    choose,
+    choose_together,
+    warn_of,
+)
 from filet.system.files import staged
 from filet.system.memory import named_shortage, peak_memory
 from filet.system.transfer import values
@@ -33,6 +44,7 @@ __all__ = [
     "check_applicable",
     "initialize_folder",
     "initialize_lora_filet_weights",
+    "save_whole",
 ]
 
 
@@ -74,16 +86,24 @@ def initialize_lora_filet_weights(
     Returns:
         :class:`FiletReport`: energies, choices and errors by module, times, peak memory.
 
+    Where ``torch.distributed`` has several processes, all of them call this, each with batches of
+    its own; A and B are the same on all, to the bit (docs/distributed.md).
+
     Raises:
         As :func:`filet.collect_statistics` and :func:`filet.apply_statistics`.
     """
-    config = checked_config(config)
-    targets, unsupported, config = check_before_pass(peft_model, config, adapter_name, keep)
-    statistics = statistics_of(
-        peft_model, targets, dataloader, config, adapter_name, forward_fn, show_progress_bar, keep
-    )
-    with named_shortage("selection", _selection):
-        return _apply(peft_model, targets, unsupported, statistics, config, adapter_name)
+    group = None
+    if dist.is_available() and dist.is_initialized():
+        peft_model, group = joined(peft_model)
+    with group or contextlib.nullcontext():
+        config = checked_config(config)
+        targets, unsupported, config = check_before_pass(peft_model, config, adapter_name, keep)
+        statistics = statistics_of(
+            peft_model, targets, dataloader, config, adapter_name, forward_fn, show_progress_bar,
+            keep, group,
+        )  # fmt: skip
+        with named_shortage("selection", _selection):
+            return _apply(peft_model, targets, unsupported, statistics, config, adapter_name, group)
 
 
 def apply_statistics(
@@ -102,18 +122,28 @@ def apply_statistics(
             number of candidate directions, or base weights that PEFT has changed (a PiSSA adapter).
         OutOfMemoryError: naming what was asked for; the model is what it was.
     """
-    config = checked_config(config)
-    if not isinstance(statistics, Statistics):
-        raise TypeError(
-            f"statistics is a {type(statistics).__name__}; expected filet.Statistics, which "
-            "Statistics.load(path) reads"
-        )
-    with named_shortage("checks", _checks):
-        targets, unsupported = check_applicable(peft_model, adapter_name)
-        config = _with_choice(config, statistics.keep is not None, targets)
-        check_statistics(statistics, targets)
-    with named_shortage("selection", _selection):
-        return _apply(peft_model, targets, unsupported, statistics, config, adapter_name)
+    group = None
+    if dist.is_available() and dist.is_initialized():
+        peft_model, group = joined(peft_model)
+    with group or contextlib.nullcontext():
+        config = checked_config(config)
+        if not isinstance(statistics, Statistics):
+            raise TypeError(
+                f"statistics is a {type(statistics).__name__}; expected filet.Statistics, which "
+                "Statistics.load(path) reads"
+            )
+        with named_shortage("checks", _checks):
+            targets, unsupported = check_applicable(peft_model, adapter_name)
+            config = _with_choice(config, statistics.keep is not None, targets)
+            check_statistics(statistics, targets)
+            if group is not None:
+                counts = (statistics.samples, statistics.tokens, statistics.keep_tokens)
+                check_same_model(
+                    group, peft_model, targets, statistics.fingerprints, config,
+                    **{"samples, tokens, keep_tokens of the statistics": counts},
+                )  # fmt: skip
+        with named_shortage("selection", _selection):
+            return _apply(peft_model, targets, unsupported, statistics, config, adapter_name, group)
 
 
 def check_before_pass(
@@ -168,43 +198,58 @@ def _apply(
     statistics: Statistics,
     config: FiletConfig,
     adapter_name: str,
+    group: Group | None,
 ) -> FiletReport:
     start = time.perf_counter()
-    choice = choose(
-        targets,
-        statistics.moments,
-        statistics.shared_input,
-        statistics.fingerprints,
-        config,
-        statistics.keep,
-    )
+    choice = _chosen(targets, statistics, config, group)
     if not choice.layers:
         raise ValueError(
             f"no module of adapter {adapter_name!r} saw a token and its gradient; expected data "
             "that reaches at least one of them"
         )
     selected = time.perf_counter()
-    commit(peft_model, adapter_name, targets, choice.layers)
+    settled = None if group is None else group.settle
+    commit(peft_model, adapter_name, targets, choice.layers, settled)
     materialise_rest(peft_model, adapter_name, config.seed)
     written = time.perf_counter()
     places = {layer.A0.device for layer in choice.layers.values()}
     devices = {place for place in places if place.type == "cuda"}
     left_default = unsupported | choice.left_default
     warn_of(left_default, choice.layers)
+    seconds = {
+        "statistics": statistics.seconds,
+        "selection": selected - start,
+        "writing": written - selected,
+    }
+    peak = max(statistics.peak_memory, peak_memory(devices))
+    if group is not None:
+        seconds, peak = group.from_first((seconds, peak))
     return FiletReport(
         modules=choice.reports,
         left_default=left_default,
-        seconds={
-            "statistics": statistics.seconds,
-            "selection": selected - start,
-            "writing": written - selected,
-        },
-        peak_memory=max(statistics.peak_memory, peak_memory(devices)),
+        seconds=seconds,
+        peak_memory=peak,
         samples=statistics.samples,
         tokens=statistics.tokens,
         loss_terms=statistics.loss_terms,
         config={**dataclasses.asdict(config), "fisher": statistics.fisher},
     )
+
+
+def _chosen(
+    targets: dict[str, Target], statistics: Statistics, config: FiletConfig, group: Group | None
+) -> Choice:
+    """The choice for all targets, each made by the process that has its sums."""
+    moments, shared = statistics.moments, statistics.shared_input
+    hashes, keep = statistics.fingerprints, statistics.keep
+    if statistics.owners is not None:
+        statistics.check_owners(group)
+    if group is None:
+        return choose(targets, moments, shared, hashes, config, keep)
+    owners = statistics.owners
+    if owners is None:  # from a file: all have all of them, and share the work
+        owners = owners_by_block(group, targets, shared)
+    return choose_together(group, owners, targets, moments, shared, hashes, config, keep)
 
 
 def initialize_folder(
@@ -262,19 +307,46 @@ def initialize_folder(
     """
     folder, output = Path(model), Path(output)
     saved = None if save_statistics is None else Path(save_statistics)
-    config, device = checked_folder_arguments(
-        folder, batches, output, lora_config, config, engine, device, host_memory, overwrite, saved
-    )
-    how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    how["quantization_config"] = quantization_config
-    if engine == "auto":
-        engine = choose_engine(folder, lora_config, keep=keep is not None, **how)
-    what = (folder, batches, output, lora_config, config, show_progress_bar)
-    if engine == "memory":
-        return _in_memory(*what, keep, saved, **how)
-    with blockwise_run(*what, host_memory, scratch, keep, saved, **how) as run:
+    with current() or contextlib.nullcontext() as group:
+        config, device = checked_folder_arguments(
+            folder, batches, output, lora_config, config, engine, _own_device(group, device),
+            host_memory, overwrite, saved,
+        )  # fmt: skip
+        how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        how["quantization_config"] = quantization_config
+        if engine == "auto":
+            engine = choose_engine(folder, lora_config, keep=keep is not None, **how)
+        what = (folder, batches, output, lora_config, config, show_progress_bar)
+        if engine == "memory":
+            return _in_memory(*what, keep, saved, group, **how)
+        return _by_blocks(group, *what, host_memory, scratch, keep, saved, **how)
+
+
+def _own_device(group: Group | None, device: torch.device | str | None) -> Any:
+    """The GPU that this process of several was given, where none is named."""
+    if group is None or device is not None or not torch.cuda.is_available():
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _by_blocks(group: Group | None, *what: Any, **how: Any) -> FiletReport:
+    """By the blockwise engine, which runs in one process. Arguments of :func:`blockwise_run`."""
+    if group is not None:
+        raise ValueError(
+            f"engine='blockwise' (or a model too large for a GPU) in {group.size} processes; "
+            "expected one process, or engine='memory'"
+        )
+    with blockwise_run(*what, **how) as run:
         run.sweep()
-        return run.write(output)
+        return run.write(what[2])
+
+
+def save_whole(statistics: Statistics, path: Path) -> None:
+    """Write the statistics of all processes, by the first of them. Collective."""
+    whole = statistics.whole()
+    if whole is not None:
+        with staged(path) as place:
+            whole.save(place)
 
 
 def _in_memory(
@@ -286,6 +358,7 @@ def _in_memory(
     show_progress_bar: bool,
     keep: Keep | None,
     save_statistics: Path | None,
+    group: Group | None,
     *,
     dtype: torch.dtype | Literal["auto"],
     device: torch.device,
@@ -307,8 +380,8 @@ def _in_memory(
     else:
         check_before_pass(peft_model, config, "default", keep)
         statistics = collect_statistics(peft_model, batches, config, **more)
-        with staged(save_statistics) as place:
-            statistics.save(place)
+        save_whole(statistics, save_statistics)
         report = apply_statistics(peft_model, statistics, config)
-    write_folder(peft_model, report, output)
+    if group is None or group.rank == 0:
+        write_folder(peft_model, report, output)
     return report

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from filet.config import FiletConfig
+from filet.distributed.exchange import spread
+from filet.distributed.group import Group
+from filet.model.blocks import blocks
 from filet.model.targets import Target
 from filet.report.modules import ModuleReport
 from filet.system.text import some
@@ -28,7 +31,15 @@ from filet_kernels import (
     select,
 )
 
-__all__ = ["Choice", "Layer", "check_contrast_rank", "check_rank", "choose", "warn_of"]
+__all__ = [
+    "Choice",
+    "Layer",
+    "check_contrast_rank",
+    "check_rank",
+    "choose",
+    "choose_together",
+    "warn_of",
+]
 
 _AHEAD = 7  # modules whose energies a GPU computes while the host chooses: a block's
 
@@ -107,6 +118,65 @@ def choose(
             shared_input=shared_input.get(name),
         )
     return choice
+
+
+def choose_together(
+    group: Group,
+    owners: Mapping[str, int],
+    targets: Mapping[str, Target],
+    moments: Mapping[str, Moments],
+    shared_input: Mapping[str, str],
+    fingerprints: Mapping[str, str],
+    config: FiletConfig,
+    keep: Mapping[str, SecondMoment] | None = None,
+) -> Choice:
+    """:func:`choose` by several processes: each for the layers it owns, the same result on all.
+
+    A decomposition rounds differently on another machine, and a rounding can change a choice: so
+    everything is computed once, and A0, B0 go to the others to the bit. Collective.
+
+    ``owners``: module → its rank. The rest as in :func:`choose`.
+    """
+    mine = {name: target for name, target in targets.items() if owners[name] == group.rank}
+    choice = choose(mine, moments, shared_input, fingerprints, config, keep)
+    said = group.exchanged((choice.reports, choice.left_default))
+    reports = {name: report for reports, _ in said for name, report in reports.items()}
+    left = {name: why for _, left in said for name, why in left.items()}
+    work, units = [], []
+    for names in blocks({name: targets[name] for name in targets if name in reports}).values():
+        for owner in sorted({owners[name] for name in names}):
+            its = [name for name in names if owners[name] == owner]
+            described = [form for name in its for form in _forms(targets[name], config)]
+            tensors = [f for name in its if name in mine for f in _factors(choice.layers[name])]
+            units.append(its)
+            work.append((owner, described, tensors))
+    factors: dict[str, list[Tensor]] = {}
+    sides = 2 if config.start == "untouched" else 1
+    for its, tensors in zip(units, spread(group, work), strict=True):
+        for index, name in enumerate(its):
+            factors[name] = tensors[index * sides : (index + 1) * sides]
+    return Choice(
+        {
+            name: Layer(factors[name][0], next(iter(factors[name][1:]), None), fingerprints[name])
+            for name in targets
+            if name in factors
+        },
+        {name: reports[name] for name in targets if name in reports},
+        {name: left[name] for name in targets if name in left},
+    )
+
+
+def _factors(layer: Layer) -> list[Tensor]:
+    return [layer.A0] if layer.B0 is None else [layer.A0, layer.B0]
+
+
+def _forms(
+    target: Target, config: FiletConfig
+) -> list[tuple[tuple[int, ...], torch.dtype, torch.device]]:
+    """What :func:`_factors` of this target will be."""
+    (m, n), rank, device = target.shape, target.rank, target.device
+    A = ((rank, n), target.dtype, device)
+    return [A, ((m, rank), target.dtype, device)] if config.start == "untouched" else [A]
 
 
 # Of a module: its name, energies and indices for the report, and A0, B0.

@@ -205,6 +205,20 @@ def test_prepare_model_for_kbit_training(kind: str, first: bool) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("kind", kinds("nf4", "int8"))
+def test_biases_are_what_they_were(kind: str) -> None:
+    model = peft_of(prepare_model_for_kbit_training(quantised(kind, torch.bfloat16)))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data += 1e-4  # no bfloat16
+    before = {n: p.data.clone() for n, p in model.named_parameters() if n.endswith("bias")}
+    initialised(model)
+    found = dict(model.named_parameters())
+    assert before
+    for name, bias in before.items():
+        assert found[name].dtype == bias.dtype and torch.equal(found[name].data, bias), name
+
+
 @pytest.mark.parametrize("kind", kinds("nf4", "int8", "torchao"))
 def test_data_to_keep(kind: str) -> None:
     base = quantised(kind)

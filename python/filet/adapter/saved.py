@@ -112,7 +112,12 @@ def load(
     if not replicated:  # else its layers are not there yet
         _check_base(base_model, layers, folder)
     config.inference_mode = False
-    half = any(value.dtype in (torch.float16, torch.bfloat16) for value in tensors.values())
+    # Of the factors alone: a head that is saved beside them may be in half precision by itself.
+    half = any(
+        value.dtype in (torch.float16, torch.bfloat16)
+        for key, value in tensors.items()
+        if ".lora_" in key
+    )
     with _kept_on_error(base_model, tensors):
         peft_model = get_peft_model(
             base_model, config, adapter_name=adapter_name, autocast_adapter_dtype=not half

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,8 +26,11 @@ def commit(
     adapter_name: str,
     targets: Mapping[str, Target],
     layers: Mapping[str, Layer],
+    settled: Callable[[], object] | None = None,
 ) -> None:
     """Start the adapter in these layers: in all of them, or on an exception in none.
+
+    ``settled`` is called when all are started: what it raises undoes them as well.
 
     At A0 and B0 with a frozen half beside them, to PEFT of rank 2r then. Or, where there is no B0,
     at A0 and 0: PEFT's plain LoRA of rank r.
@@ -39,6 +42,8 @@ def commit(
         for name, layer in layers.items():
             _start(targets[name], layer, rslora, undo)
         describe(peft_model, adapter_name)
+        if settled is not None:
+            settled()
     except BaseException:
         for action in reversed(undo):
             action()

@@ -23,6 +23,7 @@ examples:
   filet stats --model llama --data train.jsonl --output llama.safetensors
   filet init --model llama --statistics llama.safetensors --output adapter-r64 --rank 64
   filet inspect adapter
+  torchrun --nproc-per-node 4 -m filet.cli init --model llama ...   on four GPUs at once
 
 exit status: 0 done, 1 an error (said in one line; --debug shows where), 2 wrong usage,
 130 interrupted; after 1 and 130 nothing half-written is left."""

@@ -22,8 +22,9 @@ from filet.cli.model import (
     quiet_transformers,
 )
 from filet.cli.output import check_file_output, check_folder_output, one_line, say, say_entry
+from filet.cli.processes import agreed, check_one_process, rank_and_size
 from filet.report.names import PLOT_FILE, can_draw
-from filet.system.files import inside, staged
+from filet.system.files import inside
 
 __all__ = ["init", "inspect", "stats"]
 
@@ -38,6 +39,7 @@ def init(args: argparse.Namespace) -> None:
     encoded = None if args.data is None else load_data(args)
     keep = load_keep(args)
     if _engine(args) == "blockwise":
+        check_one_process()
         report = _init_blockwise(args, encoded, keep, config)
     else:
         report = _init_in_memory(args, encoded, keep, config)
@@ -89,7 +91,7 @@ def _init_in_memory(args: argparse.Namespace, encoded: Any, keep: Any, config: A
     """The report of an adapter that was made of a whole model and is written."""
     import filet
     from filet.adapter.saved import write_folder
-    from filet.initialize import check_before_pass
+    from filet.initialize import check_before_pass, save_whole
 
     statistics = None if args.statistics is None else filet.Statistics.load(args.statistics)
     peft_model = load_peft_model(args, rank=args.rank, alpha=args.alpha)
@@ -102,12 +104,12 @@ def _init_in_memory(args: argparse.Namespace, encoded: Any, keep: Any, config: A
     elif args.save_statistics is not None:
         statistics = _run(args, peft_model, encoded, keep, config, filet.collect_statistics)
         # Before they are applied: an error in that does not cost the pass.
-        with staged(args.save_statistics) as place:
-            statistics.save(place)
+        save_whole(statistics, args.save_statistics)
         report = filet.apply_statistics(peft_model, statistics, config=config)
     else:
         report = _run(args, peft_model, encoded, keep, config, filet.initialize_lora_filet_weights)
-    write_folder(peft_model, report, args.output)
+    if rank_and_size()[0] == 0:
+        write_folder(peft_model, report, args.output)
     return report
 
 
@@ -118,8 +120,9 @@ def stats(args: argparse.Namespace) -> None:
         raise ValueError(f"--output must be a .safetensors file, got {args.output}")
     check_file_output(args.output, args.overwrite, inputs, option="--output")
     statistics = _collected(args) if args.merge is None else _merged(args.merge)
-    with staged(args.output) as place:
-        statistics.save(place)
+    from filet.initialize import save_whole  # after the checks: it brings torch
+
+    save_whole(statistics, args.output)
     say_entry("written", args.output)
 
 
@@ -170,20 +173,22 @@ def _run(
 
     import filet
 
+    rank, processes = rank_and_size()
     plan = filet.estimate(
         peft_model,
         encoded.batches(2, by_length=True)[0],  # of the longest samples
-        dataclasses.replace(config, samples=len(encoded)),
+        dataclasses.replace(config, samples=-(-len(encoded) // processes)),
         batch_size=args.batch_size,
-        tokens=encoded.tokens,
+        tokens=-(-encoded.tokens // processes),
         keep=keep is not None,
     )
     say(str(plan))
-    config = dataclasses.replace(config, passes=plan.passes)
-    size = plan.batch_size
+    passes, size = agreed(plan.passes, plan.batch_size)
+    config = dataclasses.replace(config, passes=passes)
+    mine = encoded.share(rank, processes)
     while True:
-        loader = encoded.batches(size, by_length=True)
-        padding = 1 - encoded.tokens / sum(batch["input_ids"].numel() for batch in loader)
+        loader = mine.batches(size, by_length=True)
+        padding = 1 - mine.tokens / max(1, sum(batch["input_ids"].numel() for batch in loader))
         say_entry("padding", f"{padding:.1%} of {len(loader)} batches")
         try:
             return function(
@@ -209,7 +214,8 @@ def _kept_batches(encoded: Any, keep: Any, size: int) -> Any:
     if keep in (None, "self"):
         return keep
     longest, its_longest = (max(len(ids) for ids, _ in each.rows) for each in (encoded, keep))
-    return list(keep.batches(max(1, size * longest // its_longest), by_length=True))
+    mine = keep.share(*rank_and_size())
+    return list(mine.batches(max(1, size * longest // its_longest), by_length=True))
 
 
 def _micro_size(args: argparse.Namespace, encoded: Any) -> int:

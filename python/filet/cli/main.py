@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from filet.cli.arguments import make_parser
 from filet.cli.commands import init, inspect, stats
 from filet.cli.output import expected_errors, one_line, show_warning
+from filet.cli.processes import launched
 
 __all__ = ["main"]
 
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = show_warning
         try:
             args.check(args, parser)
-            _COMMANDS[args.command](args)
+            with launched(args) if args.command != "inspect" else contextlib.nullcontext():
+                _COMMANDS[args.command](args)
             sys.stdout.flush()
             return 0
         except KeyboardInterrupt:

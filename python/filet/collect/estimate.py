@@ -124,7 +124,7 @@ def passes_that_fit(
                 readable(least),
             )
     if not plan.fits:
-        warnings.warn(plan.advice, stacklevel=4)
+        warnings.warn(plan.advice, stacklevel=5)
     return plan.passes
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from filet.collect.batches import Batches
+from filet.collect.hooks import MomentHooks
 from filet.collect.run import collect_moments
 from filet.collect.sizes import moment_bytes
+from filet.collect.together import Together
 from filet.config import FiletConfig
 from filet.loss.batch import ForwardFn
 from filet.model.blocks import blocks
@@ -54,18 +56,20 @@ def collect_in_passes(
     forward_fn: ForwardFn | None,
     show_progress_bar: bool,
     passes: int,
+    together: Together | None = None,
 ) -> tuple[dict[str, Moments], dict[str, str], dict[str, int]]:
     """The moments, whose input each module shares, and the counts of :func:`collect_moments`.
 
+    With ``together`` they are of all processes, and each moment is on the one that owns it.
     With more than one pass the moments are in host memory. On a CPU they are bitwise those of one
     pass; on a GPU the forward of a layer whose moments are taken rounds in another place.
     """
     parts = groups(targets, passes) if passes > 1 else [list(targets)]
     if len(parts) == 1:
         hooks, counts = collect_moments(
-            peft_model, targets, batches, config, forward_fn, show_progress_bar
+            peft_model, targets, batches, config, forward_fn, show_progress_bar, together=together
         )
-        return hooks.moments, hooks.shared_input, counts
+        return *_of_all(hooks, parts[0], counts, together), counts
     batches.keep = True
     moments: dict[str, Moments] = {}
     shared_input: dict[str, str] = {}
@@ -81,12 +85,23 @@ def collect_in_passes(
             frozenset(part),
             scale,
             f"FILet statistics, pass {number} of {len(parts)}",
+            together,
         )
         scale = hooks.gradient_scale
-        moments |= _moved_to_host(hooks.moments)
-        shared_input |= hooks.shared_input
-        del hooks  # with its moments: the next pass needs their memory
+        found, shared = _of_all(hooks, part, counts, together)
+        moments |= _moved_to_host(found)
+        shared_input |= shared
+        del hooks, found  # with the moments: the next pass needs their memory
     return moments, shared_input, counts
+
+
+def _of_all(
+    hooks: MomentHooks, names: list[str], counts: dict[str, int], together: Together | None
+) -> tuple[dict[str, Moments], dict[str, str]]:
+    """The moments of a pass, of all processes, and whose input each module shares."""
+    if together is None:
+        return hooks.moments, hooks.shared_input
+    return together.moments(names, hooks.moments, hooks.shared_input, counts["loss_terms"])
 
 
 def moved_to_host(moments: Iterable[SecondMoment]) -> dict[int, SecondMoment]:

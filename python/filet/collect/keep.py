@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,9 @@ from filet.collect.groups import groups, moved_to_host
 from filet.collect.hooks import MomentHooks
 from filet.collect.padding import warn_of_padding, with_padding
 from filet.collect.run import BatchRun, over_batches
+from filet.collect.together import Together
 from filet.config import FiletConfig
+from filet.distributed.samples import share
 from filet.loss.batch import ForwardFn
 from filet.loss.text import check_samples_text, sampled_text
 from filet.model.inputs import Prepared, check_dataloader
@@ -84,6 +87,7 @@ def collect_keep(
     moments: Mapping[str, Moments],
     shared_input: Mapping[str, str],
     passes: int,
+    together: Together | None = None,
 ) -> tuple[dict[str, SecondMoment], dict[str, int]]:
     """Input moments of data to keep, and how many "samples" and "tokens" they saw.
 
@@ -95,9 +99,9 @@ def collect_keep(
             spaces and shared alike. One that saw no token of the task gets none of these either:
             its space would be a guess.
         passes: as for the task; with more than one the moments are in host memory.
+        together: the processes whose samples they are of, None for this one alone.
     """
-    if isinstance(keep, str):
-        keep = sampled_text(peft_model, config)
+    keep, config = _data(peft_model, keep, config, together)
     batches = Batches(keep)
     batches.keep = passes > 1
     parts = groups(targets, passes) if passes > 1 else [list(targets)]
@@ -109,15 +113,35 @@ def collect_keep(
         hooks = hooks_to_keep(targets, part, config, moments, shared_input)
         run = _Run(peft_model, config, forward_fn, hooks)
         data = Unlabelled(batches, batches.dataset) if run.drops_labels else batches
-        counts = over_batches(run, hooks, data, config, title, show_progress_bar, "data to keep")
+        counts = over_batches(
+            run, hooks, data, config, title, show_progress_bar, "data to keep", together
+        )
         hooks.finish()
         inputs = {name: its.input for name, its in hooks.moments.items()}
+        if together is not None:
+            inputs = together.inputs(inputs, shared_input)
         on_host = moved_to_host(inputs.values()) if passes > 1 else {}
         found |= {name: on_host.get(id(side), side) for name, side in inputs.items()}
         if number == 1:
             warn_of_padding(with_padding(peft_model.base_model.model, hooks.unmasked))
     del counts["loss_terms"]
     return with_unseen(found, moments), counts
+
+
+def _data(
+    peft_model: PeftModel, keep: Keep, config: FiletConfig, together: Together | None
+) -> tuple[Iterable[Any], FiletConfig]:
+    """The batches of this process, and the settings by which they are read."""
+    group = None if together is None else together.group
+    if isinstance(keep, str):
+        if group is None:
+            return sampled_text(peft_model, config), config
+        batches = sampled_text(peft_model, config, group.rank, group.size)
+        return batches, replace(config, samples=None)
+    if group is None:
+        return keep, config
+    keep, samples = share(group, keep, config.samples)
+    return keep, replace(config, samples=samples)
 
 
 def with_unseen(

@@ -16,6 +16,7 @@ from filet.collect.batches import PreparedBatches
 from filet.collect.hooks import MomentHooks
 from filet.collect.padding import warn_of_padding, with_padding
 from filet.collect.scale import backward, loss_scale
+from filet.collect.together import Together
 from filet.config import FiletConfig
 from filet.loss.batch import BatchLoss, ForwardFn
 from filet.model.batch import IGNORED, tensors_in
@@ -36,18 +37,22 @@ def collect_moments(
     counted: Collection[str] | None = None,
     gradient_scale: float | None = None,
     title: str = "FILet statistics",
+    together: Together | None = None,
 ) -> tuple[MomentHooks, dict[str, int]]:
     """Run the samples forward and backward; returns the hooks' moments and the counts.
 
     The model must be inside :func:`preserved`. Counts: "samples", "tokens", "loss_terms".
     ``counted``: the targets whose moments are taken, all by default. ``gradient_scale``: what an
-    earlier pass over the same batches found (its hooks keep it); None finds it.
+    earlier pass over the same batches found (its hooks keep it); None finds it. ``together``: the
+    processes whose samples the counts are of; the moments are of this one's.
     """
     base_model = peft_model.base_model.model
     _check_outputs(base_model, forward_fn)
     hooks = MomentHooks(targets, config, counted)
     run = _Run(peft_model, config, forward_fn, hooks, gradient_scale)
-    counts = over_batches(run, hooks, dataloader, config, title, show_progress_bar)
+    counts = over_batches(
+        run, hooks, dataloader, config, title, show_progress_bar, together=together
+    )
     check_terms(counts["samples"], counts["loss_terms"])
     hooks.finish()
     for moments in hooks.moments.values():
@@ -107,8 +112,12 @@ def over_batches(
     title: str,
     show_progress_bar: bool,
     name: str = "dataloader",
+    together: Together | None = None,
 ) -> dict[str, int]:
-    """Every batch through the model under the hooks; returns "samples", "tokens", "loss_terms"."""
+    """Every batch through the model under the hooks; returns "samples", "tokens", "loss_terms".
+
+    With ``together`` the counts are of all processes; one of them may have no sample.
+    """
     batches = PreparedBatches(dataloader, config, run.inputs, run.shift)
     counts = {"samples": 0, "tokens": 0, "loss_terms": 0}
     with (
@@ -125,6 +134,8 @@ def over_batches(
             progress.advance(batch.samples, counts["tokens"])
         hooks.add_left_out()
         progress.end(counts["samples"])
+    if together is not None:
+        counts = together.summed(counts)
     if counts["samples"] == 0:
         raise ValueError(f"the {name} gave no sample; expected at least one")
     return counts

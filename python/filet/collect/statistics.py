@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -21,7 +23,11 @@ from filet.collect.groups import collect_in_passes
 from filet.collect.hooks import empty_moments
 from filet.collect.keep import Keep, check_keep, collect_keep
 from filet.collect.probe import gpus_of
+from filet.collect.together import Together, check_same_model
 from filet.config import FiletConfig, checked_config
+from filet.distributed.exchange import gathered
+from filet.distributed.group import Group, current, joined
+from filet.distributed.samples import share
 from filet.loss.batch import ForwardFn
 from filet.model.fingerprint import check_fingerprint, fingerprints_of
 from filet.model.isolation import preserved
@@ -55,6 +61,8 @@ class Statistics:
         keep: module → the moment of its input on data that is not to be forgotten, in the space of
             its input moment and shared as that is; None where there was no such data.
         keep_samples, keep_tokens: how much of that they saw.
+        owners: module → the rank that has its sums, where several processes took them together; on
+            the others they are on the meta device (docs/distributed.md). None: all are here.
     """
 
     moments: dict[str, Moments]
@@ -70,6 +78,7 @@ class Statistics:
     keep: dict[str, SecondMoment] | None = None
     keep_samples: int = 0
     keep_tokens: int = 0
+    owners: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
         if self.keep is None:
@@ -89,7 +98,16 @@ class Statistics:
 
         A moment that several modules share is stored once. Sums keep their dtype; above the
         diagonal there are zeros. A copy is made of one moment at a time, in host memory.
+
+        Statistics that several processes took together: all of them call this, and the first one
+        writes, in whose host memory all moments are for that time.
         """
+        if self.owners is not None:
+            with current() or contextlib.nullcontext():
+                whole = self.whole()
+                if whole is not None:
+                    whole.save(path)
+            return
         tensors: dict[str, Tensor] = {}
         modules = {}
         for name, moments in self.moments.items():
@@ -110,6 +128,49 @@ class Statistics:
         }
         metadata = {"format": _FORMAT, "statistics": json.dumps(header)}
         write_tensors(path, tensors, metadata, _lower)
+
+    def whole(self) -> Statistics | None:
+        """All of them, for a file, in the first process; None in the others.
+
+        What the others own is in its host memory then. Collective where several processes took
+        them together.
+        """
+        group = current()
+        if self.owners is None:
+            return self if group is None or group.rank == 0 else None
+        self.check_owners(group)
+        if group is None:
+            return dataclasses.replace(self, owners=None)
+        owned: dict[int, tuple[SecondMoment, int]] = {}
+        for name, its in self.moments.items():
+            kept = [] if self.keep is None else [self.keep[name]]
+            for side in (its.input, its.output, *kept):
+                owned.setdefault(id(side), (side, self.owners[name]))
+        with group:
+            group.settle()
+            sums = gathered(group, [(owner, side.sum) for side, owner in owned.values()])
+        if group.rank:
+            return None
+        new = {
+            key: SecondMoment(side.space, sum_, side.count)
+            for (key, (side, _)), sum_ in zip(owned.items(), sums, strict=True)
+        }
+        moments = {
+            name: Moments(new[id(its.input)], new[id(its.output)], its.shape, its.loss_terms)
+            for name, its in self.moments.items()
+        }
+        keep = self.keep and {name: new[id(its)] for name, its in self.keep.items()}
+        return dataclasses.replace(self, moments=moments, keep=keep, owners=None)
+
+    def check_owners(self, group: Group | None) -> None:
+        """ValueError where the processes that took these statistics together are not there."""
+        last = max((self.owners or {"": 0}).values())
+        size = 1 if group is None else group.size
+        if last >= size:
+            raise ValueError(
+                f"the statistics lie on {last + 1} processes or more, of which {size} are there; "
+                "expected the torch.distributed group that took them, or a file that they saved"
+            )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Statistics:
@@ -176,6 +237,11 @@ class Statistics:
         ValueError, with the first difference named, where they are of different models or kinds.
         """
         _compare(self, other.fingerprints, "the other statistics")
+        if self.owners != other.owners:
+            raise ValueError(
+                "cannot merge statistics that lie on other processes than these; expected both in "
+                "one process (save them, and load the files), or collected by the same processes"
+            )
         if self.fisher != other.fisher:
             raise ValueError(
                 f"cannot merge fisher={other.fisher!r} statistics into fisher={self.fisher!r} ones"
@@ -222,7 +288,9 @@ class Statistics:
                 )
         counts = {key: getattr(self, key) + getattr(other, key) for key in (*_SUMS, *_OF_KEEP)}
         counts |= {"fisher": self.fisher, "peak_memory": max(self.peak_memory, other.peak_memory)}
-        return Statistics(moments, self.fingerprints, shared, **counts, keep=keep)
+        return Statistics(
+            moments, self.fingerprints, shared, **counts, keep=keep, owners=self.owners
+        )
 
 
 _SUMS = ("samples", "tokens", "loss_terms", "seconds")
@@ -280,6 +348,10 @@ def collect_statistics(
     Deterministic: bitwise the same for the same batches and seed on the same machine, and the same
     to rounding however the samples are batched or ordered.
 
+    Where ``torch.distributed`` is initialised with several processes, all of them call this, each
+    with a model of the same weights (DistributedDataParallel around it or not) and batches of its
+    own. ``config.samples`` is of all of them together (docs/distributed.md).
+
     Raises:
         TypeError, ValueError: an argument that does not fit, or a batch (samples that are no
             batch, ids beyond the embeddings, labels beyond what the model predicts, sequences
@@ -291,11 +363,16 @@ def collect_statistics(
             measured to need are more than the GPU has free. A warning says where the whole batch
             is likely to be.
     """
-    config = checked_config(config)
-    targets, _ = checked_targets(peft_model, adapter_name)
-    return statistics_of(
-        peft_model, targets, dataloader, config, adapter_name, forward_fn, show_progress_bar, keep
-    )
+    group = None
+    if dist.is_available() and dist.is_initialized():
+        peft_model, group = joined(peft_model)
+    with group or contextlib.nullcontext():
+        config = checked_config(config)
+        targets, _ = checked_targets(peft_model, adapter_name)
+        return statistics_of(
+            peft_model, targets, dataloader, config, adapter_name, forward_fn, show_progress_bar,
+            keep, group,
+        )  # fmt: skip
 
 
 def statistics_of(
@@ -307,29 +384,33 @@ def statistics_of(
     forward_fn: ForwardFn | None,
     show_progress_bar: bool,
     keep: Keep | None,
+    group: Group | None = None,
 ) -> Statistics:
     """:func:`collect_statistics` for an adapter whose targets are found and checked."""
     check_keep(keep, peft_model)
     with named_shortage("checks", lambda: "the hashing of the weights"):
         weights = fingerprints_of({name: target.values for name, target in targets.items()})
+    together = None
+    if group is not None:
+        kind = keep if isinstance(keep, str) else None if keep is None else "batches"
+        check_same_model(group, peft_model, targets, weights, config, keep=kind)
+        together = Together(group, targets)
+        show_progress_bar = show_progress_bar and group.rank == 0
     devices = set(gpus_of(peft_model))
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     with preserved(peft_model, adapter_name, targets):
+        mine = config
+        if group is not None:
+            dataloader, samples = share(group, dataloader, config.samples)
+            mine = dataclasses.replace(config, samples=samples)
         batches = Batches(dataloader)
-        passes = config.passes
-        if passes == "auto":
-            first = batches.first() if devices else None
-            passes = (
-                1
-                if first is None
-                else passes_that_fit(
-                    peft_model, targets, first, config, forward_fn, keep is not None
-                )
-            )
+        passes = _passes(
+            peft_model, targets, batches, mine, forward_fn, keep is not None, bool(devices), group
+        )
         found, shared_input, counts = collect_in_passes(
-            peft_model, targets, batches, config, forward_fn, show_progress_bar, passes
+            peft_model, targets, batches, mine, forward_fn, show_progress_bar, passes, together
         )
         place = "cpu" if passes > 1 else None
         moments = moments_of_all(targets, found, counts["loss_terms"], place)
@@ -338,7 +419,7 @@ def statistics_of(
             del batches  # they may be in host memory
             kept, kept_counts = collect_keep(
                 peft_model, targets, keep, config, forward_fn, show_progress_bar, moments,
-                shared_input, passes,
+                shared_input, passes, together,
             )  # fmt: skip
     for device in devices:
         torch.cuda.synchronize(device)
@@ -355,7 +436,30 @@ def statistics_of(
         keep=kept,
         keep_samples=kept_counts["samples"],
         keep_tokens=kept_counts["tokens"],
+        owners=None if together is None else {name: together.owners[name] for name in targets},
     )
+
+
+def _passes(
+    peft_model: PeftModel,
+    targets: dict[str, Target],
+    batches: Batches,
+    config: FiletConfig,
+    forward_fn: ForwardFn | None,
+    keep: bool,
+    gpus: bool,
+    group: Group | None,
+) -> int:
+    """Over how many groups of blocks the moments are taken: what fits on every process."""
+    passes = config.passes
+    if passes == "auto":
+        first = batches.first() if gpus else None
+        passes = (
+            1
+            if first is None
+            else passes_that_fit(peft_model, targets, first, config, forward_fn, keep)
+        )
+    return passes if group is None else max(group.exchanged(passes))
 
 
 def moments_of_all(

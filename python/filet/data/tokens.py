@@ -40,6 +40,17 @@ class Encoded:
     def tokens(self) -> int:
         return sum(len(ids) for ids, _ in self.rows)
 
+    def share(self, rank: int, size: int) -> Encoded:
+        """The samples of one process of several: every ``size``-th, the longest first.
+
+        So all have about as many tokens. The first ones have one sample more where the number does
+        not come out even; with more processes than samples some have none.
+        """
+        if size == 1:
+            return self
+        rows = sorted(self.rows, key=lambda row: -len(row[0]))
+        return Encoded(rows[rank::size], self.pad)
+
     def batches(self, batch_size: int, *, by_length: bool = False) -> list[dict[str, torch.Tensor]]:
         """Padded batches of all the samples.
 
@@ -62,7 +73,7 @@ class Encoded:
             starts = range(0, len(self), batch_size)
             return [_pad(self.rows[start : start + batch_size], self.pad) for start in starts]
         rows = sorted(self.rows, key=lambda row: -len(row[0]))
-        room = batch_size * len(rows[0][0])
+        room = batch_size * len(rows[0][0]) if rows else 0
         found, start = [], 0
         while start < len(rows):
             stop = start + room // len(rows[start][0])

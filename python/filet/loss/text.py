@@ -45,13 +45,17 @@ def check_samples_text(model: Any) -> int:
 
 
 @torch.no_grad()
-def sampled_text(peft_model: Any, config: FiletConfig) -> list[dict[str, Tensor]]:
+def sampled_text(
+    peft_model: Any, config: FiletConfig, rank: int = 0, size: int = 1
+) -> list[dict[str, Tensor]]:
     """``config.samples`` samples of :data:`SELF_TOKENS` tokens, as batches on the CPU.
 
     Each token is drawn from the model's own distribution (temperature 1, nothing cut off) but for
     those that end a text, so that all are as long. By a generator of its own, seeded with
     ``config.seed``: no random state of the process is read or changed. The model is run as it is:
     inside :func:`filet.model.isolation.preserved` in evaluation, without what the adapter adds.
+    Of ``size`` processes each draws every ``size``-th batch, one of ``rank`` beginning there; all
+    together have what one would draw.
     """
     model = peft_model.base_model.model
     first = check_samples_text(model)
@@ -63,6 +67,8 @@ def sampled_text(peft_model: Any, config: FiletConfig) -> list[dict[str, Tensor]
     for start in range(0, samples, _TOGETHER):
         number = min(_TOGETHER, samples - start)
         shares = torch.rand(number, longest - 1, generator=generator, dtype=torch.float64)
+        if start // _TOGETHER % size != rank:
+            continue
         ids = _continued(model, torch.full((number, 1), first, device=device), shares).cpu()
         batches.append({"input_ids": ids, "labels": ids})
     return batches

@@ -501,10 +501,13 @@ def as_trained(model: nn.Module) -> Iterator[set[nn.Module]]:
 
     bitsandbytes repacks 4-bit weights on some CPUs in eval mode, and rounds the inputs of 8-bit
     ones there; GPTQ's kernels have another forward. A weight that was repacked before is unpacked
-    for good: trained on as it is, its input would get no gradient.
+    for good: trained on as it is, its input would get no gradient. bitsandbytes also casts a 4-bit
+    layer's bias to the dtype of what comes in: it is the old one again afterwards.
     """
     found = {m: kind for m in model.modules() for kind in _KINDS if kind.claims(m)}
     flags = {module: module.training for module in found}
+    own = [module.bias for module in found if isinstance(getattr(module, "bias", None), Tensor)]
+    biases = [(bias, bias.data) for bias in own]
     try:
         for module, kind in found.items():
             if kind is _Bnb4bit:
@@ -514,6 +517,8 @@ def as_trained(model: nn.Module) -> Iterator[set[nn.Module]]:
     finally:
         for module, flag in flags.items():
             module.train(flag)
+        for bias, data in biases:
+            bias.data = data
 
 
 def _is(module: nn.Module, library: str, name: str) -> bool:

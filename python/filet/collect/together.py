@@ -1,0 +1,289 @@
+"""The moments of several processes, each over its own samples, made those of all samples.
+
+Who owns a block has its sums afterwards; on the others they are on the meta device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from filet.collect.hooks import empty_moments
+from filet.config import FiletConfig
+from filet.distributed.exchange import Square, balanced, reduced
+from filet.distributed.group import Group
+from filet.model.blocks import blocks
+from filet.model.fingerprint import fingerprints
+from filet.model.targets import Target
+from filet.system.transfer import values
+from filet_kernels import Moments, SecondMoment
+from filet_kernels.moments import Space
+
+__all__ = ["Together", "check_same_model", "owners_by_block"]
+
+
+def check_same_model(
+    group: Group,
+    peft_model: PeftModel,
+    targets: Mapping[str, Target],
+    weights: Mapping[str, str],
+    config: FiletConfig,
+    **more: object,
+) -> None:
+    """ValueError in all processes where these are not the same in all, naming one. Collective.
+
+    The adapter's own weights need not be: the pass runs without them, and they are overwritten.
+
+    Args:
+        weights: fingerprints of those of the targets.
+        more: what else has to be the same, by its name in the message.
+    """
+    what: dict[str, object] = {
+        f"FiletConfig.{name}": value for name, value in dataclasses.asdict(config).items()
+    }
+    what |= more
+    for name, target in targets.items():
+        what[f"the module {name} (rank, scaling, dtype of A, device)"] = (
+            target.rank,
+            target.scaling,
+            str(target.dtype),
+            target.device.type,
+        )
+        what[f"the weight of {name} (dtype:shape:hash)"] = weights[name]
+    for name, found in fingerprints(_others(peft_model, targets)).items():
+        what[f"{name} (dtype:shape:hash)"] = found
+    what["the order of the modules"] = list(targets)
+    group.check_same(what)
+
+
+def _others(peft_model: PeftModel, targets: Mapping[str, Target]) -> dict[str, Tensor]:
+    """What else the pass runs through: embeddings, norms, biases, heads; each as (m, n).
+
+    Not tensors made of others, torchao's: those that are no target's are taken on trust.
+    """
+    known = {id(p) for t in targets.values() for n, p in t.base.named_parameters() if n != "bias"}
+    return {
+        name: parameter.detach().reshape(len(parameter) if parameter.dim() else 1, -1)
+        for name, parameter in peft_model.base_model.model.named_parameters()
+        if id(parameter) not in known
+        and "lora_" not in name
+        and parameter.numel()
+        and not is_traceable_wrapper_subclass(parameter)
+    }
+
+
+def owners_by_block(
+    group: Group,
+    targets: Mapping[str, Target],
+    shared_input: Mapping[str, str],
+    loads: list[int] | None = None,
+) -> dict[str, int]:
+    """Module → the rank that owns its block: its sums, and the choice for it.
+
+    The same on every rank. Balanced by the bytes of the moments. Blocks whose modules share an
+    input moment have one owner (the decoder blocks that all take one encoder's output).
+
+    ``loads``: bytes that the ranks own already; mutated.
+    """
+    units = _joined(list(blocks(dict(targets)).values()), shared_input)
+    sizes = []
+    for names in units:
+        sizes.append(0)
+        for name in names:
+            least = min(targets[name].shape)
+            item = 8 if targets[name].values.dtype == torch.float64 else 4
+            sizes[-1] += item * least**2 * (1 if name in shared_input else 2)
+    owners = balanced(sizes, [0] * group.size if loads is None else loads)
+    by_name = {n: owner for names, owner in zip(units, owners, strict=True) for n in names}
+    return {name: by_name[name] for name in targets}
+
+
+def _joined(units: list[list[str]], shared_input: Mapping[str, str]) -> list[list[str]]:
+    """The units, those joined whose modules share a moment."""
+    of = {name: index for index, names in enumerate(units) for name in names}
+    for follower, leader in shared_input.items():
+        if follower not in of or leader not in of:
+            continue  # a module of the statistics that is no target
+        into, away = sorted((of[leader], of[follower]))
+        if into != away:
+            units[into] += units[away]
+            of |= dict.fromkeys(units[away], into)
+            units[away] = []
+    return [names for names in units if names]
+
+
+class Together:
+    """Makes the moments that each process took of its samples those of all.
+
+    Attributes:
+        group: the processes.
+        owners: module → the rank that has its sums, as far as they were taken.
+    """
+
+    def __init__(self, group: Group, targets: Mapping[str, Target]) -> None:
+        self.group = group
+        self.owners: dict[str, int] = {}
+        self._targets = targets
+        self._loads = [0] * group.size
+
+    def summed(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Counts over all processes. Collective."""
+        said = self.group.exchanged(dict(counts))
+        return {name: sum(each[name] for each in said) for name in counts}
+
+    def moments(
+        self,
+        names: Iterable[str],
+        found: Mapping[str, Moments],
+        shared_input: Mapping[str, str],
+        loss_terms: int,
+    ) -> tuple[dict[str, Moments], dict[str, str]]:
+        """The moments of these modules over all processes, and whose input each shares. Collective.
+
+        A process may have none of a module (an expert that no token of its samples went to): it
+        adds nothing. One that no process reached is empty.
+
+        Args:
+            names: of the modules, the same on every rank.
+            found: what this process has of them; on the owner of a block it is added to in place.
+            shared_input: module → the module whose input moment it shares here.
+            loss_terms: of all processes.
+        """
+        found = {name: found[name] for name in names if name in found}
+        forms = {name: _Form.of(its, shared_input.get(name)) for name, its in found.items()}
+        tokens = _tokens(found)
+        said = self.group.exchanged((forms, tokens))
+        known = _agreed([forms for forms, _ in said])
+        mine = {name: self._targets[name] for name in names}
+        shared = {name: form.leader for name, form in known.items() if form.leader is not None}
+        owners = owners_by_block(self.group, mine, shared, self._loads)
+        self.owners |= owners
+        for name in mine:
+            if name not in known:
+                known[name] = _Form.of(empty_moments(mine[name], device="meta"), None)
+        counts = {
+            name: tuple(sum(each.get(name, (0, 0))[side] for _, each in said) for side in (0, 1))
+            for name in mine
+        }
+        return self._reduced(mine, known, found, counts, loss_terms), shared
+
+    def _reduced(
+        self,
+        targets: Mapping[str, Target],
+        known: Mapping[str, _Form],
+        found: Mapping[str, Moments],
+        counts: Mapping[str, tuple[int, ...]],
+        loss_terms: int,
+    ) -> dict[str, Moments]:
+        parts = []
+        for name, target in targets.items():
+            its, form = found.get(name), known[name]
+            for side, (space, size) in enumerate((form.input, form.output)):
+                if side or form.leader is None:
+                    square = self._square(target, size, its, side)
+                    parts.append(_Part(name, side, space, square))
+        sides = self._sums(parts, counts)
+        result = {}
+        for name, target in targets.items():
+            leader = known[name].leader
+            input, output = sides[name if leader is None else leader, 0], sides[name, 1]
+            terms = torch.tensor(loss_terms, device=output.count.device)
+            result[name] = Moments(input, output, target.shape, terms)
+        return result
+
+    def inputs(
+        self,
+        found: Mapping[str, SecondMoment],
+        shared_input: Mapping[str, str],
+    ) -> dict[str, SecondMoment]:
+        """Input moments over all processes, which all have of the same modules. Collective.
+
+        ``found`` is added to in place; shared moments stay shared.
+        """
+        counts = values([moment.count for moment in found.values()])
+        said = self.group.exchanged(dict(zip(found, counts, strict=True)))
+        totals = {name: (sum(each[name] for each in said),) for name in found}
+        parts = []
+        for name, moment in found.items():
+            if shared_input.get(name) not in found:
+                square = (len(moment.sum), moment.sum.dtype, moment.sum.device, moment.sum)
+                parts.append(_Part(name, 0, moment.space, square))
+        sides = self._sums(parts, totals)
+        leaders = {name: shared_input.get(name, name) for name in found}
+        return {name: sides[of if of in found else name, 0] for name, of in leaders.items()}
+
+    def _square(self, target: Target, size: int, its: Moments | None, side: int) -> Square:
+        dtype = torch.float64 if target.values.dtype == torch.float64 else torch.float32
+        sums = None if its is None else (its.output if side else its.input).sum
+        return size, dtype, target.device, sums
+
+    def _sums(
+        self, parts: Sequence[_Part], counts: Mapping[str, tuple[int, ...]]
+    ) -> dict[tuple[str, int], SecondMoment]:
+        """The parts over all processes, a block at a time."""
+        mine: dict[str, list[_Part]] = {}
+        names = {part.name: self._targets[part.name] for part in parts}
+        block_of = {name: block for block, its in blocks(names).items() for name in its}
+        for part in parts:
+            mine.setdefault(block_of[part.name], []).append(part)
+        work = [
+            (self.owners[owned[0].name], [part.square for part in owned]) for owned in mine.values()
+        ]
+        sides = {}
+        for owned, sums in zip(mine.values(), reduced(self.group, work), strict=True):
+            for part, sum_ in zip(owned, sums, strict=True):
+                # A count is there on every rank, beside a sum that is not.
+                device = "cpu" if sum_.is_meta else sum_.device
+                count = torch.tensor(counts[part.name][part.side], device=device)
+                sides[part.name, part.side] = SecondMoment(part.space, sum_, count)
+        return sides
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What has to be the same of a module's moments wherever they were taken."""
+
+    input: tuple[Space, int]  # and size
+    output: tuple[Space, int]
+    leader: str | None
+
+    @classmethod
+    def of(cls, moments: Moments, leader: str | None) -> _Form:
+        input, output = moments.input, moments.output
+        return cls((input.space, len(input.sum)), (output.space, len(output.sum)), leader)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One moment on its way: of which module, 0 for its input and 1 for its output."""
+
+    name: str
+    side: int
+    space: Space
+    square: Square
+
+
+def _agreed(said: Sequence[Mapping[str, _Form]]) -> dict[str, _Form]:
+    """The form of every module that any process has; ValueError where two differ."""
+    known: dict[str, tuple[int, _Form]] = {}
+    for rank, forms in enumerate(said):
+        for name, form in forms.items():
+            first, other = known.setdefault(name, (rank, form))
+            if other != form:
+                raise ValueError(
+                    f"{name}: its moments are {form} on rank {rank} and {other} on rank {first}; "
+                    "expected the same data flow on every rank, or FiletConfig(share_inputs=False)"
+                )
+    return {name: form for name, (_, form) in known.items()}
+
+
+def _tokens(found: Mapping[str, Moments]) -> dict[str, tuple[int, int]]:
+    """Module → the tokens that its input's and its output's moment count."""
+    sides = [side.count for its in found.values() for side in (its.input, its.output)]
+    counts = values(sides)
+    return dict(zip(found, zip(counts[::2], counts[1::2], strict=True), strict=True))

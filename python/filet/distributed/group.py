@@ -1,0 +1,262 @@
+"""The processes of a run: what they tell each other, and how all of them end where one fails."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from filet.system.memory import OutOfMemoryError
+
+__all__ = ["TIMEOUT", "Group", "current", "joined"]
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the others, torch's own default. A dead one is noticed at once."""
+
+# Exceptions that the other processes raise as what they are, the narrowest first.
+_KINDS: tuple[type[Exception], ...] = (
+    FloatingPointError,
+    ImportError,
+    MemoryError,
+    OSError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An exception of one process, as the others hear of it."""
+
+    kind: type[Exception]
+    message: str
+    shortage: tuple[Any, Any] | None  # phase and bytes of an OutOfMemoryError
+
+    @classmethod
+    def of(cls, error: BaseException) -> _Failure:
+        if isinstance(error, OutOfMemoryError):
+            return cls(MemoryError, str(error), (error.phase, error.requested))
+        known = next((kind for kind in _KINDS if isinstance(error, kind)), None)
+        name = "" if known else f"{type(error).__name__}: "
+        return cls(known or RuntimeError, f"{name}{error}", None)
+
+    def error(self, rank: int) -> Exception:
+        message = f"rank {rank}: {self.message}"
+        if self.shortage is not None:
+            return OutOfMemoryError(message, *self.shortage)
+        return self.kind(message)
+
+
+class Group:
+    """All processes of ``torch.distributed``, each of which makes the same calls of this library.
+
+    As a context it holds a call: it succeeds in all processes or in none, and an exception in one
+    is raised in the others with its message. It can be entered again inside. Whatever several
+    processes do together begins with an :meth:`exchanged`, at which those that failed say so, so
+    that nobody waits for tensors that will not come. Small objects go by a gloo group of its own:
+    that needs no GPU, and a process that died is noticed by its connection. Tensors of a GPU go by
+    NCCL where the program has it.
+
+    Warnings of the first process are shown as they come. Those of the others, where the first did
+    not give the same, are shown by it at the end.
+
+    Attributes:
+        rank, size: of this process, and how many there are.
+        world: the group of torch's that it stands for.
+    """
+
+    def __init__(self, world: Any) -> None:
+        self.world = world
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._control: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._nccl = "nccl" in dist.get_backend_config(world)
+        self._depth = 0
+        self._known: BaseException | None = None  # a failure that all have heard of
+        self._broken = False  # nobody can be told anything any more
+        self._warned: dict[str, type[Warning]] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Group:
+        if self._depth == 0:
+            self._warned = {}
+            self._stack.enter_context(self._noted_warnings())
+        self._depth += 1
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._depth -= 1
+        others: list[dict[str, type[Warning]]] = []
+        try:
+            if error is None:
+                others = self.exchanged({} if self._depth else self._warned)
+            else:
+                self._tell(error)
+        finally:
+            if not self._depth:
+                self._stack.close()
+        if self.rank == 0 and not self._depth:
+            self._warn(others)
+
+    def _tell(self, error: BaseException) -> None:
+        """Let the others hear of an exception, where they have not."""
+        at: BaseException | None = error
+        while at is not None and at is not self._known:
+            at = at.__cause__
+        if self._broken or at is not None:
+            return
+        self._known = error
+        with contextlib.suppress(ConnectionError):  # the exception itself is what is raised
+            self._gathered(_Failure.of(error), None)
+
+    def exchanged(self, value: T) -> list[T]:
+        """What every process gave, in the order of ranks. Collective.
+
+        Raises what another process raised, of the same kind as far as that is a common one.
+        ConnectionError where one is gone.
+        """
+        said = self._gathered(None, value)
+        for rank, (failure, _) in enumerate(said):
+            if failure is not None:
+                self._known = failure.error(rank)
+                raise self._known
+        return [value for _, value in said]
+
+    def from_first(self, value: T) -> T:
+        """What the first process gave. Collective."""
+        return self.exchanged(value if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def settle(self) -> None:
+        """Wait for the others; raises where one of them failed. Collective."""
+        self.exchanged(None)
+
+    def check_same(self, what: Mapping[str, object]) -> None:
+        """ValueError in all processes, naming the first thing that is not the same in all."""
+        said = self.exchanged(dict(what))
+        first = said[0]
+        for rank, theirs in enumerate(said):
+            for name in [*first, *theirs] if first.keys() != theirs.keys() else []:
+                if name not in theirs or name not in first:
+                    has, lacks = (0, rank) if name in first else (rank, 0)
+                    raise ValueError(
+                        f"{name} is there on rank {has} and not on rank {lacks}; expected the same "
+                        "on every rank"
+                    )
+            for name, value in theirs.items():
+                if value != first[name]:
+                    raise ValueError(
+                        f"{name} is {value!r} on rank {rank} and {first[name]!r} on rank 0; "
+                        "expected the same on every rank"
+                    )
+
+    def place(self, device: torch.device) -> torch.device:
+        """Where a tensor of ``device`` lies while it is on its way between processes."""
+        return device if self._nccl and device.type == "cuda" else torch.device("cpu")
+
+    def reduce(self, tensor: Tensor, rank: int) -> dist.Work:
+        """Begin to add up a tensor of every process in that of ``rank``; the others lose theirs."""
+        with self._lost():
+            work: dist.Work = dist.reduce(tensor, rank, group=self._by(tensor), async_op=True)
+            return work
+
+    def broadcast(self, tensor: Tensor, rank: int) -> dist.Work:
+        """Begin to give every process the tensor of ``rank``."""
+        with self._lost():
+            work: dist.Work = dist.broadcast(tensor, rank, group=self._by(tensor), async_op=True)
+            return work
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """Give a tensor in host memory to one process."""
+        with self._lost():
+            dist.send(tensor, rank, group=self._control)
+
+    def receive(self, tensor: Tensor, rank: int) -> None:
+        """Take a tensor in host memory from one process."""
+        with self._lost():
+            dist.recv(tensor, rank, group=self._control)
+
+    def wait(self, work: dist.Work) -> None:
+        """Wait for what was begun; on a GPU its stream does, and the host goes on."""
+        with self._lost():
+            work.wait()
+
+    def _by(self, tensor: Tensor) -> Any:
+        return self.world if tensor.is_cuda else self._control
+
+    def _gathered(self, failure: _Failure | None, value: Any) -> list[tuple[_Failure | None, Any]]:
+        said: list[Any] = [None] * self.size
+        with self._lost():
+            dist.all_gather_object(said, (failure, value), group=self._control)
+        return said
+
+    @contextlib.contextmanager
+    def _lost(self) -> Iterator[None]:
+        """An error of torch.distributed, in words that name what to look for."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._broken = True
+            raise ConnectionError(
+                f"rank {self.rank} of {self.size} lost another process, which ended or did not "
+                f"make the same call within {TIMEOUT} ({error}); expected every rank to call this "
+                "function"
+            ) from error
+
+    @contextlib.contextmanager
+    def _noted_warnings(self) -> Iterator[None]:
+        show = warnings.showwarning
+
+        def note(message: Any, category: Any, *place: Any, **more: Any) -> None:
+            self._warned[str(message)] = category
+            if self.rank == 0:
+                show(message, category, *place, **more)
+
+        warnings.showwarning = note
+        try:
+            yield
+        finally:
+            warnings.showwarning = show
+
+    def _warn(self, said: list[dict[str, type[Warning]]]) -> None:
+        """Warnings that only other processes gave, each once."""
+        shown = set(self._warned)
+        for rank, texts in enumerate(said):
+            for text, category in texts.items():
+                if text not in shown:
+                    warnings.warn(f"rank {rank}: {text}", category, stacklevel=3)
+            shown |= texts.keys()
+
+
+_group: Group | None = None
+
+
+def current() -> Group | None:
+    """The processes of this program; None where it is the only one, or torch.distributed is off.
+
+    Collective when it is first called.
+    """
+    global _group
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    if _group is None or _group.world is not dist.group.WORLD:
+        _group = Group(dist.group.WORLD)
+    return _group
+
+
+def joined(model: T) -> tuple[T, Group | None]:
+    """The model without the wrapper of DistributedDataParallel, and :func:`current`."""
+    group = current()
+    if group is not None and isinstance(model, DistributedDataParallel):
+        model = model.module
+    return model, group

@@ -1,0 +1,144 @@
+"""The commands in two processes, as torchrun starts them, beside one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cli_cases import adapter_weights
+
+import filet
+from filet import FiletReport
+from filet.cli.main import main
+from ranks import run, values
+
+
+@pytest.fixture(autouse=True)
+def no_network() -> None:
+    """The processes of a test find each other by connections of this machine."""
+
+
+def command(rank: int, folder: Path, argv: list[str], port: int, die: bool = False) -> Any:
+    """A command that finds the others itself; its status, and what it said on both streams."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if die and rank:
+        filet.estimate = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
+    torch.set_num_threads(1)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(argv)
+    return status, out.getvalue(), err.getvalue(), dist.is_initialized()
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        number: int = free.getsockname()[1]
+    return number
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["", "keep"])
+def test_init_in_two_processes(
+    keep: bool, init: list[str], data: Path, tmp_path: Path, port: int
+) -> None:
+    argv = [*init, "--save-statistics", str(tmp_path / "statistics.safetensors")]
+    argv += ["--keep", str(data)] if keep else []
+    ranks = values(run(2, command, tmp_path, argv, port, join=False))
+    assert [status for status, *_ in ranks] == [0, 0], ranks
+    assert not any(again for *_, again in ranks)
+    assert "written" in ranks[0][1] and not ranks[1][1] and not ranks[1][2]
+    many = tmp_path / "out" / "adapter"
+    os.rename(many, tmp_path / "many")
+    assert main([*argv, "--overwrite"]) == 0
+    reports = [FiletReport.load(folder) for folder in (tmp_path / "many", many)]
+    assert reports[0].samples == reports[1].samples == 24
+    assert reports[0].tokens == reports[1].tokens
+    for name, module in reports[1].modules.items():
+        other = reports[0].modules[name]
+        torch.testing.assert_close(other.energies, module.energies, rtol=1e-5, atol=0)
+        assert torch.equal(other.indices, module.indices)
+    one, two = adapter_weights(tmp_path / "many"), adapter_weights(many)
+    for key, value in two.items():
+        torch.testing.assert_close(one[key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_stats_in_two_processes(stats: list[str], data: Path, tmp_path: Path, port: int) -> None:
+    argv = [*stats, "--data", str(data), "--output", str(tmp_path / "many.safetensors")]
+    ranks = values(run(2, command, tmp_path, argv, port, join=False))
+    assert [status for status, *_ in ranks] == [0, 0]
+    assert main([*argv[:-1], str(tmp_path / "one.safetensors")]) == 0
+    many, one = (filet.Statistics.load(tmp_path / f"{n}.safetensors") for n in ("many", "one"))
+    assert (many.samples, many.tokens, many.loss_terms) == (one.samples, one.tokens, one.loss_terms)
+    for name, its in one.moments.items():
+        largest = float(its.output.sum.abs().max())
+        torch.testing.assert_close(
+            many.moments[name].output.sum, its.output.sum, rtol=1e-5, atol=1e-6 * largest
+        )
+
+
+def test_errors_in_two_processes(init: list[str], data: Path, tmp_path: Path, port: int) -> None:
+    assert main(init) == 0
+    folder = tmp_path / "out" / "adapter"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    ranks = values(
+        run(2, command, tmp_path, [*init, "--overwrite", "--rank", "99"], port, join=False)
+    )
+    for status, _, said, _ in ranks:
+        assert status == 1 and "rank 99 exceeds" in said
+    ranks = values(
+        run(2, command, tmp_path, [*init, "--overwrite", "--engine", "blockwise"], port, join=False)
+    )
+    for status, _, said, _ in ranks:
+        assert status == 1 and "--engine blockwise" in said and "in 2 processes" in said
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_process_that_is_killed(init: list[str], tmp_path: Path, port: int) -> None:
+    assert main(init) == 0
+    folder = tmp_path / "out" / "adapter"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    ended = run(2, command_alone, tmp_path, [*init, "--overwrite"], port, join=False)
+    assert ended[1].exitcode == -signal.SIGKILL
+    status, _, said, _ = ended[0].value
+    assert status == 1 and "lost another process" in said
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
+
+def short_of_memory(rank: int, folder: Path, argv: list[str], port: int) -> Any:
+    """The second rank has no memory for batches of more than six samples."""
+    import filet.collect.run as passes
+
+    through = passes._Run.through
+
+    def limited(self: Any, prepared: Any) -> int:
+        if rank and prepared.samples > 6:
+            raise filet.OutOfMemoryError("no room", "pass", "2.00 GiB")
+        return through(self, prepared)
+
+    passes._Run.through = limited  # type: ignore[method-assign]
+    return command(rank, folder, argv, port)
+
+
+def test_all_start_again_in_smaller_batches(init: list[str], tmp_path: Path, port: int) -> None:
+    argv = [*init, "--batch-size", "auto"]
+    (status, out, err, _), (other, *_) = values(
+        run(2, short_of_memory, tmp_path, argv, port, join=False)
+    )
+    assert (status, other) == (0, 0), err
+    assert "rank 1: no room. Starting again with --batch-size" in err
+    assert out.count("padding ") == 2  # once a try
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def command_alone(rank: int, folder: Path, argv: list[str], port: int) -> Any:
+    return command(rank, folder, argv, port, die=True)

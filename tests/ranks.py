@@ -1,0 +1,100 @@
+"""Functions run by several processes of torch.distributed at once, by gloo on the CPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Their imports take seconds: a server makes them once, and every process is a fork of it.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["filet.initialize", "filet.trainer", "filet.cli.main"])
+
+
+@dataclass
+class Ended:
+    """What a rank returned, or raised; None for both where it was killed."""
+
+    value: Any = None
+    error: str | None = None
+    exitcode: int | None = None
+
+
+def run(
+    size: int, function: Callable[..., Any], folder: Path, *arguments: Any, join: bool = True
+) -> list[Ended]:
+    """``function(rank, folder, *arguments)`` on every rank, what it returns by a file.
+
+    ``join=False`` leaves it to the function to find the others. A rank that hangs is ended after
+    half a minute, and fails the test.
+    """
+    (folder / "rendezvous").unlink(missing_ok=True)
+    processes = [
+        _CONTEXT.Process(target=_main, args=(rank, size, function, folder, arguments, join))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(30)
+            assert process.exitcode is not None, "a rank hangs"
+    finally:
+        for process in processes:
+            process.kill()
+    ended = []
+    for rank, process in enumerate(processes):
+        path = folder / f"rank{rank}.pt"
+        ended.append(torch.load(path, weights_only=False) if path.exists() else Ended())
+        ended[-1].exitcode = process.exitcode
+        path.unlink(missing_ok=True)
+    return ended
+
+
+def values(ended: list[Ended]) -> list[Any]:
+    """What all ranks returned; none may have failed."""
+    for rank, each in enumerate(ended):
+        assert each.error is None and each.exitcode == 0, f"rank {rank}: {each.error}"
+    return [each.value for each in ended]
+
+
+def errors(ended: list[Ended]) -> list[str]:
+    """What each rank raised, by its type and message; all of them have to."""
+    for rank, each in enumerate(ended):
+        assert each.error is not None, f"rank {rank} raised nothing"
+    return [str(each.error).splitlines()[0] for each in ended]
+
+
+def _main(
+    rank: int,
+    size: int,
+    function: Callable[..., Any],
+    folder: Path,
+    arguments: tuple[Any, ...],
+    join: bool,
+) -> None:
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(Path(__file__).parent))
+    warnings.simplefilter("ignore", FutureWarning)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # accelerate asks for them
+    where = f"file://{folder}/rendezvous"
+    if join:
+        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size)
+    try:
+        ended = Ended(function(rank, folder, *arguments))
+    except BaseException as error:
+        message = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        ended = Ended(error=message)
+    torch.save(ended, folder / f"rank{rank}.pt")
+    if dist.is_initialized():
+        dist.destroy_process_group()
