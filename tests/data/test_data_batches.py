@@ -34,6 +34,21 @@ def test_batches_pad_to_the_right_and_keep_the_order() -> None:
     assert all(value.dtype == torch.int64 for batch in (first, second) for value in batch.values())
 
 
+def test_a_digest_is_of_every_id_and_label() -> None:
+    def digest(*rows: Tokens) -> str:
+        return encode(rows, Letters(), max_length=9).digest()
+
+    same = [Tokens([1, 2], [1, 2]), Tokens([3, 4], [-100, 4])]
+    others = [
+        [same[1], same[0]],
+        [same[0], Tokens([3, 5], [-100, 4])],
+        [same[0], Tokens([3, 4], [3, 4])],
+        [same[0]],
+    ]
+    found = {digest(*rows) for rows in (same, *others)}
+    assert len(found) == 5 and digest(*same) in found
+
+
 def test_eos_only_after_a_whole_sample_with_room() -> None:
     def ids(text: str, **tokenizer: Any) -> list[int]:
         [batch] = batches([Sample(text)], Letters(**tokenizer), max_length=4, batch_size=1)

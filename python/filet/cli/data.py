@@ -7,6 +7,7 @@ from typing import Any
 
 from filet.cli.model import own_code, quiet_transformers
 from filet.cli.output import say_entry
+from filet.cli.processes import check_same
 
 __all__ = ["load_data", "load_keep"]
 
@@ -29,6 +30,7 @@ def load_data(args: argparse.Namespace) -> Any:
         settings_of(args.model, trust_remote_code=args.trust_remote_code)
         tokenizer = _tokenizer(args)
     encoded = encode(samples, tokenizer, max_length=args.max_length, count_prompt=args.count_prompt)
+    check_same("the hash of what was drawn of --data", encoded.digest())
     marks = " and ".join(MARKS)
     say_entry(
         "predicted", f"{encoded.terms} of {encoded.tokens} tokens; of one sample, in {marks}:"
@@ -49,7 +51,9 @@ def load_keep(args: argparse.Namespace) -> Any:
     samples = read_samples(Source(args.keep), samples=args.samples, seed=args.seed)
     with own_code(args):
         tokenizer = _tokenizer(args)
-    return encode(samples, tokenizer, max_length=args.max_length)
+    encoded = encode(samples, tokenizer, max_length=args.max_length)
+    check_same("the hash of what was drawn of --keep", encoded.digest())
+    return encoded
 
 
 def _tokenizer(args: argparse.Namespace) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +41,13 @@ class Encoded:
     @property
     def tokens(self) -> int:
         return sum(len(ids) for ids, _ in self.rows)
+
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 of all token ids and labels, in their order."""
+        found = hashlib.sha256()
+        for ids, labels in self.rows:
+            found.update(array("q", [len(ids), *ids, *labels]))
+        return found.hexdigest()
 
     def share(self, rank: int, size: int) -> Encoded:
         """The samples of one process of several: every ``size``-th, the longest first.
