@@ -33,7 +33,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 import filet
-from filet.data.samples import Sample, read_samples
+from filet.data.samples import AnySample, read_samples
+from filet.data.sources import Source
 from filet.data.tokens import batches
 
 Batch = dict[str, torch.Tensor]
@@ -297,16 +298,16 @@ def parse_arguments() -> argparse.Namespace:
 def read_texts(options: argparse.Namespace, device: str) -> Texts:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
 
-    def tokenize(chosen: list[Sample], batch_size: int) -> list[Batch]:
+    def tokenize(chosen: list[AnySample], batch_size: int) -> list[Batch]:
         shape = {"max_length": options.max_length, "batch_size": batch_size}
         found = batches(chosen, tokenizer, by_length=False, **shape)  # shuffled: that order is kept
         return [{key: x.to(device) for key, x in batch.items()} for batch in found]
 
     def measured(name: str) -> list[Batch]:
         path = options.data / f"{name}.jsonl"
-        return tokenize(read_samples(path, limit=options.held_out), 8)
+        return tokenize(read_samples(Source(path))[: options.held_out], 8)
 
-    samples = read_samples(options.data / "python_train.jsonl")
+    samples = read_samples(Source(options.data / "python_train.jsonl"))
 
     def train(seed: int) -> list[Batch]:
         chosen = random.Random(seed).sample(samples, options.steps * options.batch_size)

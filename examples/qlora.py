@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
 import filet
 from filet.data.samples import read_samples
+from filet.data.sources import Source
 from filet.data.tokens import encode
 
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = get_peft_model(base, lora)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    texts = encode(read_samples(options.data), tokenizer, max_length=512)
+    texts = encode(read_samples(Source(options.data)), tokenizer, max_length=512)
     filet.initialize_lora_filet_weights(model, texts.batches(4, by_length=True))
 
     settings = transformers.TrainingArguments(

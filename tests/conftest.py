@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,11 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on the CPU
+
+# Files that are read become Arrow here, not in the user's cache; by programs that tests start, too.
+# Set before datasets is imported.
+_CACHE = tempfile.TemporaryDirectory()
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

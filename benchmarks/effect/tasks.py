@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from effect.loss import Losses, token_losses
 from filet.data.samples import Sample, read_samples
+from filet.data.sources import Source
 from filet.data.tokens import encode
 from filet.model.batch import IGNORED
 
@@ -160,10 +161,10 @@ def causal_task(
     def rows(path: Path | None, limit: int | None) -> list[Row]:
         if path is None:
             return []
-        samples: list[Sample] = read_samples(path, limit=limit)
-        text = all(sample.response is None for sample in samples)
+        samples = read_samples(Source(path))[:limit]
+        text = all(isinstance(one, Sample) and one.response is None for one in samples)
         length = min(max_length, 256) if text else max_length
-        encoded = encode(samples, tokenizer, max_length=length, mask_prompt=not text)
+        encoded = encode(samples, tokenizer, max_length=length)
         return [(torch.tensor(ids), torch.tensor(labels)) for ids, labels in encoded.rows]
 
     def last(word: str) -> int:

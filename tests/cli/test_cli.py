@@ -155,8 +155,9 @@ def test_prompts_and_responses(init: list[str], data: Path, tmp_path: Path) -> N
         "".join(json.dumps({"ask": sentence(n), "say": sentence(n + 1)}) + "\n" for n in range(6))
     )
     fields = ["--prompt-field", "ask", "--response-field", "say"]
-    assert main([*init, *fields, "--output", str(tmp_path / "whole")]) == 0
-    assert main([*init, *fields, "--mask-prompt", "--output", str(tmp_path / "masked")]) == 0
+    whole_ones = [*fields, "--count-prompt", "--output", str(tmp_path / "whole")]
+    assert main([*init, *whole_ones]) == 0
+    assert main([*init, *fields, "--output", str(tmp_path / "masked")]) == 0
     whole, masked = (FiletReport.load(tmp_path / name) for name in ("whole", "masked"))
     assert whole.tokens == masked.tokens
     assert 0 < masked.loss_terms < whole.loss_terms
@@ -176,8 +177,8 @@ def test_dropped_samples_are_one_line_of_warning(
     assert main([*init, "--target-modules", "q_proj"]) == 0
     err = capsys.readouterr().err
     assert [line for line in err.splitlines() if "dropped" in line] == [
-        "filet: warning: dropped 1 of 25 samples: fewer than 2 tokens, or no label left within "
-        "max_length=16"
+        "filet: warning: dropped 1 of 25 samples: fewer than 2 tokens, or nothing to predict "
+        "within max_length=16"
     ]
 
 
@@ -314,11 +315,15 @@ print(*{"transformers", "peft"} & sys.modules.keys(), file=sys.stderr)
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        ('{"body": "x"}\n', [], "line 1: no known fields"),
-        ('{"text": "a cat"}\n{"body": "x"}\n', [], "line 2: no field 'text'; found 'body'"),
+        ('{"body": "x"}\n', [], "row 1: no known columns"),
+        (
+            '{"text": "a cat"}\n{"body": "x"}\n',
+            [],
+            "row 2: field 'text' must be a string, got None",
+        ),
         ('{"text": "a cat"}\n{"text": \n', [], "line 2: not valid JSON"),
-        ('{"text": "a cat"}\n', ["--prompt-field", "ask"], "line 1: no field 'ask'"),
-        ('{"text": "a cat"}\n', ["--mask-prompt"], "has no responses"),
+        ('{"text": "a cat"}\n', ["--prompt-field", "ask"], "row 1: no field 'ask'"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n', [], "no chat template"),
         ('{"text": ""}\n', [], "no usable sample among 1: "),
         ("", [], "no sample in it"),
     ],
@@ -344,7 +349,7 @@ def test_no_data_file(init: list[str], data: Path, capsys: pytest.CaptureFixture
 
 def test_debug_shows_the_traceback(init: list[str], data: Path) -> None:
     data.write_text('{"body": "x"}\n')
-    with pytest.raises(ValueError, match="no known fields"):
+    with pytest.raises(ValueError, match="no known columns"):
         main([*init, "--debug"])
 
 

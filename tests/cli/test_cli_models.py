@@ -22,12 +22,6 @@ import models
 from filet.cli.main import main
 
 
-def test_a_hub_name_is_refused(init: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    message = error_of(capsys, [*init, "--model", "some-org/some-model"])
-    assert "no folder 'some-org/some-model'" in message
-    assert "nothing is downloaded" in message
-
-
 def test_pickled_weights_need_a_flag(
     init: list[str], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

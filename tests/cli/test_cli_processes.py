@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import signal
 import socket
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cli_cases import adapter_weights
+from cli_cases import adapter_weights, sentence
 
 import filet
 from filet import FiletReport
@@ -69,6 +70,51 @@ def test_init_in_two_processes(
     one, two = adapter_weights(tmp_path / "many"), adapter_weights(many)
     for key, value in two.items():
         torch.testing.assert_close(one[key], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "streaming"])
+def test_the_draw_is_split(streaming: bool, init: list[str], tmp_path: Path, port: int) -> None:
+    """Nine of 24 rows drawn by a seed, the same in both processes, five for one and four for it."""
+    drawn = tmp_path / "drawn.jsonl"
+    rows = [{"prompt": sentence(n), "completion": " " + sentence(n + 50)} for n in range(24)]
+    drawn.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [*init, "--data", str(drawn), "--samples", "9", "--seed", "5", "--max-length", "24"]
+    argv += ["--streaming"] if streaming else []
+    ranks = values(run(2, command, tmp_path, argv, port, join=False))
+    assert [status for status, *_ in ranks] == [0, 0], ranks
+    many = FiletReport.load(tmp_path / "out" / "adapter")
+    assert main([*argv, "--overwrite"]) == 0
+    one = FiletReport.load(tmp_path / "out" / "adapter")
+    assert many.samples == one.samples == 9
+    assert (many.tokens, many.loss_terms) == (one.tokens, one.loss_terms)
+    for name, module in one.modules.items():
+        torch.testing.assert_close(many.modules[name].energies, module.energies, rtol=1e-5, atol=0)
+    assert main([*argv, "--overwrite", "--seed", "6"]) == 0
+    other = FiletReport.load(tmp_path / "out" / "adapter")
+    assert other.tokens != one.tokens  # so the seed is what was compared
+
+
+@pytest.mark.parametrize("option", ["--data", "--keep"])
+def test_data_that_differ_are_refused(
+    option: str, init: list[str], data: Path, tmp_path: Path, port: int
+) -> None:
+    folders = [tmp_path / f"machine{rank}" for rank in range(2)]
+    for rank, folder in enumerate(folders):
+        folder.mkdir()
+        lines = data.read_text().splitlines(keepends=True)
+        (folder / "own.jsonl").write_text("".join(lines[rank:]))
+    ranks = values(run(2, command_in_own_folder, tmp_path, init, option, folders, port, join=False))
+    for status, _, said, _ in ranks:
+        assert status == 1 and f"what was drawn of {option}" in said
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def command_in_own_folder(
+    rank: int, folder: Path, argv: list[str], option: str, folders: list[Path], port: int
+) -> Any:
+    """Each process has a file of the same name in a folder of its own, as on two machines."""
+    os.chdir(folders[rank])
+    return command(rank, folder, [*argv, option, "own.jsonl"], port)
 
 
 def test_stats_in_two_processes(stats: list[str], data: Path, tmp_path: Path, port: int) -> None:

@@ -42,7 +42,7 @@ def folders(tmp_path_factory):
         rows = [
             {"text": sentence(generator)}
             if text
-            else {"prompt": sentence(generator), "completion": sentence(generator)}
+            else {"prompt": sentence(generator), "completion": f" {sentence(generator)}"}
             for _ in range(20)
         ]
         lines = "".join(json.dumps(row) + "\n" for row in rows)

@@ -16,7 +16,7 @@ from effect.tables import FORMS, at_magnitudes, compared, main, paired, tuned
 from effect.tasks import causal_task, order
 from effect.train import Member
 from effect.workers import chunks, subtracts, trained
-from test_data import Letters, write_jsonl
+from made_data import Letters, write_jsonl
 
 RATES = [1e-3, 3.162e-3, 1e-2]
 

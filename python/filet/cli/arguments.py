@@ -209,7 +209,11 @@ def _add_model(group: argparse._ArgumentGroup, *, required: bool) -> None:
         type=Path,
         required=required,
         metavar="DIR",
-        help="local folder of a causal language model and its tokenizer; nothing is downloaded",
+        help="folder of a causal language model and its tokenizer; or owner/name on the Hub, from "
+        "the user's cache or downloaded into it",
+    )
+    group.add_argument(
+        "--revision", metavar="NAME", help="of a --model on the Hub: a branch, tag or commit"
     )
     group.add_argument(
         "--dtype",
@@ -261,27 +265,30 @@ def _add_data(
         "--data",
         type=Path,
         metavar="FILE",
-        help=".txt (blocks between blank lines, else lines), .jsonl, .jsonl.gz or .parquet",
+        help="a file (.jsonl, .json, .csv, .parquet, .txt, and .gz), a folder of such files or of "
+        "datasets' save_to_disk, or owner/name on the Hub: text, conversations, prompts and "
+        "completions, token ids (docs/data.md)",
     )
+    _add_source(group)
     group.add_argument(
         "--keep",
         metavar="FILE",
-        help="data of what is not to be forgotten, a file as for --data (fields found by "
-        "themselves); or 'self', text drawn from the model",
+        help="data of what is not to be forgotten, as for --data (columns found by themselves); or "
+        "'self', text drawn from the model",
     )
     group.add_argument(
         "--samples",
         type=_samples,
         default=320,
         metavar="N",
-        help="take the first N samples of the file, or 'all' (default: 320)",
+        help="draw N samples from all the data by --seed, or take 'all' (default: 320)",
     )
     group.add_argument(
         "--max-length",
         type=_positive,
-        default=512,
+        default=1024,
         metavar="N",
-        help="tokens kept of a sample (default: 512)",
+        help="tokens kept of a sample (default: 1024)",
     )
     group.add_argument(
         "--batch-size",
@@ -300,13 +307,46 @@ def _add_data(
         help="take the moments in N passes over the data, each of some blocks, and keep finished "
         "ones in host memory (default: auto, as few as fit; one on a CPU)",
     )
-    group.add_argument("--text-field", metavar="NAME", help="field that holds a whole text")
-    group.add_argument("--prompt-field", metavar="NAME", help="field that holds the prompt")
+
+
+def _add_source(group: argparse._ArgumentGroup) -> None:
+    """Which part of the data is read, by which columns, and what of a sample is predicted."""
     group.add_argument(
-        "--response-field", metavar="NAME", help="field that holds what follows the prompt"
+        "--split", default="train", metavar="NAME", help="split of --data (default: train)"
+    )
+    group.add_argument("--subset", metavar="NAME", help="subset of a --data on the Hub")
+    group.add_argument(
+        "--data-revision", metavar="NAME", help="of a --data on the Hub: a branch, tag or commit"
     )
     group.add_argument(
-        "--mask-prompt", action="store_true", help="count the loss on the response only"
+        "--streaming",
+        action="store_true",
+        default=None,
+        help="read rows without a copy in the cache of datasets; of a data set on the Hub, the "
+        "samples then come from a shuffled buffer (default: for files larger than free memory)",
+    )
+    group.add_argument("--text-field", metavar="NAME", help="column that holds a whole text")
+    group.add_argument("--prompt-field", metavar="NAME", help="column that holds the prompt")
+    group.add_argument(
+        "--response-field", metavar="NAME", help="column that holds what follows the prompt"
+    )
+    group.add_argument(
+        "--side",
+        choices=("chosen", "rejected"),
+        default="chosen",
+        help="which side of pairs is read (default: chosen)",
+    )
+    group.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja template of conversations (default: the tokenizer's)",
+    )
+    group.add_argument(
+        "--count-prompt",
+        action="store_true",
+        help="count the loss on prompts too, and on all turns of a conversation (default: on "
+        "responses, and on the assistant's turns)",
     )
 
 

@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from filet.cli.data import load_data, load_keep
 from filet.cli.model import (
-    check_model_folder,
+    check_model,
     device_of,
     dtype_of,
-    load_data,
-    load_keep,
     load_peft_model,
     lora_config_of,
     own_code,
@@ -35,7 +34,7 @@ def init(args: argparse.Namespace) -> None:
     _check_outputs(args)
     if not can_draw():
         warnings.warn(f"matplotlib is not installed: {PLOT_FILE} is left out", stacklevel=1)
-    check_model_folder(args)
+    check_model(args)
     config = _config(args)
     encoded = None if args.data is None else load_data(args)
     keep = load_keep(args)
@@ -128,7 +127,7 @@ def stats(args: argparse.Namespace) -> None:
 
 
 def _collected(args: argparse.Namespace) -> Any:
-    check_model_folder(args)
+    check_model(args)
     encoded, keep = load_data(args), load_keep(args)
 
     import filet

@@ -1,8 +1,9 @@
 """The program ``filet``: its commands, and how their errors are said.
 
-Models come from local folders only, as safetensors unless ``--allow-pickle`` is given, and without
-code of their own unless ``--trust-remote-code`` is. Everything is written beside its destination
-and renamed into place when it is complete.
+Models come from a folder, or by their name from the Hub or its cache; as safetensors unless
+``--allow-pickle`` is given, and without code of their own unless ``--trust-remote-code`` is. A path
+that is there wins over a name, and asks nothing of the network. Everything is written beside its
+destination and renamed into place when it is complete.
 
 Heavy imports happen inside the commands, so that ``filet --help`` and ``filet inspect`` are quick.
 """

@@ -1,4 +1,4 @@
-"""The model, the tokenizer and the data that the arguments name."""
+"""The model that the arguments name, a folder or a name on the Hub, and how it is loaded."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "check_model_folder",
+    "check_model",
     "device_of",
     "dtype_of",
-    "load_data",
-    "load_keep",
     "load_peft_model",
     "lora_config_of",
     "own_code",
@@ -22,14 +20,14 @@ __all__ = [
 ]
 
 
-def check_model_folder(args: argparse.Namespace) -> None:
-    """Refuse what is not a local model, before anything heavy is imported."""
+def check_model(args: argparse.Namespace) -> None:
+    """Refuse what is no model, before anything heavy is imported; a name's files are fetched.
+
+    ``args.model`` is the folder afterwards.
+    """
+    if not args.model.is_dir():
+        args.model = _fetched(args)
     folder: Path = args.model
-    if not folder.is_dir():
-        raise ValueError(
-            f"--model: no folder {str(folder)!r}; models come from a local folder, nothing is "
-            "downloaded"
-        )
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"--model: {folder} holds an adapter; give the folder of its base model")
     if not (folder / "config.json").is_file():
@@ -45,61 +43,33 @@ def check_model_folder(args: argparse.Namespace) -> None:
         )
 
 
-def load_data(args: argparse.Namespace) -> Any:
-    """Read and tokenise the data: its errors come before the model is loaded."""
-    from filet.data.samples import read_samples
-    from filet.data.tokens import encode
-    from filet.model.folder import settings_of
+def _fetched(args: argparse.Namespace) -> Path:
+    """The folder, in the user's cache, of a model on the Hub: what is needed of it, no more."""
+    from filet.data.sources import HUB_NAME
 
-    samples = read_samples(
-        args.data,
-        text_field=args.text_field,
-        prompt_field=args.prompt_field,
-        response_field=args.response_field,
-        limit=args.samples,
-    )
-    if args.mask_prompt and all(sample.response is None for sample in samples):
-        raise ValueError(f"--mask-prompt: {args.data} has no responses, only whole texts")
-
-    quiet_transformers(args)
-    with own_code(args):
-        # Before the tokenizer, which reads config.json as well and would be blamed for it.
-        settings_of(args.model, trust_remote_code=args.trust_remote_code)
-        tokenizer = _tokenizer(args)
-    return encode(samples, tokenizer, max_length=args.max_length, mask_prompt=args.mask_prompt)
-
-
-def load_keep(args: argparse.Namespace) -> Any:
-    """The data to keep, read and tokenised; "self" as it is, and None where there are none."""
-    if args.keep is None or args.keep == "self":
-        return args.keep
-    from filet.data.samples import read_samples
-    from filet.data.tokens import encode
-
-    samples = read_samples(args.keep, limit=args.samples)
-    with own_code(args):
-        tokenizer = _tokenizer(args)
-    return encode(samples, tokenizer, max_length=args.max_length)
-
-
-def _tokenizer(args: argparse.Namespace) -> Any:
-    transformers = quiet_transformers(args)
-    expected = "expected its files, tokenizer.json say, beside the weights"
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(args.model), local_files_only=True, trust_remote_code=args.trust_remote_code
-        )
-    except Exception as error:  # of as many kinds as there are files
-        if "trust_remote_code" in str(error):
-            raise
+    name = str(args.model)
+    if args.model.exists() or not HUB_NAME.fullmatch(name):
         raise ValueError(
-            f"--model: no tokenizer can be loaded from {args.model}; {expected} "
+            f"--model: no folder {name!r}; expected a folder, or owner/name of a model on the Hub"
+        )
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+    wanted += ["*.bin", "*.pt", "*.pth"] if args.allow_pickle else []
+    wanted += ["*.py"] if args.trust_remote_code else []
+    try:
+        found = snapshot_download(
+            name,
+            revision=args.revision,
+            allow_patterns=wanted,
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    except Exception as error:  # of as many kinds as there are places to fail at
+        raise ValueError(
+            f"--model: {name!r} is no folder here, nor found on the Hub or in its cache "
             f"({type(error).__name__}: {error})"
         ) from error
-    # Without files some kinds are made all the same, and know no word.
-    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-        raise ValueError(f"--model: the tokenizer in {args.model} has no words; {expected}")
-    return tokenizer
+    return Path(found)
 
 
 def load_peft_model(args: argparse.Namespace, *, rank: int, alpha: int | None) -> Any:

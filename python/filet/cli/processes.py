@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["agreed", "check_one_process", "launched", "rank_and_size"]
+__all__ = ["agreed", "check_one_process", "check_same", "launched", "rank_and_size"]
 
 
 @contextlib.contextmanager
@@ -55,6 +55,15 @@ def agreed(passes: int, batch_size: int) -> tuple[int, int]:
         return passes, batch_size
     said = group.exchanged((passes, batch_size))
     return max(each for each, _ in said), min(each for _, each in said)
+
+
+def check_same(what: str, value: object) -> None:
+    """ValueError in all processes where one has another value. Collective."""
+    from filet.distributed.group import current
+
+    group = current()
+    if group is not None:
+        group.check_same({what: value})
 
 
 def check_one_process() -> None:

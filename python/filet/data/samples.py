@@ -1,221 +1,289 @@
-"""Files of text into samples, prompt and response apart."""
+"""Rows into samples: which columns a row has, and what of it is to be predicted."""
 
 from __future__ import annotations
 
-import gzip
-import itertools
 import json
-import os
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-__all__ = ["FIELD_PAIRS", "SUFFIXES", "Sample", "read_samples"]
+from filet.data.sources import Source, draw
+from filet.model.batch import IGNORED
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-"""What :func:`read_samples` reads, told apart by the file's name."""
+__all__ = ["FIELD_PAIRS", "AnySample", "Chat", "Fields", "Sample", "Tokens", "read_samples"]
 
-FIELD_PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
-"""Fields looked for, in this order, when none is named and there is no ``text``."""
+FIELD_PAIRS = (("question", "answer"), ("instruction", "output"))
+"""Fields looked for beside those that TRL knows. A line break is put between the two."""
 
-_PARQUET_ROWS = 1024
+_MASKS = ("completion_mask", "assistant_masks")
+
+# ShareGPT's names for who speaks; of LLaMA-Factory those of tools.
+_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "function_call": "assistant",
+}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training text: a prompt and what should follow it, or a text alone.
+    """One training text: a prompt and what follows it at once, or a text alone.
 
     Attributes:
         prompt: the prompt, or the whole text where ``response`` is None.
         response: the part that follows the prompt, or None.
+        where: the row, for messages.
     """
 
     prompt: str
     response: str | None = None
-
-
-def read_samples(
-    path: str | os.PathLike[str],
-    *,
-    text_field: str | None = None,
-    prompt_field: str | None = None,
-    response_field: str | None = None,
-    limit: int | None = None,
-) -> list[Sample]:
-    """Read samples from a text file, in the file's order.
-
-    - ``.txt``: UTF-8. Blocks separated by blank lines are samples (paragraphs; line breaks inside
-      a block are kept). In a file without a blank line between lines, every line is a sample.
-    - ``.jsonl``, ``.jsonl.gz``: one JSON object a line, UTF-8; blank lines are skipped.
-    - ``.parquet``: one row a sample; needs pyarrow.
-
-    Fields of the last two: those named, else ``text``, else ``prompt`` and ``completion``, else
-    ``question`` and ``answer``, else ``instruction`` and ``output`` (with ``input``, where it is
-    there and not empty, appended to the instruction on a new line). The first record decides.
-
-    Args:
-        path: the file; its suffix says what it is.
-        text_field: field that holds a whole text.
-        prompt_field: field that holds the prompt; excludes ``text_field``.
-        response_field: field that holds what follows the prompt; needs ``prompt_field``.
-        limit: read at most this many samples, from the start of the file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ImportError: the file is parquet and pyarrow is not installed.
-        ValueError: an unknown suffix, an empty file, bytes that are not UTF-8, a line that is not
-            a JSON object, a missing field, a value that is not a string; the message names the
-            file, the line or row, and the field.
-    """
-    path = Path(path)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}")
-    named = _named_fields(text_field, prompt_field, response_field)
-    name = path.name.lower()
-    if not name.endswith(SUFFIXES):
-        raise ValueError(f"{path}: unknown suffix, expected one of {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"no data file at {path}")
-
-    if name.endswith(".txt"):
-        if named is not None:
-            raise ValueError(f"{path}: a .txt file has no fields")
-        samples = [Sample(text) for text in _text_blocks(path)][:limit]
-    else:
-        records = _parquet_rows(path) if name.endswith(".parquet") else _json_lines(path)
-        samples = list(itertools.islice(_samples(records, named), limit))
-    if not samples:
-        raise ValueError(f"{path}: no sample in it")
-    return samples
+    where: str = field(default="a sample", compare=False)
 
 
 @dataclass(frozen=True)
-class _Fields:
-    """Which fields of a record make a sample."""
+class Chat:
+    """A conversation, for the tokenizer's chat template.
 
-    prompt: str
+    Attributes:
+        messages: the turns, dicts with ``role`` and ``content`` or ``tool_calls``.
+        prompt: how many of them are a prompt, what follows being the completion; None: the
+            assistant's turns are to be predicted, wherever they are.
+        tools: descriptions of the tools that the template tells of, None for none.
+        settings: more arguments of the template.
+        where: the row, for messages.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    prompt: int | None = None
+    tools: Sequence[Any] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    where: str = field(default="a sample", compare=False)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids with their labels, -100 where none counts."""
+
+    ids: Sequence[int]
+    labels: Sequence[int]
+    where: str = field(default="a sample", compare=False)
+
+
+AnySample = Sample | Chat | Tokens
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which columns are read, where they are not found by their names; and of pairs, which side.
+
+    Attributes:
+        text: column of a whole text; excludes the two below.
+        prompt: column of the prompt.
+        response: column of what follows it; needs ``prompt``.
+        side: of ``chosen`` and ``rejected``.
+    """
+
+    text: str | None = None
+    prompt: str | None = None
     response: str | None = None
-    context: str | None = None  # appended to the prompt where it is there and not empty
+    side: Literal["chosen", "rejected"] = "chosen"
 
-    def read(self, where: str, record: Mapping[str, Any]) -> Sample:
-        prompt = _string(where, record, self.prompt)
-        if self.context is not None and record.get(self.context):
-            prompt += "\n" + _string(where, record, self.context)
-        return Sample(prompt, self.response and _string(where, record, self.response))
-
-
-def _named_fields(
-    text_field: str | None, prompt_field: str | None, response_field: str | None
-) -> _Fields | None:
-    """The fields that the caller names, None for none."""
-    if text_field is not None and (prompt_field is not None or response_field is not None):
-        raise ValueError("text_field excludes prompt_field and response_field")
-    if response_field is not None and prompt_field is None:
-        raise ValueError("response_field needs prompt_field")
-    if text_field is not None:
-        return _Fields(text_field)
-    return None if prompt_field is None else _Fields(prompt_field, response_field)
+    def __post_init__(self) -> None:
+        if self.text is not None and (self.prompt is not None or self.response is not None):
+            raise ValueError("text excludes prompt and response")
+        if self.response is not None and self.prompt is None:
+            raise ValueError("response needs prompt")
 
 
-def _samples(
-    records: Iterable[tuple[str, Mapping[str, Any]]], named: _Fields | None
-) -> Iterator[Sample]:
-    """A sample of every record, from the named fields or those that the first record has."""
-    fields = named
-    for where, record in records:
-        if fields is None:
-            fields = _known_fields(where, record)
-        yield fields.read(where, record)
+def read_samples(
+    source: Source, *, fields: Fields | None = None, samples: int | None = None, seed: int = 0
+) -> list[AnySample]:
+    """Samples of a data set, ``samples`` of them drawn by :func:`filet.data.sources.draw`.
+
+    Columns: those named, else the first of these that a row has:
+
+    - ``input_ids``, with ``labels``, ``completion_mask`` or ``assistant_masks`` or without;
+    - ``messages``, or ``conversations`` with ``from`` and ``value``; beside them ``tools`` and
+      ``system``;
+    - ``chosen`` and ``rejected``, with ``prompt`` or with the prompt in both;
+    - ``prompt`` and ``completion``, both text or both turns;
+    - ``text``;
+    - ``question`` and ``answer``; ``instruction`` and ``output``, with ``input`` appended to the
+      instruction on a new line where it is there and not empty.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no row, an unreadable file, a missing column, a value of another type; the
+            message names the file, the row and the column.
+    """
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    chosen = fields or Fields()
+    found = [_sample(where, row, chosen) for where, row in draw(source, samples, seed)]
+    if not found:
+        raise ValueError(f"{source.path}: no sample in it")
+    return found
 
 
-def _known_fields(where: str, record: Mapping[str, Any]) -> _Fields:
-    """The fields of a record that are looked for when the caller names none."""
-    if "text" in record:
-        return _Fields("text")
-    for prompt, response in FIELD_PAIRS:
-        if prompt in record and response in record:
-            return _Fields(prompt, response, "input" if prompt == "instruction" else None)
-    wanted = ", ".join(["'text'", *(f"'{first}' + '{second}'" for first, second in FIELD_PAIRS)])
+def _sample(where: str, row: Mapping[str, Any], fields: Fields) -> AnySample:
+    if fields.text is not None:
+        return Sample(_string(where, row, fields.text), where=where)
+    if fields.prompt is not None:
+        return _pair(where, row, fields.prompt, fields.response)
+    # A column of another row may be there as well, and empty.
+    has = {name for name, value in row.items() if value is not None}
+    if "input_ids" in has:
+        return _tokens(where, row)
+    if has & {"messages", "conversations"}:
+        return _chat(where, row, "messages" if "messages" in has else "conversations")
+    if {"chosen", "rejected"} <= has:
+        return _side(where, row, fields.side)
+    for there in (has, row.keys()):  # what is there and empty is said to be so
+        if {"prompt", "completion"} <= there:
+            return _completed(where, row, row["prompt"], row["completion"])
+        if "text" in there:
+            return Sample(_string(where, row, "text"), where=where)
+        for prompt, response in FIELD_PAIRS:
+            if {prompt, response} <= there:
+                return _pair(where, row, prompt, response)
     raise ValueError(
-        f"{where}: no known fields: looked for {wanted}; found {_names(record)}; "
-        "name the field of the text, or those of the prompt and the response"
+        f"{where}: no known columns: looked for 'text', 'messages', 'conversations', 'prompt' + "
+        "'completion', 'question' + 'answer', 'instruction' + 'output', 'chosen' + 'rejected', "
+        f"'input_ids'; found {_names(row)}; name the column of the text (--text-field), or those "
+        "of the prompt and the response (--prompt-field, --response-field)"
     )
 
 
-def _string(where: str, record: Mapping[str, Any], field: str) -> str:
-    if field not in record:
-        raise ValueError(f"{where}: no field '{field}'; found {_names(record)}")
-    value = record[field]
+def _pair(where: str, row: Mapping[str, Any], prompt: str, response: str | None) -> Sample:
+    """A prompt and what follows on a new line, unless one of them has white space there."""
+    first = _string(where, row, prompt)
+    if (prompt, response) == FIELD_PAIRS[1] and row.get("input"):
+        first += "\n" + _string(where, row, "input")
+    second = None if response is None else _string(where, row, response)
+    if first and second and not first[-1].isspace() and not second[0].isspace():
+        first += "\n"
+    return Sample(first, second, where)
+
+
+def _completed(where: str, row: Mapping[str, Any], prompt: Any, completion: Any) -> AnySample:
+    """A prompt and its completion as they are, both text or both turns."""
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return Sample(prompt, completion, where)
+    kinds = [type(side).__name__ for side in (prompt, completion)]
+    if kinds != ["list", "list"] or not completion:
+        raise ValueError(
+            f"{where}: the prompt is a {kinds[0]} and its completion a {kinds[1]}; expected two "
+            "texts, or two lists of turns"
+        )
+    turns = _turns(where, prompt)
+    return _conversation(where, row, [*turns, *_turns(where, completion)], len(turns))
+
+
+def _side(where: str, row: Mapping[str, Any], side: str) -> AnySample:
+    """A side of a pair, with its prompt: the column, else the beginning that both sides have."""
+    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    mine = row[side]
+    if prompt is not None and isinstance(prompt, str) == isinstance(mine, str):
+        return _completed(where, row, prompt, mine)
+    if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
+        raise ValueError(
+            f"{where}: 'chosen' is a {type(chosen).__name__} and 'rejected' a "
+            f"{type(rejected).__name__}; expected two texts, or two lists of turns"
+        )
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == len(mine) or (isinstance(chosen, str) and shared and chosen[shared - 1] == " "):
+        shared -= 1  # as TRL does: a space belongs to what follows; something is left to predict
+    return _completed(where, row, mine[:shared], mine[shared:])
+
+
+def _chat(where: str, row: Mapping[str, Any], column: str) -> Chat:
+    turns = _turns(where, row[column])
+    system = row.get("system")
+    if isinstance(system, str) and system and (not turns or turns[0]["role"] != "system"):
+        turns = [{"role": "system", "content": system}, *turns]
+    return _conversation(where, row, turns, None)
+
+
+def _conversation(
+    where: str, row: Mapping[str, Any], turns: list[dict[str, Any]], prompt: int | None
+) -> Chat:
+    if not turns:
+        raise ValueError(f"{where}: no turn in it; expected a list of turns, role and content each")
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: 'tools' is a text that is no JSON: {error}") from error
+    settings = _without_none(row.get("chat_template_kwargs") or {})
+    return Chat(turns, prompt, _without_none(tools) or None, settings, where)
+
+
+def _turns(where: str, turns: Any) -> list[dict[str, Any]]:
+    """Turns as templates take them: ``role`` and ``content``, and nothing that is not there."""
+    if not isinstance(turns, (list, tuple)):
+        raise ValueError(f"{where}: expected a list of turns, got {type(turns).__name__}")
+    return [_turn(where, turn) for turn in turns]
+
+
+def _turn(where: str, turn: Any) -> dict[str, Any]:
+    keys = turn.keys() if isinstance(turn, Mapping) else set()
+    if {"from", "value"} <= keys and turn["from"] is not None:
+        role = _ROLES.get(turn["from"])
+        if role is None:
+            raise ValueError(
+                f"{where}: a turn is from {turn['from']!r}; expected one of {', '.join(_ROLES)}"
+            )
+        return {"role": role, "content": turn["value"]}
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+        raise ValueError(
+            f"{where}: a turn is {str(turn)[:80]!r}; expected 'role' and 'content' (or 'from' and "
+            "'value')"
+        )
+    content = turn.get("content")
+    if isinstance(content, (list, tuple)):
+        if any(not isinstance(part, Mapping) or part.get("type") != "text" for part in content):
+            raise ValueError(f"{where}: a turn has parts that are no text; expected text alone")
+        content = "".join(part["text"] for part in content)
+    # Arrow gives every turn the keys of all of them; templates ask which ones are there.
+    rest = {key: value for key, value in turn.items() if key not in ("role", "content")}
+    return {"role": turn["role"], "content": content, **_without_none(rest)}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _tokens(where: str, row: Mapping[str, Any]) -> Tokens:
+    """Ids and labels as they are, without what the attention mask leaves out."""
+    ids = list(row["input_ids"])
+    labels = list(row["labels"]) if row.get("labels") is not None else list(ids)
+    given = row.get("labels") is not None
+    masks = {} if given else {name: row[name] for name in _MASKS if row.get(name) is not None}
+    attention = row.get("attention_mask") or [1] * len(ids)
+    for name, values in {"labels": labels, "attention_mask": attention, **masks}.items():
+        if len(values) != len(ids):
+            raise ValueError(f"{where}: {name!r} has {len(values)} entries; expected {len(ids)}")
+    for mask in masks.values():
+        labels = [label if bit else IGNORED for label, bit in zip(labels, mask, strict=True)]
+    kept = [place for place, bit in enumerate(attention) if bit]
+    return Tokens([ids[place] for place in kept], [labels[place] for place in kept], where)
+
+
+def _string(where: str, row: Mapping[str, Any], name: str) -> str:
+    if name not in row:
+        raise ValueError(f"{where}: no field {name!r}; found {_names(row)}")
+    value = row[name]
     if not isinstance(value, str):
-        raise ValueError(f"{where}: field '{field}' must be a string, got {type(value).__name__}")
+        raise ValueError(f"{where}: field {name!r} must be a string, got {type(value).__name__}")
     return value
 
 
-def _names(record: Mapping[str, Any]) -> str:
-    return ", ".join(f"'{name}'" for name in record) or "none"
-
-
-def _text_blocks(path: Path) -> list[str]:
-    with path.open("rb") as file:
-        lines = [line.rstrip() for _, line in _decoded_lines(path, file)]
-    text = "\n".join(lines).strip("\n")
-    if "\n\n" not in text:
-        return text.split("\n") if text else []
-    return [block.strip("\n") for block in text.split("\n\n") if block.strip()]
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    compressed = path.name.lower().endswith(".gz")
-    with gzip.open(path, "rb") if compressed else path.open("rb") as file:
-        for where, line in _decoded_lines(path, file):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: not valid JSON: {error.msg} at column {error.colno}"
-                ) from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
-            yield where, record
-
-
-def _decoded_lines(path: Path, file: Iterable[bytes]) -> Iterator[tuple[str, str]]:
-    """(place for messages, text) of every line, without its end."""
-    number = 0
-    try:
-        for number, raw in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            try:
-                line = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{where}: not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1}"
-                ) from error
-            if number == 1:
-                line = line.removeprefix("\ufeff")
-            yield where, line.rstrip("\r\n")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}, after line {number}: damaged gzip file: {error}") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(
-            f"reading {path} needs pyarrow: pip install 'filet-kernels[frontend]'"
-        ) from error
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", record
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}, after row {number}: unreadable parquet: {error}") from error
+def _names(names: Any) -> str:
+    return ", ".join(f"{name!r}" for name in sorted(names)) or "none"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from filet.data.samples import Sample
+from filet.data.chat import encode_chat, shared_length
+from filet.data.samples import AnySample, Chat, Sample, Tokens
 from filet.model.batch import IGNORED
 
 __all__ = ["Encoded", "batches", "encode"]
@@ -31,8 +34,20 @@ class Encoded:
         return len(self.rows)
 
     @property
+    def terms(self) -> int:
+        """Tokens that are predicted: labelled, and with one before them."""
+        return sum(label != IGNORED for _, labels in self.rows for label in labels[1:])
+
+    @property
     def tokens(self) -> int:
         return sum(len(ids) for ids, _ in self.rows)
+
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 of all token ids and labels, in their order."""
+        found = hashlib.sha256()
+        for ids, labels in self.rows:
+            found.update(array("q", [len(ids), *ids, *labels]))
+        return found.hexdigest()
 
     def share(self, rank: int, size: int) -> Encoded:
         """The samples of one process of several: every ``size``-th, the longest first.
@@ -77,29 +92,30 @@ class Encoded:
 
 
 def encode(
-    samples: Sequence[Sample],
+    samples: Sequence[AnySample],
     tokenizer: Any,
     *,
     max_length: int,
-    mask_prompt: bool = False,
+    count_prompt: bool = False,
 ) -> Encoded:
-    """Tokenise samples for a causal language model.
+    """Tokenise samples for a causal language model, as TRL's SFTTrainer does.
 
-    Prompt and response are tokenised apart, so that the border between them is exact; a line
-    break is put between them unless one of them has white space there. A sample longer than
-    ``max_length`` loses its end; where it is complete and there is room, the tokenizer's
-    end-of-sequence token is appended. Padding takes the tokenizer's padding token, else its
-    end-of-sequence token, else 0: it is masked in every case.
+    A prompt and its response are tokenised as one text; the response begins where that departs from
+    the prompt alone. The tokenizer's end-of-sequence token is appended to a text that lacks it, and
+    to no conversation: its template ends it. A sample longer than ``max_length`` loses its end.
+    Padding takes the tokenizer's padding token, else its end-of-sequence token, else 0: it is
+    masked in every case.
 
     Args:
-        samples: what :func:`read_samples` returns.
+        samples: what :func:`filet.data.samples.read_samples` returns.
         tokenizer: a transformers tokenizer.
         max_length: tokens kept of a sample, at least 2.
-        mask_prompt: give the prompt's tokens no label.
+        count_prompt: label the prompts too, and the turns of others than the assistant.
 
     Raises:
-        ValueError: ``max_length`` too small, or no sample with anything to predict. Single samples
-            of that kind are dropped with one warning that counts them.
+        ValueError: ``max_length`` too small, no sample with anything to predict, or a conversation
+            that :func:`filet.data.chat.encode_chat` refuses. Single samples without anything to
+            predict are dropped with one warning that counts them.
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, got {max_length}")
@@ -110,23 +126,20 @@ def encode(
 
     rows: list[tuple[list[int], list[int]]] = []
     for sample in samples:
-        ids, prompt_length = _tokenise(sample, tokenizer, eos)
-        if eos is not None and len(ids) < max_length and ids[-1:] != [eos]:
-            ids = [*ids, eos]
-        ids = ids[:max_length]
-        masked = 0
-        if mask_prompt:  # a text alone is a prompt altogether, its end included
-            masked = len(ids) if sample.response is None else min(prompt_length, len(ids))
-        labels = [IGNORED] * masked + ids[masked:]
+        if isinstance(sample, Tokens):
+            ids, labels = list(sample.ids), list(sample.labels)
+        elif isinstance(sample, Chat):
+            ids, labels = encode_chat(sample, tokenizer, count_prompt=count_prompt)
+        else:
+            ids, labels = _encode_text(sample, tokenizer, eos, count_prompt)
+        ids, labels = ids[:max_length], labels[:max_length]
         # The model predicts labels[1:] from what stands before them.
         if any(label != IGNORED for label in labels[1:]):
             rows.append((ids, labels))
 
     dropped = len(samples) - len(rows)
     if dropped:
-        why = f"fewer than 2 tokens, or no label left within max_length={max_length}"
-        if mask_prompt:
-            why += " outside the masked prompt"
+        why = f"fewer than 2 tokens, or nothing to predict within max_length={max_length}"
         if not rows:
             raise ValueError(f"no usable sample among {len(samples)}: {why}")
         warnings.warn(f"dropped {dropped} of {len(samples)} samples: {why}", stacklevel=2)
@@ -136,33 +149,32 @@ def encode(
 
 
 def batches(
-    samples: Sequence[Sample],
+    samples: Sequence[AnySample],
     tokenizer: Any,
     *,
     max_length: int,
     batch_size: int,
-    mask_prompt: bool = False,
+    count_prompt: bool = False,
     by_length: bool = False,
 ) -> list[dict[str, torch.Tensor]]:
     """Samples into padded batches at once: :func:`encode`, then :meth:`Encoded.batches`."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    encoded = encode(samples, tokenizer, max_length=max_length, mask_prompt=mask_prompt)
+    encoded = encode(samples, tokenizer, max_length=max_length, count_prompt=count_prompt)
     return encoded.batches(batch_size, by_length=by_length)
 
 
-def _tokenise(sample: Sample, tokenizer: Any, eos: int | None) -> tuple[list[int], int]:
-    """(token ids, how many of them are the prompt's)."""
-    prompt, response = sample.prompt, sample.response
-    if response and prompt and not prompt[-1].isspace() and not response[0].isspace():
-        prompt += "\n"
-    ids: list[int] = list(tokenizer(prompt, verbose=False)["input_ids"])
-    if response is None:
-        return ids, len(ids)
-    if ids and ids[-1] == eos:  # a tokenizer that closes every text itself
-        ids.pop()
-    following = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
-    return [*ids, *following], len(ids)
+def _encode_text(
+    sample: Sample, tokenizer: Any, eos: int | None, count_prompt: bool
+) -> tuple[list[int], list[int]]:
+    text = sample.prompt + (sample.response or "")
+    ids: list[int] = list(tokenizer(text, verbose=False)["input_ids"])
+    if eos is not None and ids[-1:] != [eos]:
+        ids.append(eos)
+    if sample.response is None or count_prompt:
+        return ids, list(ids)
+    start = shared_length(tokenizer(sample.prompt, verbose=False)["input_ids"], ids)
+    return ids, [IGNORED] * start + ids[start:]
 
 
 def _pad(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, torch.Tensor]:
