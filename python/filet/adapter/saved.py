@@ -21,21 +21,12 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from filet.adapter.state import (
-    CONFIG_FILE,
-    FILET_FILE,
-    FORMAT,
-    MARK,
-    WEIGHTS_FILE,
-    describe,
-    key_of,
-    starts_of,
-)
+from filet.adapter.state import FORMAT, MARK, describe, key_of, starts_of
 from filet.model.factors import StartedFactor, started_class
 from filet.model.fingerprint import check_fingerprint, fingerprints_of
 from filet.model.targets import check_init, check_peft_model, find_targets
 from filet.model.values import Unreadable, dtype_of_model, values_of
-from filet.report.names import PLOT_FILE, can_draw
+from filet.report.names import CONFIG_FILE, FILET_FILE, PLOT_FILE, WEIGHTS_FILE, can_draw
 from filet.report.report import FiletReport
 from filet.system.files import replaced_together, staged
 

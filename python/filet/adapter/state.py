@@ -27,15 +27,13 @@ from torch import Tensor
 from filet.model.factors import OF_ADAPTER, StartedFactor
 from filet.model.fingerprint import fingerprints
 from filet.model.targets import Target, check_peft_model, find_targets, layers_of
+from filet.report.names import FILET_FILE, WEIGHTS_FILE
 from filet.system.files import replaced
 from filet.system.tensorfile import write_tensors
 
 __all__ = [
-    "CONFIG_FILE",
-    "FILET_FILE",
     "FORMAT",
     "MARK",
-    "WEIGHTS_FILE",
     "FiletLoraConfig",
     "describe",
     "factors_of",
@@ -46,11 +44,7 @@ __all__ = [
     "starts_of",
 ]
 
-WEIGHTS_FILE = "adapter_model.safetensors"  # PEFT's names, as its own saves have them
-CONFIG_FILE = "adapter_config.json"
-
-FILET_FILE = "filet.json"
-FORMAT = "filet-adapter-2"  # of that file
+FORMAT = "filet-adapter-2"  # of FILET_FILE
 MARK = "filet"  # in the metadata of weights with a frozen half, whose FILET_FILE might get lost
 
 # Attribute of a FiletLoraConfig: the config that the adapter had before, where that is known.

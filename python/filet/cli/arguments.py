@@ -22,7 +22,8 @@ examples:
   filet init --model llama --data train.jsonl --output adapter --rank 32
   filet stats --model llama --data train.jsonl --output llama.safetensors
   filet init --model llama --statistics llama.safetensors --output adapter-r64 --rank 64
-  filet inspect adapter
+  filet inspect adapter --html adapter.html
+  filet inspect adapter adapter-r64
   torchrun --nproc-per-node 4 -m filet.cli init --model llama ...   on four GPUs at once
 
 exit status: 0 done, 1 an error (said in one line; --debug shows where), 2 wrong usage,
@@ -58,9 +59,10 @@ def make_parser() -> argparse.ArgumentParser:
     _add_inspect(
         commands.add_parser(
             "inspect",
-            help="print the table of an initialisation and draw its energies",
+            help="print the table of an initialisation and draw its energies, or compare two",
             description="Print the report that 'filet init' wrote and draw the energies, layer by "
-            "layer, with the chosen directions marked.",
+            "layer, with the chosen directions marked. Or say how alike two adapters are, by the "
+            "overlap of their directions, or two files of statistics, by their moments' cosine.",
         )
     )
     return parser
@@ -122,13 +124,30 @@ def _add_stats(stats: argparse.ArgumentParser) -> None:
 
 def _add_inspect(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="what 'filet init' wrote, or the report itself"
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        help="what 'filet init' wrote, or the report itself; with SECOND any adapter's folder, or "
+        "a file of statistics",
+    )
+    inspect.add_argument(
+        "second",
+        type=Path,
+        nargs="?",
+        metavar="SECOND",
+        help="another adapter's folder, or another file of statistics: say how alike the two are",
     )
     inspect.add_argument(
         "--plot",
         type=Path,
         metavar="FILE.png",
-        help=f"where to draw (default: FOLDER/{PLOT_FILE})",
+        help=f"where to draw (default: FOLDER/{PLOT_FILE}; with SECOND nowhere)",
+    )
+    inspect.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE.html",
+        help="also write table and picture as a page that opens offline",
     )
     _add_debug(inspect)
     inspect.set_defaults(check=lambda args, parser: None)

@@ -24,7 +24,7 @@ from filet.cli.model import (
 from filet.cli.output import check_file_output, check_folder_output, one_line, say, say_entry
 from filet.cli.processes import agreed, check_one_process, rank_and_size
 from filet.report.names import PLOT_FILE, can_draw
-from filet.system.files import inside
+from filet.system.files import inside, replaced
 
 __all__ = ["init", "inspect", "stats"]
 
@@ -148,7 +148,10 @@ def _merged(files: Sequence[Path]) -> Any:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Print the table of a report, and draw its energies."""
+    """Print the table of a report and draw its energies; or how alike two adapters are."""
+    if args.second is not None:
+        _compare(args)
+        return
     from filet.report.report import FiletReport
 
     report = FiletReport.load(args.folder)
@@ -158,6 +161,26 @@ def inspect(args: argparse.Namespace) -> None:
     if report.modules:
         report.plot(path)
         say_entry("drawn", path)
+    if args.html is not None:
+        _write(args.html, report.page(f"FILet: {folder.resolve().name}").encode())
+
+
+def _compare(args: argparse.Namespace) -> None:
+    """Two adapters' folders, or two files of statistics."""
+    from filet.report.compare import Comparison
+
+    comparison = Comparison.of(args.folder, args.second)
+    say(comparison.table())
+    if args.plot is not None:
+        _write(args.plot, comparison.picture())
+    if args.html is not None:
+        _write(args.html, comparison.page().encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    with replaced(path) as beside:
+        beside.write_bytes(content)
+    say_entry("written", path)
 
 
 def _run(

@@ -1,4 +1,4 @@
-"""The files that a report leaves in an adapter's folder: their names, and whether one can be drawn.
+"""The files of an adapter's folder: their names, and whether the picture can be drawn.
 
 This module imports nothing heavy: the command line needs it before it needs torch.
 """
@@ -7,7 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 
-__all__ = ["PLOT_FILE", "REPORT_FILE", "can_draw"]
+__all__ = ["CONFIG_FILE", "FILET_FILE", "PLOT_FILE", "REPORT_FILE", "WEIGHTS_FILE", "can_draw"]
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+"""PEFT's names, as its own saves have them."""
+
+FILET_FILE = "filet.json"
+"""Which half of an adapter is frozen, where one is."""
 
 PLOT_FILE = "energies.png"
 """The picture of the energies."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "INK",
+    "MUTED",
     "LogRange",
     "Panel",
     "caption_of",
@@ -39,7 +41,7 @@ _TITLE = "FILet: sensitivity of the loss to each direction"
 _TITLE_OF_CONTRAST = "FILet: the task against what is kept, along each chosen direction"
 
 # Colours: text, then lines, then bands from the widest to the narrowest, then marks.
-_INK, _MUTED, _GRID = "#1f2933", "#616e7c", "#e4e7eb"
+INK, MUTED, _GRID = "#1f2933", "#616e7c", "#e4e7eb"
 _WHOLE, _OUTER, _INNER = "#e6edf5", "#c2d4e8", "#8aadd3"
 _MEDIAN, _CHOSEN = "#1d4e89", "#e8590c"
 
@@ -248,10 +250,10 @@ def _draw_panels(
         _draw_panel(axes, panels[index], limits.floor)
         axes.set_ylim(limits.bottom, limits.top)
         if index + layout.columns >= len(panels):
-            axes.set_xlabel(panels[index].x_label, fontsize=8.5, color=_INK)
+            axes.set_xlabel(panels[index].x_label, fontsize=8.5, color=INK)
     grid[0][0].set_yticks(*ticks_of(limits))
     for axes in grid[:, 0]:
-        axes.set_ylabel(label, fontsize=8.5, color=_INK)
+        axes.set_ylabel(label, fontsize=8.5, color=INK)
 
 
 def _draw_panel(axes: Axes, panel: Panel, floor: float) -> None:
@@ -322,7 +324,7 @@ def _draw_axes(axes: Axes, panel: Panel) -> None:
     from matplotlib.ticker import MaxNLocator
 
     x = panel.positions
-    axes.set_title(panel.title, loc="left", fontsize=9.5, color=_INK, pad=5)
+    axes.set_title(panel.title, loc="left", fontsize=9.5, color=INK, pad=5)
     axes.set_xlim(min(x) - 0.7, max(x) + 0.7)
     if len(x) == 1:
         axes.set_xlim(x[0] - 2, x[0] + 2)
@@ -334,7 +336,7 @@ def _draw_axes(axes: Axes, panel: Panel) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     axes.set_axisbelow(True)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.tick_params(colors=_MUTED, labelsize=8, length=0)
+    axes.tick_params(colors=MUTED, labelsize=8, length=0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(_GRID)
@@ -347,11 +349,11 @@ def _draw_title(figure: Figure, layout: _Layout, title: str, caption: str) -> No
         title,
         fontsize=12.5,
         fontweight="bold",
-        color=_INK,
+        color=INK,
         va="top",
     )
     y = 1 - 0.46 / layout.height
-    figure.text(layout.left, y, caption, fontsize=8.5, color=_MUTED, va="top")
+    figure.text(layout.left, y, caption, fontsize=8.5, color=MUTED, va="top")
 
 
 def _draw_legend(figure: Figure, layout: _Layout, contrast: bool) -> None:
@@ -377,7 +379,7 @@ def _draw_legend(figure: Figure, layout: _Layout, contrast: bool) -> None:
         ncols=len(handles),
         frameon=False,
         fontsize=8.5,
-        labelcolor=_INK,
+        labelcolor=INK,
         handlelength=1.4,
         columnspacing=1.4,
         borderaxespad=0.0,

@@ -18,8 +18,9 @@ import torch
 
 from filet.report.modules import ModuleReport
 from filet.report.names import REPORT_FILE
+from filet.report.page import page
 from filet.report.plot import caption_of, picture
-from filet.report.table import rows, summary
+from filet.report.table import HEADER, cells, entries_of, rows, summary
 from filet.system.files import replaced
 from filet.system.tensorfile import write_tensors
 
@@ -61,7 +62,10 @@ class FiletReport:
         first and then as much of their beginning as is needed.
         """
         lines = [*rows(self.modules), ""] if self.modules else []
-        lines += summary(
+        return "\n".join([*lines, *summary(self._entries())])
+
+    def _entries(self) -> list[tuple[str, str]]:
+        return entries_of(
             list(self.modules.values()),
             samples=self.samples,
             tokens=self.tokens,
@@ -71,7 +75,20 @@ class FiletReport:
             peak_memory=self.peak_memory,
             left_default=self.left_default,
         )
-        return "\n".join(lines)
+
+    def page(self, title: str) -> str:
+        """The table and the picture as one HTML file, which opens offline.
+
+        Raises ImportError where matplotlib is not installed and there is something to draw.
+        """
+        pictures = [("energies of every layer", self._picture())] if self.modules else []
+        table = [(name, *cells(module)) for name, module in self.modules.items()]
+        return page(title, self._entries(), pictures, ("module", *HEADER), table)
+
+    def _picture(self) -> bytes:
+        modules = list(self.modules.values())
+        select = str(self.config.get("select", ""))
+        return picture(modules, caption_of(modules, select, self.samples, self.tokens))
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the energies of every layer as a PNG file, the chosen directions marked.
@@ -88,9 +105,7 @@ class FiletReport:
         """
         if not self.modules:
             raise ValueError("the report holds no initialised module: there is nothing to draw")
-        modules = list(self.modules.values())
-        select = str(self.config.get("select", ""))
-        drawn = picture(modules, caption_of(modules, select, self.samples, self.tokens))
+        drawn = self._picture()
         with replaced(path) as beside:
             beside.write_bytes(drawn)
 

@@ -14,37 +14,43 @@ import torch
 from filet.report.modules import ModuleReport
 from filet.system.text import elide, plural, readable
 
-__all__ = ["count", "rows", "summary"]
+__all__ = ["HEADER", "cells", "count", "entries_of", "lines_of", "rows", "scientific", "summary"]
 
 _WIDTH = 100
 
 _INDENT = 14  # of what is said below a label
 
-_HEADER = ("out x in", "rank", "moments", "chosen", "to", "median", "tokens")
+HEADER = ("out x in", "rank", "moments", "chosen", "to", "median", "tokens")
 
 
 def rows(modules: Mapping[str, ModuleReport]) -> list[str]:
-    """The header and a line for each module, at least one, between rules.
+    """The header and a line for each module, at least one, between rules."""
+    return lines_of(HEADER, list(modules), [cells(module) for module in modules.values()])
+
+
+def lines_of(
+    header: Sequence[str], modules: Sequence[str], cells: Sequence[Sequence[str]]
+) -> list[str]:
+    """A table as lines: the header, and a module's name and cells in each, between rules.
 
     Names that do not fit lose their common prefix first and then as much of their beginning as is
     needed.
     """
-    cells = [_cells(module) for module in modules.values()]
-    widths = [max(len(row[i]) for row in (_HEADER, *cells)) for i in range(len(_HEADER))]
+    widths = [max(len(row[i]) for row in (header, *cells)) for i in range(len(header))]
     room = _WIDTH - sum(widths) - 2 * len(widths)
-    title, names = _fit_names(list(modules), room)
+    title, names = _fit_names(modules, room)
     name_width = max(len(title), *(len(name) for name in names))
 
-    def line(name: str, row: tuple[str, ...]) -> str:
+    def line(name: str, row: Sequence[str]) -> str:
         columns = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         return "  ".join([name.ljust(name_width), *columns])
 
-    rule = "-" * len(line("", _HEADER))
+    rule = "-" * len(line("", header))
     body = [line(name, row) for name, row in zip(names, cells, strict=True)]
-    return [line(title, _HEADER), rule, *body, rule]
+    return [line(title, header), rule, *body, rule]
 
 
-def summary(
+def entries_of(
     modules: Sequence[ModuleReport],
     *,
     samples: int,
@@ -54,8 +60,8 @@ def summary(
     seconds: Mapping[str, float],
     peak_memory: int,
     left_default: Mapping[str, str],
-) -> list[str]:
-    """The lines below the rows: labels and what is said of the whole model."""
+) -> list[tuple[str, str]]:
+    """What is said of the whole model, each with its label."""
     data = (plural(samples, "sample"), plural(tokens, "token"), plural(loss_terms, "loss term"))
     entries = [("initialised", _initialised(modules)), ("data", ", ".join(data))]
     if config:
@@ -73,6 +79,11 @@ def summary(
     if peak_memory:
         entries.append(("peak memory", readable(peak_memory)))
     entries += [("left default", text) for text in _by_reason(left_default)]
+    return entries
+
+
+def summary(entries: Sequence[tuple[str, str]]) -> list[str]:
+    """The lines below the rows: labels, and what is said of each, wrapped."""
     return [line for label, text in entries for line in _wrap(label, text)]
 
 
@@ -86,8 +97,8 @@ def count(number: int) -> str:
     return f"{number / 10**9:.4g}G"
 
 
-def _cells(module: ModuleReport) -> tuple[str, ...]:
-    """What a module has in the columns of ``_HEADER``."""
+def cells(module: ModuleReport) -> tuple[str, ...]:
+    """What a module has in the columns of :data:`HEADER`."""
     low, high = _extent(module.chosen())
     candidates = module.candidates()
     # By contrast there are no others than those that were chosen.
@@ -101,9 +112,9 @@ def _cells(module: ModuleReport) -> tuple[str, ...]:
         f"{module.shape[0]} x {module.shape[1]}",
         str(module.rank),
         f"{module.input_space}{shared} {module.output_space}",
-        _scientific(low),
-        _scientific(high),
-        _scientific(median),
+        scientific(low),
+        scientific(high),
+        scientific(median),
         tokens,
     )
 
@@ -143,7 +154,7 @@ def _plain(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _scientific(value: float) -> str:
+def scientific(value: float) -> str:
     """``1.2e-9``: two digits, no padding of the exponent; ``0`` and ``-`` (NaN) as such."""
     if value != value:
         return "-"
