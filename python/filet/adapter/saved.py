@@ -32,7 +32,7 @@ from filet.adapter.state import (
     starts_of,
 )
 from filet.model.factors import StartedFactor, started_class
-from filet.model.fingerprint import check_fingerprint, fingerprints_of
+from filet.model.fingerprint import check_weights
 from filet.model.targets import check_init, check_peft_model, find_targets
 from filet.model.values import Unreadable, dtype_of_model, values_of
 from filet.report.names import PLOT_FILE, can_draw
@@ -223,8 +223,8 @@ def _check_base(
             raise ValueError(
                 f"the base model has no linear module {name!r}, which {folder} has: {error}"
             ) from error
-    for name, found in fingerprints_of(values).items():
-        check_fingerprint(name, found, layers[name]["weight"], f"{folder} belongs")
+    recorded = {name: layer["weight"] for name, layer in layers.items()}
+    check_weights(values, recorded, f"{folder} belongs")
 
 
 def write_folder(peft_model: PeftModel, report: FiletReport, output: Path) -> None:
