@@ -301,11 +301,13 @@ class _Hqq(_Quantised):
         got = torch.get_autocast_dtype(place) if cast else x.dtype
         if got == self.dtype:
             return None
-        where = "under autocast to" if cast else "with an input in"
+        if cast:
+            where, instead = "under autocast to", f"autocast to {self.dtype}, or none"
+        else:
+            where, instead = "with an input in", "no prepare_model_for_kbit_training"
         return (
-            f"an HQQLinear of compute_dtype={self.dtype} cannot be trained {where} {got}; "
-            f"expected a model in {self.dtype}, without prepare_model_for_kbit_training or "
-            f"autocast to another dtype, or compute_dtype={got}"
+            f"an HQQLinear of compute_dtype={self.dtype} cannot be trained {where} {got}, which "
+            f"its backward does not cast; expected {instead}, or compute_dtype={got}"
         )
 
     def check(self) -> None:
