@@ -111,7 +111,7 @@ def test_codes_from_another_dtype_are_refused_by_their_cause(kind: str) -> None:
     assert f" is {name}:64x64:" in said and "(kind:shape:hash)" in said
     assert "quantised from the same dtype (dtype= of from_pretrained)" in said
     assert "\n" not in said
-    with pytest.raises(ValueError, match="other statistics.*quantised from the same dtype"):
+    with pytest.raises(ValueError, match=r"other statistics.*quantised from the same dtype"):
         taken.merge(statistics_of(quantised(kind, torch.float32)))
 
 
