@@ -203,7 +203,7 @@ class MomentHooks:
                 "positional input; expected a tensor, or target_modules without it"
             )
         x = args[0]
-        why_not = target.values.why_untrainable(x)
+        why_not = None if target.values.casts else target.values.why_untrainable(x)
         if why_not is not None:
             raise ValueError(f"{target.name}: {why_not}")
         if self.phase == "forward" and target.name in self.counted:
@@ -234,16 +234,16 @@ class MomentHooks:
 
     def _hands_on(self, target: Target, x: Tensor) -> bool:
         moments, values = self.moments.get(target.name), target.values
+        if (
+            moments is None
+            or (moments.input.space != "y" and moments.output.space != "h")
+            or target.base not in self._replaced
+            or not hands_on(values.device)  # where a device map brings x, if it is elsewhere
+            or torch.is_autocast_enabled(values.device.type)
+        ):
+            return False
         dtype = values.dtype_for(x.dtype)
-        return (
-            moments is not None
-            and (moments.input.space == "y" or moments.output.space == "h")
-            and target.base in self._replaced
-            and dtype in (torch.bfloat16, torch.float16)
-            and (x.dtype == dtype or values.rounds)
-            and hands_on(values.device)  # where a device map brings x, if it is elsewhere
-            and not torch.is_autocast_enabled(values.device.type)
-        )
+        return dtype in (torch.bfloat16, torch.float16) and (x.dtype == dtype or values.rounds)
 
     def _count_input(self, target: Target, x: Tensor) -> None:
         name = target.name
@@ -290,8 +290,10 @@ class MomentHooks:
 
 def _entering(target: Target, v: Tensor) -> Tensor:
     """x or g as the layer multiplies it: rounded, where it rounds to its own dtype first."""
+    if not target.values.rounds:
+        return v
     dtype = target.values.dtype_for(v.dtype)
-    return v.to(dtype) if target.values.rounds and dtype.itemsize <= v.itemsize else v
+    return v.to(dtype) if dtype.itemsize <= v.itemsize else v
 
 
 def empty_moments(
@@ -299,16 +301,9 @@ def empty_moments(
     shared_input: SecondMoment | None = None,
     device: torch.device | str | None = None,
 ) -> Moments:
-    """Accumulators for a layer: float32 sums, float64 for a float64 weight.
-
-    On the weight's device by default.
-    """
-    return Moments.zeros(
-        target.shape,
-        dtype=torch.float64 if target.values.dtype == torch.float64 else torch.float32,
-        device=target.device if device is None else device,
-        input=shared_input,
-    )
+    """Accumulators for a layer, on the weight's device by default."""
+    dtype, place = target.sums
+    return Moments.zeros(target.shape, dtype=dtype, device=device or place, input=shared_input)
 
 
 def bound(method: Callable[..., Any], *first: Any) -> Callable[..., Any]:

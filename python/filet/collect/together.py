@@ -97,7 +97,7 @@ def owners_by_block(
         sizes.append(0)
         for name in names:
             least = min(targets[name].shape)
-            item = 8 if targets[name].values.dtype == torch.float64 else 4
+            item = targets[name].sums[0].itemsize
             sizes[-1] += item * least**2 * (1 if name in shared_input else 2)
     owners = balanced(sizes, [0] * group.size if loads is None else loads)
     by_name = {n: owner for names, owner in zip(units, owners, strict=True) for n in names}
@@ -219,9 +219,9 @@ class Together:
         return {name: sides[of if of in found else name, 0] for name, of in leaders.items()}
 
     def _square(self, target: Target, size: int, its: Moments | None, side: int) -> Square:
-        dtype = torch.float64 if target.values.dtype == torch.float64 else torch.float32
+        dtype, device = target.sums
         sums = None if its is None else (its.output if side else its.input).sum
-        return size, dtype, target.device, sums
+        return size, dtype, device, sums
 
     def _sums(
         self, parts: Sequence[_Part], counts: Mapping[str, tuple[int, ...]]

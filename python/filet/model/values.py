@@ -57,10 +57,15 @@ class Values:
         quantised: W is made anew whenever it is asked for.
         multiplies: the module's forward is x Wᵀ + b with this very W, and nothing else. False also
             where it quantises x or adds up otherwise; then it is left to itself.
+        rounds: x and g of a wider dtype are rounded to W's before they are multiplied, and y and
+            h are given back in theirs.
+        casts: False where it fails on an x of another dtype than W's.
     """
 
     quantised = False
     multiplies = False
+    rounds = False
+    casts = True
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         """``dtype``: of the model's hidden states, for a base that multiplies in that of its x."""
@@ -78,11 +83,6 @@ class Values:
     def dtype(self) -> torch.dtype:
         """That of W, for an x as the model's hidden states are."""
         return self.dtype_for(self._of_model)
-
-    @property
-    def rounds(self) -> bool:
-        """Whether x and g of a wider dtype are rounded to W's, and y and h given back in theirs."""
-        return False
 
     @property
     def kind(self) -> str:
@@ -155,13 +155,10 @@ class _Bnb4bit(_Quantised):
     """
 
     multiplies = True
+    rounds = True
 
     def dtype_for(self, x: torch.dtype) -> torch.dtype:
         return self.module.compute_dtype or x
-
-    @property
-    def rounds(self) -> bool:
-        return self.module.compute_dtype is not None
 
     @classmethod
     def claims(cls, module: Any) -> bool:
@@ -271,6 +268,7 @@ class _Hqq(_Quantised):
     """``hqq.core.quantize.HQQLinear``, of any number of bits."""
 
     multiplies = True
+    casts = False
 
     @classmethod
     def claims(cls, module: Any) -> bool:
