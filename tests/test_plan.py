@@ -373,12 +373,9 @@ def test_a_pass_holds_its_own_moments_only(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def fake_targets(shapes: dict[str, tuple[int, int]], device: Callable[[str], str]) -> Any:
+    places = {name: torch.device(device(name)) for name in shapes}
     return {
-        name: SimpleNamespace(
-            shape=shape,
-            device=torch.device(device(name)),
-            values=SimpleNamespace(dtype=torch.float32),
-        )
+        name: SimpleNamespace(shape=shape, device=places[name], sums=(torch.float32, places[name]))
         for name, shape in shapes.items()
     }
 

@@ -181,7 +181,7 @@ class MomentHooks:
         moment = self.moments[target.name].input
         if moment.space != "y":
             return None
-        y = unrounded(x, target.weight.T, torch.float32)
+        y = unrounded(x, target.weight_for(x.dtype).T, torch.float32)
         enters, bias = self.phase == "forward", bias_of(target, x.dtype)
         return self.unrounded.add(target.name, moment, y, x.dtype, enters, bias=bias)
 
@@ -190,7 +190,7 @@ class MomentHooks:
         moment = self.moments[target.name].output
         if moment.space != "h":
             return None
-        h = unrounded(gradient, target.weight, torch.float32)
+        h = unrounded(gradient, target.weight_for(gradient.dtype), torch.float32)
         enters, alpha = self.phase == "backward", self.gradient_scale**-2
         return self.unrounded.add(target.name, moment, h, gradient.dtype, enters, alpha=alpha)
 
@@ -203,6 +203,9 @@ class MomentHooks:
                 "positional input; expected a tensor, or target_modules without it"
             )
         x = args[0]
+        why_not = None if target.values.casts else target.values.why_untrainable(x)
+        if why_not is not None:
+            raise ValueError(f"{target.name}: {why_not}")
         if self.phase == "forward" and target.name in self.counted:
             self._count_input(target, x)
         if x.requires_grad or not torch.is_grad_enabled():
@@ -218,7 +221,8 @@ class MomentHooks:
             )
         self.half = self.half or output.dtype == torch.float16
         if output.requires_grad:
-            output.register_hook(bound(self._gradient, target, self._hands_on(target, args[0])))
+            x = args[0]
+            output.register_hook(bound(self._gradient, target, x.dtype, self._hands_on(target, x)))
 
     def _forward(self, target: Target, x: Tensor) -> Tensor:
         """What the layer does, with y and h handed on where a moment is of them."""
@@ -230,16 +234,16 @@ class MomentHooks:
 
     def _hands_on(self, target: Target, x: Tensor) -> bool:
         moments, values = self.moments.get(target.name), target.values
-        dtype = values.dtype
-        return (
-            moments is not None
-            and (moments.input.space == "y" or moments.output.space == "h")
-            and target.base in self._replaced
-            and dtype in (torch.bfloat16, torch.float16)
-            and (x.dtype == dtype or values.rounds)
-            and hands_on(values.device)  # where a device map brings x, if it is elsewhere
-            and not torch.is_autocast_enabled(values.device.type)
-        )
+        if (
+            moments is None
+            or (moments.input.space != "y" and moments.output.space != "h")
+            or target.base not in self._replaced
+            or not hands_on(values.device)  # where a device map brings x, if it is elsewhere
+            or torch.is_autocast_enabled(values.device.type)
+        ):
+            return False
+        dtype = values.dtype_for(x.dtype)
+        return dtype in (torch.bfloat16, torch.float16) and (x.dtype == dtype or values.rounds)
 
     def _count_input(self, target: Target, x: Tensor) -> None:
         name = target.name
@@ -261,9 +265,13 @@ class MomentHooks:
             self.sharing.own(x, name)
         elif not self._hands_on(target, x):
             v = _entering(target, x.detach())
-            self.rows.add(name, mine, unrounded(v, target.weight.T, mine.sum.dtype))
+            W = target.weight_for(x.dtype)
+            self.rows.add(name, mine, unrounded(v, W.T, mine.sum.dtype))
 
-    def _gradient(self, target: Target, handed_on: bool, gradient: Tensor) -> None:
+    def _gradient(
+        self, target: Target, of_x: torch.dtype, handed_on: bool, gradient: Tensor
+    ) -> None:
+        """``of_x``: the dtype of the layer's input, in which some go back as well."""
         if self.phase == "probe":
             rows, weights = self.rows.of(target.name, gradient.detach())
             peak = rows.abs().amax(-1)
@@ -276,14 +284,16 @@ class MomentHooks:
             if output.space == "h":
                 if handed_on:
                     return
-                v = unrounded(v, target.weight, output.sum.dtype)
+                v = unrounded(v, target.weight_for(of_x), output.sum.dtype)
             self.rows.add(target.name, output, v, alpha=self.gradient_scale**-2)
 
 
 def _entering(target: Target, v: Tensor) -> Tensor:
     """x or g as the layer multiplies it: rounded, where it rounds to its own dtype first."""
-    dtype = target.values.dtype
-    return v.to(dtype) if target.values.rounds and dtype.itemsize <= v.itemsize else v
+    if not target.values.rounds:
+        return v
+    dtype = target.values.dtype_for(v.dtype)
+    return v.to(dtype) if dtype.itemsize <= v.itemsize else v
 
 
 def empty_moments(
@@ -291,16 +301,9 @@ def empty_moments(
     shared_input: SecondMoment | None = None,
     device: torch.device | str | None = None,
 ) -> Moments:
-    """Accumulators for a layer: float32 sums, float64 for a float64 weight.
-
-    On the weight's device by default.
-    """
-    return Moments.zeros(
-        target.shape,
-        dtype=torch.float64 if target.values.dtype == torch.float64 else torch.float32,
-        device=target.device if device is None else device,
-        input=shared_input,
-    )
+    """Accumulators for a layer, on the weight's device by default."""
+    dtype, place = target.sums
+    return Moments.zeros(target.shape, dtype=dtype, device=device or place, input=shared_input)
 
 
 def bound(method: Callable[..., Any], *first: Any) -> Callable[..., Any]:

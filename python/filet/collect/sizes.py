@@ -21,7 +21,7 @@ def moment_bytes(
     """
     sizes = {}
     for name, target in targets.items():
-        side = min(target.shape) ** 2 * _item(target)
+        side = min(target.shape) ** 2 * target.sums[0].itemsize
         sizes[name] = (0 if name in shared_input else side * (1 + keep), side)
     return sizes
 
@@ -45,7 +45,7 @@ def selection_bytes(
     most = factors = 0
     for target in targets:
         m, n = target.shape
-        item = _item(target)
+        item = target.sums[0].itemsize
         d = n if target.name in shared_input else min(m, n)
         if keep:
             energies = 8 * (6 * d**2 + m * max(m, n // 4))
@@ -78,8 +78,3 @@ def relative_cost(
                 extra += min(m, n) ** 2 * (1 if gpus else 2)
                 extra += 2 * m * n if anew and not gpus else 0
     return extra / layers
-
-
-def _item(target: Target) -> int:
-    """Bytes of a number in a moment of this layer."""
-    return 8 if target.values.dtype == torch.float64 else 4

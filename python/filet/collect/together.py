@@ -54,7 +54,8 @@ def check_same_model(
             str(target.dtype),
             target.device.type,
         )
-        what[f"the weight of {name} (dtype:shape:hash)"] = weights[name]
+        label = "kind" if target.values.quantised else "dtype"
+        what[f"the weight of {name} ({label}:shape:hash)"] = weights[name]
     for name, found in fingerprints(_others(peft_model, targets)).items():
         what[f"{name} (dtype:shape:hash)"] = found
     what["the order of the modules"] = list(targets)
@@ -96,7 +97,7 @@ def owners_by_block(
         sizes.append(0)
         for name in names:
             least = min(targets[name].shape)
-            item = 8 if targets[name].values.dtype == torch.float64 else 4
+            item = targets[name].sums[0].itemsize
             sizes[-1] += item * least**2 * (1 if name in shared_input else 2)
     owners = balanced(sizes, [0] * group.size if loads is None else loads)
     by_name = {n: owner for names, owner in zip(units, owners, strict=True) for n in names}
@@ -218,9 +219,9 @@ class Together:
         return {name: sides[of if of in found else name, 0] for name, of in leaders.items()}
 
     def _square(self, target: Target, size: int, its: Moments | None, side: int) -> Square:
-        dtype = torch.float64 if target.values.dtype == torch.float64 else torch.float32
+        dtype, device = target.sums
         sums = None if its is None else (its.output if side else its.input).sum
-        return size, dtype, target.device, sums
+        return size, dtype, device, sums
 
     def _sums(
         self, parts: Sequence[_Part], counts: Mapping[str, tuple[int, ...]]

@@ -87,6 +87,16 @@ class Target:
         """The base weight (m, n) = (out, in), detached: a view, or dequantised whenever read."""
         return self.values.weight()
 
+    def weight_for(self, x: torch.dtype) -> Tensor:
+        """The base weight as an x of this dtype is multiplied by it."""
+        return self.values.weight(self.values.dtype_for(x))
+
+    @property
+    def sums(self) -> tuple[torch.dtype, torch.device]:
+        """Of its moments: float32, float64 for a float64 weight, where that lies."""
+        double = self.values.dtype == torch.float64
+        return torch.float64 if double else torch.float32, self.device
+
     @property
     def device(self) -> torch.device:
         """Where the base weight lies."""
