@@ -23,6 +23,7 @@ from filet.cli.model import (
 )
 from filet.cli.output import check_file_output, check_folder_output, one_line, say, say_entry
 from filet.cli.processes import agreed, check_one_process, rank_and_size
+from filet.model.tasks import CAUSAL
 from filet.report.names import PLOT_FILE, can_draw
 from filet.system.files import inside
 
@@ -44,6 +45,8 @@ def init(args: argparse.Namespace) -> None:
     else:
         report = _init_in_memory(args, encoded, keep, config)
     say(report.table())
+    if args.new_head is not None:
+        say_entry("head", f"new, drawn by seed {args.new_head}; saved with the adapter")
     say_entry("written", args.output)
 
 
@@ -242,6 +245,10 @@ def _config(args: argparse.Namespace) -> Any:
 
 def _engine(args: argparse.Namespace) -> str:
     """The engine, chosen by what the device holds where it is left to us."""
+    if args.task != CAUSAL:
+        if args.engine == "blockwise":
+            raise ValueError(f"--engine blockwise is for --task {CAUSAL}, and this is {args.task}")
+        return "memory"
     if args.engine != "auto" or (args.allow_pickle and not any(args.model.glob("*.safetensors"))):
         return "blockwise" if args.engine == "blockwise" else "memory"
     import torch
