@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy
 import pytest
 import torch
 from cli_cases import adapter_weights, arguments, error_of, sentence
+from datasets import Dataset
 from peft import PeftModel
+from PIL import Image
 from transformers import (
     AutoModelForSequenceClassification,
     BartModel,
@@ -24,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
+    ViTImageProcessorPil,
 )
 
 from filet import FiletReport
@@ -276,3 +280,59 @@ def test_rows_that_do_not_fit(
     folder = folder_of(case(kind).model, tokenizer, tmp_path / "model")
     message = error_of(capsys, arguments(*init, "--model", folder))
     assert said in message and "row 1" in message
+
+
+@pytest.mark.parametrize("form", ["folder", "parquet"])
+def test_images(form: str, init: list[str], tmp_path: Path) -> None:
+    """By the model's processor; a folder's classes are those of config.json, by their names."""
+    model = copy.deepcopy(case("vit").model)
+    names = ["red", "blue", "dog", "ant", "cat"]  # a folder sorts them in another way
+    model.config.label2id = {name: number for number, name in enumerate(names)}
+    model.config.id2label = dict(enumerate(names))
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    processor.save_pretrained(folder)
+    generator = numpy.random.default_rng(0)
+    samples, rows = [], []
+    for number in ROWS:
+        image = Image.fromarray(generator.integers(256, size=(11, 9, 3), dtype=numpy.uint8))
+        rows.append((image, names[number % CLASSES]))
+        pixels = processor(images=[image], return_tensors="pt")["pixel_values"][0]
+        samples.append({"pixel_values": pixels, "labels": torch.tensor(number % CLASSES)})
+    data = tmp_path / "images"
+    if form == "folder":
+        for number, (image, name) in enumerate(rows):
+            (data / name).mkdir(parents=True, exist_ok=True)
+            image.save(data / name / f"{number}.png")
+    else:
+        data = tmp_path / "images.parquet"
+        Dataset.from_dict(
+            {"image": [image for image, _ in rows], "label": [name for _, name in rows]}
+        ).to_parquet(data)
+    assert main(arguments(*init, "--model", folder, "--data", data)) == 0
+    report = FiletReport.load(tmp_path / "out" / "adapter")
+    assert report.samples == report.loss_terms == len(samples)
+    found = {name: module.energies for name, module in report.modules.items()}
+    error, name = worst(found, true_energies(model, report.modules, samples))
+    assert error < FLOAT32, name
+
+
+def test_images_that_do_not_fit(
+    init: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, data = tmp_path / "model", tmp_path / "images"
+    case("vit").model.save_pretrained(folder)
+    for name in ("unheard", "of"):
+        (data / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(data / name / "a.png")
+    command = arguments(*init, "--model", folder, "--data", data)
+    assert "no image processor can be loaded" in error_of(capsys, command)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
+    assert main([*command, "--batch-size", "auto"]) == 0  # by their numbers
+    assert "unheard: no data in it" in error_of(
+        capsys, [*command, "--data", str(data / "unheard"), "--overwrite"]
+    )
+    text = write_jsonl(tmp_path / "text.jsonl", {"image": "a.png", "label": 1})
+    message = error_of(capsys, [*command, "--data", str(text), "--overwrite"])
+    assert "row 1: the image is a str; expected an image" in message

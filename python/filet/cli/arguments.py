@@ -270,7 +270,7 @@ def _add_task(group: argparse._ArgumentGroup) -> None:
         "--new-head",
         type=_seed,
         metavar="SEED",
-        help="of seq-cls and token-cls: draw the head of classes that the model has not; it is "
+        help="of classifiers: draw the head of classes that the model has not; it is "
         "trained, and saved with the adapter",
     )
     group.add_argument(

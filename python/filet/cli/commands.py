@@ -29,6 +29,8 @@ from filet.system.files import inside
 
 __all__ = ["init", "inspect", "stats"]
 
+_IMAGES_AT_ONCE = 32
+
 
 def init(args: argparse.Namespace) -> None:
     """Initialise an adapter for a model, and write it with its report."""
@@ -177,22 +179,26 @@ def _run(
     import filet
 
     rank, processes = rank_and_size()
+    tokens = getattr(encoded, "tokens", None)  # images have none
     plan = filet.estimate(
         peft_model,
         encoded.batches(2, by_length=True)[0],  # of the longest samples
         dataclasses.replace(config, samples=-(-len(encoded) // processes)),
         batch_size=args.batch_size,
-        tokens=-(-encoded.tokens // processes),
+        tokens=None if tokens is None else -(-tokens // processes),
         keep=keep is not None,
     )
     say(str(plan))
     passes, size = agreed(plan.passes, plan.batch_size)
+    if tokens is None and args.batch_size == "auto":
+        size = min(size, _IMAGES_AT_ONCE)  # the plan knows no patches: an image is long
     config = dataclasses.replace(config, passes=passes)
     mine = encoded.share(rank, processes)
     while True:
         loader = mine.batches(size, by_length=True)
-        padding = 1 - mine.tokens / max(1, sum(batch["input_ids"].numel() for batch in loader))
-        say_entry("padding", f"{padding:.1%} of {len(loader)} batches")
+        if tokens is not None:
+            padding = 1 - mine.tokens / max(1, sum(batch["input_ids"].numel() for batch in loader))
+            say_entry("padding", f"{padding:.1%} of {len(loader)} batches")
         try:
             return function(
                 peft_model,

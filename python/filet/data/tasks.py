@@ -13,7 +13,7 @@ from filet.data.sources import Source, draw
 from filet.data.tokens import Encoded, Row, usable
 from filet.model.batch import IGNORED
 
-__all__ = ["encoded_for"]
+__all__ = ["class_of", "column_of", "encoded_for"]
 
 # Columns that are looked for: of a text, of its class; of words, of their classes.
 _COLUMNS = {
@@ -45,7 +45,7 @@ def encoded_for(
     seed: int,
     max_length: int,
 ) -> Encoded:
-    """The drawn samples of a data set for a task of :data:`filet.model.tasks.TASKS` but causal.
+    """The drawn samples of a data set for a task of texts that is not causal.
 
     - "seq2seq-lm": what is read of pairs for a causal model (:func:`read_samples`); prompt and
       response are two texts, less the white space between them.
@@ -133,7 +133,7 @@ def _labelled(
 ) -> list[_Labelled]:
     of_text = names[0] if fields.text is None else (fields.text,)
     found = [
-        _Labelled(where, _column(where, row, of_text), _column(where, row, names[1]))
+        _Labelled(where, column_of(where, row, of_text), column_of(where, row, names[1]))
         for where, row in draw(source, samples, seed)
     ]
     if not found:
@@ -141,7 +141,8 @@ def _labelled(
     return found
 
 
-def _column(where: str, row: Mapping[str, Any], names: Sequence[str]) -> Any:
+def column_of(where: str, row: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """What the first of these columns has; a ValueError where there is none of them."""
     for name in names:
         if row.get(name) is not None:
             return row[name]
@@ -157,7 +158,7 @@ def _one_class(sample: _Labelled, tokenizer: Any, settings: Any, max_length: int
         if isinstance(sample.label, bool) or not isinstance(sample.label, (int, float)):
             raise ValueError(f"{sample.where}: label {sample.label!r}; expected a number")
         return ids, [float(sample.label)]
-    return ids, [_class(sample.where, sample.label, settings)]
+    return ids, [class_of(sample.where, sample.label, settings)]
 
 
 def _classes(sample: _Labelled, tokenizer: Any, settings: Any, max_length: int) -> Row:
@@ -171,13 +172,13 @@ def _classes(sample: _Labelled, tokenizer: Any, settings: Any, max_length: int) 
     counted = [
         IGNORED
         if word is None or (place and of_token[place - 1] == word)
-        else _class(sample.where, labels[word], settings)
+        else class_of(sample.where, labels[word], settings)
         for place, word in enumerate(of_token)
     ]
     return list(found["input_ids"]), counted
 
 
-def _class(where: str, label: Any, settings: Any) -> int:
+def class_of(where: str, label: Any, settings: Any) -> int:
     """The number of a class, given so or by its name."""
     number = settings.label2id.get(label) if isinstance(label, str) else label
     classes = settings.num_labels

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CAUSAL", "TASKS", "Task", "task_of"]
+__all__ = ["CAUSAL", "IMAGES", "TASKS", "Task", "task_of"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Task:
     classifies: bool = False
 
 
-CAUSAL = "causal-lm"
+CAUSAL, IMAGES = "causal-lm", "image-cls"
 
 _GENERATION = "ForConditionalGeneration"
 
@@ -42,6 +42,7 @@ TASKS = {
         "AutoModelForTokenClassification", "ForTokenClassification", "TOKEN_CLS", True
     ),
     "masked-lm": Task("AutoModelForMaskedLM", "ForMaskedLM", None),
+    IMAGES: Task("AutoModelForImageClassification", "ForImageClassification", None, True),
 }
 
 
