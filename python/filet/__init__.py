@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from filet.report.modules import ModuleReport
     from filet.report.report import FiletReport
     from filet.system.memory import OutOfMemoryError
-    from filet.trainer import FiletInitCallback
+    from filet.trainer import FiletInitCallback, initialize_from_trainer
 
 __all__ = [
     "DevicePlan",
@@ -35,6 +35,7 @@ __all__ = [
     "collect_statistics",
     "estimate",
     "initialize_folder",
+    "initialize_from_trainer",
     "initialize_lora_filet_weights",
     "load",
     "save_as_lora",
@@ -52,7 +53,7 @@ _MODULES = {
     "report.modules": ("ModuleReport",),
     "report.report": ("FiletReport",),
     "system.memory": ("OutOfMemoryError",),
-    "trainer": ("FiletInitCallback",),
+    "trainer": ("FiletInitCallback", "initialize_from_trainer"),
 }
 
 

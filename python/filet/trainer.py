@@ -1,23 +1,214 @@
-"""Initialisation at the beginning of a training by transformers' Trainer, or by one built on it."""
+"""Initialisation for a training by transformers' Trainer, or by one built on it, TRL's say.
+
+Before it, with the trainer's own data and loss; or at its beginning, by a callback.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from peft import PeftModel
-from transformers import TrainerCallback
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
 
 from filet.adapter.saved import begin_as_saved
 from filet.collect.keep import Keep
-from filet.config import FiletConfig
+from filet.config import FiletConfig, checked_config
+from filet.distributed.group import current
+from filet.distributed.samples import share
 from filet.initialize import initialize_lora_filet_weights
 from filet.loss.batch import ForwardFn
+from filet.model.batch import mapped, samples_in, tensors_in
+from filet.model.isolation import adapters_put_back, gradients_put_back
 from filet.report.report import FiletReport
 
-__all__ = ["FiletInitCallback"]
+__all__ = ["FiletInitCallback", "initialize_from_trainer"]
+
+# What trainers of TRL count in their losses for their logs, and by which methods of accelerate's.
+_COUNTED = ("_metrics", "_total_train_tokens")
+_GATHERING = ("gather", "gather_for_metrics")
+
+
+def initialize_from_trainer(
+    trainer: Trainer,
+    config: FiletConfig | None = None,
+    adapter_name: str = "default",
+    keep: Keep | None = None,
+) -> FiletReport:
+    """Initialise the adapter of a trainer's model with FILet, on the trainer's own data and loss.
+
+    To be called before ``trainer.train()``. Model, data set, collator, sampler and batch size are
+    the trainer's, and the loss is ``trainer.compute_loss``, of transformers' Trainer, TRL's
+    SFTTrainer and DPOTrainer, or a class of your own. The trainer comes back as it was, random
+    states and counts of its logs included; only the adapter is another.
+
+    Args:
+        trainer: whose ``model`` is a PeftModel; TRL makes one with ``peft_config=``.
+        config, adapter_name, keep: as in :func:`filet.initialize_lora_filet_weights`. Of pairs
+            (DPO), ``config.samples`` counts both sequences, and no pair is cut.
+
+    Returns:
+        As :func:`filet.initialize_lora_filet_weights`.
+
+    The loss may be a mean or a sum over the labels of a batch. Of transformers' own Trainer that is
+    found by comparing it with the logits, unless it smoothes labels. Where ``compute_loss`` is
+    another it is taken for a mean, or for what ``config.loss_reduction`` says; that of DPO is a
+    mean over the pairs.
+
+    Where ``torch.distributed`` has several processes, all of them call this; accelerate deals each
+    its own samples.
+
+    Raises:
+        TypeError: no Trainer, or a model without an adapter.
+        ValueError: a trainer whose data are made while it trains (GRPO, RLOO), pairs in another
+            form than TRL's of today; and as :func:`filet.initialize_lora_filet_weights`.
+    """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(
+            f"trainer is a {type(trainer).__name__}; expected a transformers.Trainer, or what is "
+            "built on it"
+        )
+    if hasattr(trainer, "reward_funcs"):
+        raise ValueError(
+            f"{type(trainer).__name__} generates what it trains on: there are no data with a loss "
+            "yet; expected a Trainer, SFTTrainer or DPOTrainer, or batches with labels for "
+            "filet.initialize_lora_filet_weights"
+        )
+    config = checked_config(config)
+    # That of the training is made anew, and draws the same.
+    with torch.random.fork_rng(devices=[]):
+        loader: Any = trainer.get_train_dataloader()
+    try:
+        with _without_metrics(trainer):
+            return initialize_lora_filet_weights(
+                trainer.accelerator.unwrap_model(trainer.model),
+                _whole_pairs(loader, config.samples) if _has_pairs(trainer) else loader,
+                config,
+                adapter_name,
+                _TrainersLoss(trainer),
+                not trainer.args.disable_tqdm,
+                keep,
+            )
+    finally:
+        _end(loader)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Output:
+    """What a forward_fn returns."""
+
+    loss: Tensor
+    logits: Tensor | None
+
+
+class _TrainersLoss:
+    """A trainer's loss of a batch, as a forward_fn."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._label = "completion_mask" if _has_pairs(trainer) else "labels"
+        # Another compute_loss may run the model once more for the logits.
+        plain = type(trainer).compute_loss is Trainer.compute_loss
+        self._compared = plain and trainer.label_smoother is None
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        if not isinstance(batch, Mapping) or self._label not in batch:
+            return model(**batch)  # data to keep, of which no loss is wanted
+        inputs = dict(batch)  # entries are added and taken out
+        trainer = self._trainer
+        with contextlib.ExitStack() as stack:
+            # A loss that runs the reference switches adapters, and so thaws them.
+            stack.enter_context(gradients_put_back(model))
+            stack.enter_context(adapters_put_back(model))
+            stack.enter_context(trainer.compute_loss_context_manager())
+            if self._compared:
+                loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True)
+                return _Output(loss, getattr(outputs, "logits", None))
+            loss = trainer.compute_loss(model, inputs)
+        return (loss, samples_in(batch) // 2) if _has_pairs(trainer) else loss
+
+
+def _has_pairs(trainer: Any) -> bool:
+    """Whether it is a DPOTrainer of TRL, which need not be installed."""
+    return any(
+        each.__name__ == "DPOTrainer" and each.__module__.partition(".")[0] == "trl"
+        for each in type(trainer).__mro__
+    )
+
+
+def _whole_pairs(loader: Any, samples: int | None) -> Iterator[Any]:
+    """Batches of pairs, as many as make ``samples`` sequences in all processes, never a half one.
+
+    A batch has first what was chosen of all its pairs, then what was rejected.
+    """
+    most = None if samples is None else samples // 2
+    group = current()
+    if group is not None:
+        # As many for each: one more could be a sequence too many for its process.
+        most = None if most is None else most // group.size * group.size
+        loader, most = share(group, loader, most)
+    for batch in loader:
+        if not {"input_ids", "completion_mask"} <= batch.keys():
+            raise ValueError(
+                f"a batch of pairs has {', '.join(map(str, batch))}; expected input_ids and "
+                "completion_mask of the chosen and then the rejected ones, as TRL 1.16 has them"
+            )
+        pairs = samples_in(batch) // 2
+        yield batch if most is None or pairs <= most else _first_pairs(batch, most)
+        if most is not None:
+            most -= pairs
+            if most <= 0:
+                return
+
+
+def _first_pairs(batch: Any, size: int) -> Any:
+    """The first pairs of a batch; all of one that cannot be divided, for its images."""
+    rows = samples_in(batch)
+    if any(len(tensor) not in (rows, rows // 2) for tensor in tensors_in(batch)):
+        return batch
+
+    def cut(value: Any) -> Any:
+        halves = value.split(rows // 2)
+        return torch.cat([half[:size] for half in halves])
+
+    return mapped(batch, cut)
+
+
+@contextlib.contextmanager
+def _without_metrics(trainer: Any) -> Iterator[None]:
+    """What a trainer of TRL counts for its logs is afterwards what it was, and counted by itself.
+
+    It gathers it from all processes in every batch, and they have not as many batches.
+    """
+    before = {
+        name: copy.deepcopy(vars(trainer)[name]) for name in _COUNTED if name in vars(trainer)
+    }
+    own = vars(trainer.accelerator)
+    if before:
+        own |= dict.fromkeys(_GATHERING, _itself)
+    try:
+        yield
+    finally:
+        vars(trainer).update(before)
+        for name in _GATHERING if before else ():
+            del own[name]
+
+
+def _itself(value: Any, *_: Any, **__: Any) -> Any:
+    return value
+
+
+def _end(loader: Any) -> None:
+    """accelerate takes a loader that was not read to its end for one that is being read."""
+    if hasattr(loader, "end"):
+        loader.end()
 
 
 class FiletInitCallback(TrainerCallback):
@@ -73,9 +264,8 @@ class FiletInitCallback(TrainerCallback):
                 **self._arguments,
             )
         finally:
-            # accelerate takes a loader that was not read to its end for one that is being read.
-            if own and hasattr(dataloader, "end"):
-                dataloader.end()
+            if own:
+                _end(dataloader)
 
 
 def _load_adapter(

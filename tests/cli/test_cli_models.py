@@ -103,11 +103,12 @@ def test_models_of_another_task_or_without_a_head(
     make, said = models.UNFIT[kind]
     folder = with_tokenizer(make(), model_folder, tmp_path / "unfit")
     for engine in ("memory", "blockwise", "auto"):
-        message = error_of(capsys, [*init, "--model", str(folder), "--engine", engine])
+        command = arguments(*init, "--model", folder, "--task", "causal-lm", "--engine", engine)
+        message = error_of(capsys, command)
         assert str(folder) in message and said in message, engine
     output = tmp_path / "statistics.safetensors"
     command = arguments(*stats, "--model", folder, "--data", data, "--output", output)
-    assert said in error_of(capsys, command)
+    assert said in error_of(capsys, [*command, "--task", "causal-lm"])
     assert not (tmp_path / "out").exists() and not output.exists()
 
 

@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+from filet.model.tasks import TASKS
 from filet.report.names import PLOT_FILE
 
 __all__ = ["make_parser"]
@@ -71,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_init(init: argparse.ArgumentParser) -> None:
     source = init.add_argument_group("model and data")
     _add_model(source, required=True)
+    _add_task(source)
     either = source.add_mutually_exclusive_group(required=True)
     _add_data(source, either)
     either.add_argument(
@@ -114,6 +116,7 @@ def _add_stats(stats: argparse.ArgumentParser) -> None:
     )
     source = stats.add_argument_group("model and data (not with --merge)")
     _add_model(source, required=False)
+    _add_task(source)
     _add_data(source, source)
     method = stats.add_argument_group("method")
     _add_targets(method)
@@ -228,8 +231,8 @@ def _add_model(group: argparse._ArgumentGroup, *, required: bool) -> None:
         type=Path,
         required=required,
         metavar="DIR",
-        help="folder of a causal language model and its tokenizer; or owner/name on the Hub, from "
-        "the user's cache or downloaded into it",
+        help="folder of a model and its tokenizer; or owner/name on the Hub, from the user's cache "
+        "or downloaded into it",
     )
     group.add_argument(
         "--revision", metavar="NAME", help="of a --model on the Hub: a branch, tag or commit"
@@ -273,6 +276,27 @@ def _add_model(group: argparse._ArgumentGroup, *, required: bool) -> None:
         action="store_true",
         help="keep one activation a block and run the forward again in the backward: less memory, "
         "more time",
+    )
+
+
+def _add_task(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--task",
+        choices=TASKS,
+        help="what the model is for (default: what its config.json says, else causal-lm)",
+    )
+    group.add_argument(
+        "--new-head",
+        type=_seed,
+        metavar="SEED",
+        help="of classifiers: draw the head of classes that the model has not; it is "
+        "trained, and saved with the adapter",
+    )
+    group.add_argument(
+        "--num-labels",
+        type=_positive,
+        metavar="N",
+        help="classes of a new head (default: what config.json says)",
     )
 
 
@@ -515,6 +539,8 @@ def _check_names(args: argparse.Namespace, parser: argparse.ArgumentParser) -> N
 def _check_fields(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.double_quant and args.quantize not in ("nf4", "fp4"):
         parser.error("--double-quant is for --quantize nf4 or fp4")
+    if args.num_labels is not None and args.new_head is None:
+        parser.error("--num-labels is for --new-head")
     if args.text_field and (args.prompt_field or args.response_field):
         parser.error("--text-field excludes --prompt-field and --response-field")
     if args.response_field and not args.prompt_field:

@@ -23,10 +23,13 @@ from filet.cli.model import (
 )
 from filet.cli.output import check_file_output, check_folder_output, one_line, say, say_entry
 from filet.cli.processes import agreed, check_one_process, rank_and_size
+from filet.model.tasks import CAUSAL
 from filet.report.names import PLOT_FILE, can_draw
 from filet.system.files import inside, replaced
 
 __all__ = ["init", "inspect", "stats"]
+
+_IMAGES_AT_ONCE = 32
 
 
 def init(args: argparse.Namespace) -> None:
@@ -44,6 +47,8 @@ def init(args: argparse.Namespace) -> None:
     else:
         report = _init_in_memory(args, encoded, keep, config)
     say(report.table())
+    if args.new_head is not None:
+        say_entry("head", f"new, drawn by seed {args.new_head}; saved with the adapter")
     say_entry("written", args.output)
 
 
@@ -197,22 +202,26 @@ def _run(
     import filet
 
     rank, processes = rank_and_size()
+    tokens = getattr(encoded, "tokens", None)  # images have none
     plan = filet.estimate(
         peft_model,
         encoded.batches(2, by_length=True)[0],  # of the longest samples
         dataclasses.replace(config, samples=-(-len(encoded) // processes)),
         batch_size=args.batch_size,
-        tokens=-(-encoded.tokens // processes),
+        tokens=None if tokens is None else -(-tokens // processes),
         keep=keep is not None,
     )
     say(str(plan))
     passes, size = agreed(plan.passes, plan.batch_size)
+    if tokens is None and args.batch_size == "auto":
+        size = min(size, _IMAGES_AT_ONCE)  # the plan knows no patches: an image is long
     config = dataclasses.replace(config, passes=passes)
     mine = encoded.share(rank, processes)
     while True:
         loader = mine.batches(size, by_length=True)
-        padding = 1 - mine.tokens / max(1, sum(batch["input_ids"].numel() for batch in loader))
-        say_entry("padding", f"{padding:.1%} of {len(loader)} batches")
+        if tokens is not None:
+            padding = 1 - mine.tokens / max(1, sum(batch["input_ids"].numel() for batch in loader))
+            say_entry("padding", f"{padding:.1%} of {len(loader)} batches")
         try:
             return function(
                 peft_model,
@@ -265,6 +274,10 @@ def _config(args: argparse.Namespace) -> Any:
 
 def _engine(args: argparse.Namespace) -> str:
     """The engine, chosen by what the device holds where it is left to us."""
+    if args.task != CAUSAL:
+        if args.engine == "blockwise":
+            raise ValueError(f"--engine blockwise is for --task {CAUSAL}, and this is {args.task}")
+        return "memory"
     if args.engine != "auto" or (args.allow_pickle and not any(args.model.glob("*.safetensors"))):
         return "blockwise" if args.engine == "blockwise" else "memory"
     import torch

@@ -8,35 +8,79 @@ from typing import Any
 from filet.cli.model import own_code, quiet_transformers
 from filet.cli.output import say_entry
 from filet.cli.processes import check_same
+from filet.model.tasks import CAUSAL, IMAGES
 
 __all__ = ["load_data", "load_keep"]
 
 
 def load_data(args: argparse.Namespace) -> Any:
-    """Read and tokenise the data, and show a sample: errors come before the model is loaded."""
-    from filet.data.samples import Fields, read_samples
-    from filet.data.shown import MARKS, shown
+    """Read and encode the data, and show a sample: errors come before the model is loaded."""
     from filet.data.sources import Source
-    from filet.data.tokens import encode
-    from filet.model.folder import settings_of
 
     _quiet_datasets(args)
     source = Source(args.data, args.split, args.subset, args.data_revision, args.streaming)
+    encoded = _images(args, source) if args.task == IMAGES else _texts(args, source)
+    check_same("the hash of what was drawn of --data", encoded.digest())
+    return encoded
+
+
+def _texts(args: argparse.Namespace, source: Any) -> Any:
+    from filet.data.samples import Fields, read_samples
+    from filet.data.shown import MARKS, shown, shown_other
+    from filet.data.tasks import encoded_for
+    from filet.data.tokens import encode
+
     fields = Fields(args.text_field, args.prompt_field, args.response_field, args.side)
-    samples = read_samples(source, fields=fields, samples=args.samples, seed=args.seed)
+    drawn: dict[str, Any] = {"fields": fields, "samples": args.samples, "seed": args.seed}
+    # Read before anything else is: it is refused the soonest.
+    samples = read_samples(source, **drawn) if args.task == CAUSAL else []
+    settings = _settings(args)
+    with own_code(args):
+        tokenizer = _tokenizer(args)
+    length = args.max_length
+    if args.task == CAUSAL:
+        encoded = encode(samples, tokenizer, max_length=length, count_prompt=args.count_prompt)
+    else:
+        encoded = encoded_for(args.task, source, tokenizer, settings, max_length=length, **drawn)
+    marks = " and ".join(MARKS)
+    apart = encoded.form in ("one", "other")
+    counts = f"{encoded.terms} {'labels for' if apart else 'of'} {encoded.tokens} tokens"
+    say_entry("predicted", f"{counts}; of one sample, in {marks}:")
+    first = encoded.rows[0]
+    say_entry("", shown_other(tokenizer, *first) if apart else shown(tokenizer, *first))
+    return encoded
+
+
+def _images(args: argparse.Namespace, source: Any) -> Any:
+    from filet.data.images import images_of
+
+    settings = _settings(args)
+    transformers = quiet_transformers(args)
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            str(args.model), local_files_only=True, trust_remote_code=args.trust_remote_code
+        )
+    except Exception as error:  # of as many kinds as there are files
+        raise ValueError(
+            f"--model: no image processor can be loaded from {args.model}; expected "
+            f"preprocessor_config.json beside the weights ({type(error).__name__}: {error})"
+        ) from error
+    encoded = images_of(source, processor, settings, samples=args.samples, seed=args.seed)
+    shape = " x ".join(map(str, encoded.rows[0][0].shape))
+    say_entry("predicted", f"classes of {len(encoded)} images of {shape}")
+    return encoded
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    """The model's config, read before its tokenizer, which would be blamed for what is wrong."""
+    from filet.model.folder import settings_of
+
     quiet_transformers(args)
     with own_code(args):
-        # Before the tokenizer, which reads config.json as well and would be blamed for it.
-        settings_of(args.model, trust_remote_code=args.trust_remote_code)
-        tokenizer = _tokenizer(args)
-    encoded = encode(samples, tokenizer, max_length=args.max_length, count_prompt=args.count_prompt)
-    check_same("the hash of what was drawn of --data", encoded.digest())
-    marks = " and ".join(MARKS)
-    say_entry(
-        "predicted", f"{encoded.terms} of {encoded.tokens} tokens; of one sample, in {marks}:"
-    )
-    say_entry("", shown(tokenizer, *encoded.rows[0]))
-    return encoded
+        found = settings_of(args.model, trust_remote_code=args.trust_remote_code, task=args.task)
+    if args.num_labels is not None:
+        found.num_labels = args.num_labels
+    return found
 
 
 def load_keep(args: argparse.Namespace) -> Any:

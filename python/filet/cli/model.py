@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filet.model.tasks import CAUSAL, TASKS, task_of
+
 __all__ = [
     "check_model",
     "device_of",
@@ -23,7 +25,7 @@ __all__ = [
 def check_model(args: argparse.Namespace) -> None:
     """Refuse what is no model, before anything heavy is imported; a name's files are fetched.
 
-    ``args.model`` is the folder afterwards.
+    ``args.model`` is the folder afterwards, and ``args.task`` what the model is for.
     """
     if not args.model.is_dir():
         args.model = _fetched(args)
@@ -41,6 +43,20 @@ def check_model(args: argparse.Namespace) -> None:
             f"--model: no safetensors weights in {folder}{found}"
             + ("; --allow-pickle loads them, if you trust their source" if pickled else "")
         )
+    args.task = args.task or task_of(folder)
+    _check_task(args)
+
+
+def _check_task(args: argparse.Namespace) -> None:
+    """Refuse what is not for the model's task."""
+    if args.new_head is not None and not TASKS[args.task].classifies:
+        raise ValueError(f"--new-head: --task {args.task} has no head of classes")
+    if args.task == CAUSAL:
+        return
+    for name in ("count_prompt", "chat_template", "keep"):
+        if getattr(args, name):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is for --task {CAUSAL}, and this is {args.task}")
 
 
 def _fetched(args: argparse.Namespace) -> Path:
@@ -74,7 +90,7 @@ def _fetched(args: argparse.Namespace) -> Path:
 
 def load_peft_model(args: argparse.Namespace, *, rank: int, alpha: int | None) -> Any:
     """The model with a default LoRA adapter on its targets."""
-    from filet.model.folder import load_adapted
+    from filet.model.folder import NewHead, load_adapted
 
     device = device_of(args)
     quiet_transformers(args)
@@ -89,6 +105,8 @@ def load_peft_model(args: argparse.Namespace, *, rank: int, alpha: int | None) -
             allow_pickle=args.allow_pickle,
             gradient_checkpointing=args.gradient_checkpointing,
             quantization_config=quantization_config_of(args),
+            task=args.task,
+            head=None if args.new_head is None else NewHead(args.new_head, args.num_labels),
         )
 
 
@@ -121,6 +139,7 @@ def quantization_config_of(args: argparse.Namespace) -> Any:
         double=args.double_quant,
         dtype=dtype_of(args),
         trust_remote_code=args.trust_remote_code,
+        task=args.task,
     )
 
 
@@ -129,7 +148,7 @@ def lora_config_of(args: argparse.Namespace, *, rank: int, alpha: int | None) ->
 
     targets = args.target_modules
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=TASKS[args.task].peft,
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
         use_rslora=getattr(args, "rslora", False),

@@ -34,6 +34,9 @@ class MomentHooks:
     checkpointing, whose recomputation runs in the backward. The output side is counted when the
     gradient arrives, which is once as well: of the two forward runs only one is differentiated.
 
+    Only the model that is to be trained is counted. A loss that compares it with a reference, the
+    same model with its adapters switched off or another one on (DPO), runs that as well.
+
     Attributes:
         moments: module → what was accumulated.
         shared_input: module → the module whose input moment it uses.
@@ -69,6 +72,7 @@ class MomentHooks:
         self.half = False
         self.peaks: list[Tensor] = []
         self._calls: dict[str, int] = {}
+        self._trained = {name: _switches(target) for name, target in targets.items()}
         self._check = FiniteCheck()
         self._replaced: set[nn.Module] = set()  # whose forwards are ours
         self._stack = contextlib.ExitStack()
@@ -202,6 +206,8 @@ class MomentHooks:
                 f"{target.name} was called with {type(args[0]).__name__ if args else 'no'} "
                 "positional input; expected a tensor, or target_modules without it"
             )
+        if self._of_reference(target):
+            return None
         x = args[0]
         why_not = None if target.values.casts else target.values.why_untrainable(x)
         if why_not is not None:
@@ -219,6 +225,8 @@ class MomentHooks:
                 f"{target.name} returned a {type(output).__name__}; expected a tensor, as a linear "
                 "layer returns it, or target_modules without it"
             )
+        if self._of_reference(target):
+            return
         self.half = self.half or output.dtype == torch.float16
         if output.requires_grad:
             x = args[0]
@@ -232,12 +240,17 @@ class MomentHooks:
         y = type(target.base).forward(target.base, x)
         return y
 
+    def _of_reference(self, target: Target) -> bool:
+        """Whether a call is by another model than the one that is to be trained."""
+        return _switches(target) != self._trained[target.name]
+
     def _hands_on(self, target: Target, x: Tensor) -> bool:
         moments, values = self.moments.get(target.name), target.values
         if (
             moments is None
             or (moments.input.space != "y" and moments.output.space != "h")
             or target.base not in self._replaced
+            or self._of_reference(target)
             or not hands_on(values.device)  # where a device map brings x, if it is elsewhere
             or torch.is_autocast_enabled(values.device.type)
         ):
@@ -286,6 +299,11 @@ class MomentHooks:
                     return
                 v = unrounded(v, target.weight_for(of_x), output.sum.dtype)
             self.rows.add(target.name, output, v, alpha=self.gradient_scale**-2)
+
+
+def _switches(target: Target) -> tuple[Any, bool]:
+    """Which adapters of a layer are active, and whether all are off."""
+    return target.layer._active_adapter, target.layer._disable_adapters
 
 
 def _entering(target: Target, v: Tensor) -> Tensor:

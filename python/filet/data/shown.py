@@ -8,7 +8,7 @@ from typing import Any
 
 from filet.model.batch import IGNORED
 
-__all__ = ["MARKS", "shown"]
+__all__ = ["MARKS", "shown", "shown_other"]
 
 MARKS = ("[[", "]]")
 
@@ -29,6 +29,13 @@ def shown(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> str:
     ]
     parts = [_part(tokenizer, part, marked) for marked, part in stretches[:_STRETCHES]]
     return "".join(parts) + (" ..." if len(stretches) > _STRETCHES else "")
+
+
+def shown_other(tokenizer: Any, ids: Sequence[int], labels: Sequence[Any]) -> str:
+    """One line: the sample decoded and, between :data:`MARKS`, its class or what it becomes."""
+    alone = len(labels) == 1
+    target = f"{MARKS[0]}{labels[0]}{MARKS[1]}" if alone else _part(tokenizer, labels, True)
+    return f"{_part(tokenizer, ids, False)} → {target}"
 
 
 def _part(tokenizer: Any, ids: Sequence[int], marked: bool) -> str:

@@ -31,6 +31,8 @@ KINDS = {
 }
 """Suffix of a file → what ``datasets`` calls its kind. All but parquet may be ``.gz`` as well."""
 
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 # Of a streamed data set on the Hub: rows among which the next one is drawn.
@@ -68,6 +70,7 @@ class Source:
         path = Path(self.path)
         if path.is_dir():
             found = _saved(path, self.split)
+            found = self._images(path) if found is None else found
             return self._files(_files_in(path)) if found is None else found
         if path.is_file():
             return self._files([path])
@@ -106,6 +109,15 @@ class Source:
         with _understood(Path(self.path)):
             more = _as_strings(names[0]) if kind == "csv" else {}
             return getattr(Dataset, f"from_{kind}")(names, streaming=streaming, **more)
+
+    def _images(self, folder: Path) -> Any:
+        """A folder of folders of images, each with the name of its class; None for another one."""
+        from datasets import load_dataset
+
+        if not any(path.suffix.lower() in _IMAGES for path in folder.glob("*/**/*")):
+            return None
+        with _understood(folder):
+            return load_dataset("imagefolder", data_dir=str(folder), split=self.split)
 
     def _downloaded(self) -> Any:
         from datasets import load_dataset

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import warnings
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,7 +16,11 @@ from filet.data.chat import encode_chat, shared_length
 from filet.data.samples import AnySample, Chat, Sample, Tokens
 from filet.model.batch import IGNORED
 
-__all__ = ["Encoded", "batches", "encode"]
+__all__ = ["Encoded", "Row", "batches", "encode", "usable"]
+
+
+Row = tuple[list[int], list[Any]]
+"""Token ids and labels of a sample."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,18 +30,22 @@ class Encoded:
     Attributes:
         rows: of every usable sample, in the order of the samples: token ids and labels.
         pad: the id that padding gets.
+        form: of the labels. "next": one for each token, predicted by the one before it. "own": one
+            for each token, predicted there. "other": a sequence of its own. "one": a single one.
     """
 
-    rows: list[tuple[list[int], list[int]]]
+    rows: list[Row]
     pad: int
+    form: Literal["next", "own", "other", "one"] = "next"
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def terms(self) -> int:
-        """Tokens that are predicted: labelled, and with one before them."""
-        return sum(label != IGNORED for _, labels in self.rows for label in labels[1:])
+        """Labels that are predicted; of "next" those with a token before them."""
+        first = 1 if self.form == "next" else 0
+        return sum(label != IGNORED for _, labels in self.rows for label in labels[first:])
 
     @property
     def tokens(self) -> int:
@@ -46,7 +55,7 @@ class Encoded:
         """Hexadecimal SHA-256 of all token ids and labels, in their order."""
         found = hashlib.sha256()
         for ids, labels in self.rows:
-            found.update(array("q", [len(ids), *ids, *labels]))
+            found.update(array("d", [len(ids), *ids, *labels]))
         return found.hexdigest()
 
     def share(self, rank: int, size: int) -> Encoded:
@@ -58,7 +67,7 @@ class Encoded:
         if size == 1:
             return self
         rows = sorted(self.rows, key=lambda row: -len(row[0]))
-        return Encoded(rows[rank::size], self.pad)
+        return dataclasses.replace(self, rows=rows[rank::size])
 
     def batches(self, batch_size: int, *, by_length: bool = False) -> list[dict[str, torch.Tensor]]:
         """Padded batches of all the samples.
@@ -73,22 +82,34 @@ class Encoded:
 
         Returns:
             One dict a batch of ``input_ids``, ``attention_mask`` and ``labels``, each (batch,
-            longest) int64 on the CPU. ``labels`` are the input ids (the model shifts them itself),
-            -100 on padding and on masked prompts. Padding goes to the right.
+            longest) int64 on the CPU. ``labels`` are -100 on padding and where nothing is
+            predicted; those of "next" are the input ids (the model shifts them itself), of "one"
+            they are (batch,). Padding goes to the right.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if not by_length:
             starts = range(0, len(self), batch_size)
-            return [_pad(self.rows[start : start + batch_size], self.pad) for start in starts]
+            return [self._padded(self.rows[start : start + batch_size]) for start in starts]
         rows = sorted(self.rows, key=lambda row: -len(row[0]))
         room = batch_size * len(rows[0][0]) if rows else 0
         found, start = [], 0
         while start < len(rows):
             stop = start + room // len(rows[start][0])
-            found.append(_pad(rows[start:stop], self.pad))
+            found.append(self._padded(rows[start:stop]))
             start = stop
         return found
+
+    def _padded(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        ids, labels = ([row[side] for row in rows] for side in (0, 1))
+        counted = [[1] * len(row) for row in ids]
+        return {
+            "input_ids": _stacked(ids, self.pad),
+            "attention_mask": _stacked(counted, 0),
+            "labels": torch.tensor([label for (label,) in labels])
+            if self.form == "one"
+            else _stacked(labels, IGNORED),
+        }
 
 
 def encode(
@@ -124,7 +145,7 @@ def encode(
     if pad is None:
         pad = 0 if eos is None else eos
 
-    rows: list[tuple[list[int], list[int]]] = []
+    rows: list[Row] = []
     for sample in samples:
         if isinstance(sample, Tokens):
             ids, labels = list(sample.ids), list(sample.labels)
@@ -137,15 +158,20 @@ def encode(
         if any(label != IGNORED for label in labels[1:]):
             rows.append((ids, labels))
 
-    dropped = len(samples) - len(rows)
-    if dropped:
-        why = f"fewer than 2 tokens, or nothing to predict within max_length={max_length}"
-        if not rows:
-            raise ValueError(f"no usable sample among {len(samples)}: {why}")
-        warnings.warn(f"dropped {dropped} of {len(samples)} samples: {why}", stacklevel=2)
-    if not rows:
+    why = f"fewer than 2 tokens, or nothing to predict within max_length={max_length}"
+    return Encoded(usable(rows, len(samples), why), pad)
+
+
+def usable(rows: list[Row], samples: int, why: str) -> list[Row]:
+    """The rows; a warning where some samples made none, a ValueError where none did."""
+    if not samples:
         raise ValueError("no samples")
-    return Encoded(rows, pad)
+    if not rows:
+        raise ValueError(f"no usable sample among {samples}: {why}")
+    if len(rows) < samples:
+        dropped = f"dropped {samples - len(rows)} of {samples} samples: {why}"
+        warnings.warn(dropped, stacklevel=3)
+    return rows
 
 
 def batches(
@@ -177,13 +203,9 @@ def _encode_text(
     return ids, [IGNORED] * start + ids[start:]
 
 
-def _pad(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, torch.Tensor]:
-    longest = max(len(ids) for ids, _ in rows)
-    input_ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
-    attention_mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-    labels = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)
-    for row, (ids, row_labels) in enumerate(rows):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        attention_mask[row, : len(ids)] = 1
-        labels[row, : len(ids)] = torch.tensor(row_labels)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+def _stacked(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+    """(rows, longest) int64, filled up to the right."""
+    found = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.int64)
+    for line, row in zip(found, rows, strict=True):
+        line[: len(row)] = torch.tensor(row)
+    return found

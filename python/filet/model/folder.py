@@ -1,4 +1,4 @@
-"""The causal language model in a local folder: what is refused of it, and the loading.
+"""The model in a local folder: what is refused of it, and the loading.
 
 transformers gives a weight that no file has random numbers, and a model of another task a head of
 its own: whoever only looks at the exit status trains on an initialisation of noise.
@@ -6,8 +6,10 @@ its own: whoever only looks at the exit status trains on an initialisation of no
 
 from __future__ import annotations
 
+import copy
 import os
 import re
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,15 +19,24 @@ from peft import LoraConfig, PeftModel
 
 from filet.model.checkpoint import check_shapes, missing_weight, understood, warn_of_unused
 from filet.model.targets import adapted
+from filet.model.tasks import CAUSAL, TASKS
 from filet.system.memory import named_shortage
 
-__all__ = ["Quantize", "load_adapted", "load_model", "outline", "quantization_of", "settings_of"]
+__all__ = [
+    "NewHead",
+    "Quantize",
+    "load_adapted",
+    "load_model",
+    "outline",
+    "quantization_of",
+    "settings_of",
+]
 
 Quantize = Literal["nf4", "fp4", "int8"]
 
 _EXPECTED = (
-    "expected a causal language model (filet.initialize_lora_filet_weights takes others, loaded by "
-    "their own class)"
+    "expected a causal language model, or another --task (filet.initialize_lora_filet_weights "
+    "takes any model, loaded by its own class)"
 )
 
 # What a class of transformers is for stands behind its last "For"; a bare model has none.
@@ -33,25 +44,42 @@ _TASK = re.compile(r".*For([A-Z]\w*)")
 _TASKS = ("CausalLM", "ConditionalGeneration")
 
 
-def settings_of(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
-    """The folder's config, of a causal language model; else a ValueError that says what it is of.
-
-    Loaded as a causal language model a classifier may lack nothing but sense: with tied embeddings
-    it has a head, and a BERT sees the very tokens that it is to predict.
-    """
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_MASKED_LM_MAPPING,
-        AutoConfig,
-    )
+def settings_of(
+    folder: str | os.PathLike[str], *, trust_remote_code: bool = False, task: str = CAUSAL
+) -> Any:
+    """The folder's config, of a model for ``task``; else a ValueError that says what it is of."""
+    import transformers
 
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"no config.json in {folder}; expected the folder of a model")
     with understood(folder):
-        settings = AutoConfig.from_pretrained(
+        settings = transformers.AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
+    if task == CAUSAL:
+        _check_causal(folder, settings)
+    elif type(settings) not in getattr(transformers, TASKS[task].auto)._model_mapping:
+        raise ValueError(
+            f"{folder} is of model_type {settings.model_type!r} (in config.json), of which "
+            f"transformers has no model for --task {task}"
+        )
+    if getattr(settings, "return_dict", True) is False:
+        raise ValueError(
+            f"{folder} has return_dict false in config.json, by which its outputs have no names; "
+            "expected true, or none"
+        )
+    return settings
+
+
+def _check_causal(folder: Path, settings: Any) -> None:
+    """ValueError for what is no causal language model.
+
+    Loaded as one, a classifier may lack nothing but sense: with tied embeddings it has a head, and
+    a BERT sees the very tokens that it is to predict.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
     names = getattr(settings, "architectures", None) or []
     tasks = [match[1] for match in map(_TASK.fullmatch, names) if match is not None]
     if tasks and not any(task.startswith(_TASKS) for task in tasks):
@@ -71,26 +99,25 @@ def settings_of(folder: str | os.PathLike[str], *, trust_remote_code: bool = Fal
             f"{folder} is of model_type {settings.model_type!r} and attends both ways, so that it "
             f"sees its labels (is_decoder in config.json is not true); {_EXPECTED}"
         )
-    if getattr(settings, "return_dict", True) is False:
-        raise ValueError(
-            f"{folder} has return_dict false in config.json, by which its outputs have no names; "
-            "expected true, or none"
-        )
-    return settings
 
 
 def outline(
-    settings: Any, dtype: Any, *, trust_remote_code: bool = False, quantizer: Any = None
+    settings: Any,
+    dtype: Any,
+    *,
+    trust_remote_code: bool = False,
+    quantizer: Any = None,
+    task: str = CAUSAL,
 ) -> Any:
-    """The causal language model of a config, its parameters on the meta device, in eval mode.
+    """The model of a config, its parameters on the meta device, in eval mode.
 
     ``quantizer``: transformers', which then has put its layers in, as it does before loading.
     """
+    import transformers
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
+        model = getattr(transformers, TASKS[task].auto).from_config(
             settings, dtype=dtype, trust_remote_code=trust_remote_code
         )
     model.tie_weights()  # again: the meta device parted them
@@ -117,21 +144,26 @@ def load_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     quantization_config: Any = None,
+    task: str = CAUSAL,
+    head: NewHead | None = None,
 ) -> Any:
-    """The causal language model of a folder, whole, on ``device``.
+    """The model of a folder, whole, on ``device``.
 
-    ``quantization_config``: transformers', by which it is quantised as it is loaded.
+    ``quantization_config``: transformers', by which it is quantised as it is loaded. ``head``: of a
+    classifier, drawn where the folder has none.
 
     Raises ValueError for another kind of model (:func:`settings_of`), and for a weight that no file
     has, or that is quantised without a word of it in config.json or has another shape, naming it;
     OutOfMemoryError where it does not fit. Warns of weights that the model does not use.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     from filet.model.checkpoint import check_numbers
 
     folder = Path(folder)
-    settings = settings_of(folder, trust_remote_code=trust_remote_code)
+    settings = settings_of(folder, trust_remote_code=trust_remote_code, task=task)
+    if head is not None and head.classes is not None:
+        settings.num_labels = head.classes
     saved = getattr(settings, "quantization_config", None)
     if saved is not None and quantization_config is not None:
         raise ValueError(
@@ -145,24 +177,51 @@ def load_model(
         quantised["quantization_config"] = quantization_config
     with understood(folder), named_shortage("loading", lambda: f"the loading of {folder}"):
         if saved is None:
-            make = partial(outline, settings, torch.float32, trust_remote_code=trust_remote_code)
+            make = partial(
+                outline, settings, torch.float32, trust_remote_code=trust_remote_code, task=task
+            )
             check_numbers(folder, make, pickled=allow_pickle)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=None if allow_pickle else True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused here, by name
-            **quantised,
-        )
+        with torch.random.fork_rng(devices=[], enabled=head is not None):
+            if head is not None:
+                torch.manual_seed(head.seed)
+            model, found = getattr(transformers, TASKS[task].auto).from_pretrained(
+                str(folder),
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused here, by name
+                **quantised,
+                **({} if head is None else {"config": settings}),
+            )
         check_shapes(folder, sorted(found["mismatched_keys"]))
-        if found["missing_keys"]:  # without those that are tied to one that is there
-            raise missing_weight(folder, sorted(found["missing_keys"]))
+        # Without those that are tied to one that is there.
+        _check_missing(folder, model, sorted(found["missing_keys"]), TASKS[task].classifies, head)
         model = model if quantised else model.to(device)
-    warn_of_unused(folder, model, found["unexpected_keys"])
+    unused = found["unexpected_keys"]
+    if head is not None:  # and what is not of the base is the head of another task
+        unused = [name for name in unused if name.startswith(f"{model.base_model_prefix}.")]
+    warn_of_unused(folder, model, unused)
     return model
+
+
+def _check_missing(
+    folder: Path, model: Any, names: list[str], classifies: bool, head: NewHead | None
+) -> None:
+    """ValueError for weights that no file has, but those of a new head."""
+    new = [name for name in names if not name.startswith(f"{model.base_model_prefix}.")]
+    new = new if classifies else []
+    rest = [name for name in names if name not in new]
+    if rest:
+        raise missing_weight(folder, rest)
+    if new and head is None:
+        raise ValueError(
+            f"{folder} has no weight for {new[0]}: the head of its classes is not there; expected "
+            "a model that has been trained for the task, or a seed for a new head (--new-head SEED)"
+        )
+    if head is not None and not new:
+        raise ValueError(f"{folder} has a head of classes; expected no --new-head")
 
 
 def quantization_of(
@@ -172,6 +231,7 @@ def quantization_of(
     double: bool = False,
     dtype: torch.dtype | Literal["auto"] = "auto",
     trust_remote_code: bool = False,
+    task: str = CAUSAL,
 ) -> Any:
     """transformers' config by which bitsandbytes quantises a folder's model as it is loaded.
 
@@ -182,7 +242,7 @@ def quantization_of(
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     if dtype == "auto":
-        settings = settings_of(folder, trust_remote_code=trust_remote_code)
+        settings = settings_of(folder, trust_remote_code=trust_remote_code, task=task)
         dtype = getattr(settings, "dtype", None) or torch.float32
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -190,6 +250,17 @@ def quantization_of(
         bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+@dataclass(frozen=True)
+class NewHead:
+    """A head of classes that no file has: the seed of its numbers, and how many classes.
+
+    ``classes`` None: as many as config.json says.
+    """
+
+    seed: int
+    classes: int | None = None
 
 
 def load_adapted(
@@ -203,8 +274,12 @@ def load_adapted(
     allow_pickle: bool = False,
     gradient_checkpointing: bool = False,
     quantization_config: Any = None,
+    task: str = CAUSAL,
+    head: NewHead | None = None,
 ) -> PeftModel:
     """The model of a folder with an adapter, drawn by PEFT from ``seed``.
+
+    A head of classes is trained, and belongs to the adapter.
 
     Raises what :func:`load_model` and :func:`filet.model.targets.adapted` do.
     """
@@ -215,8 +290,28 @@ def load_adapted(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
         quantization_config=quantization_config,
+        task=task,
+        head=head,
     )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.train()  # it checkpoints in this mode only; dropout is off in the pass
+    if TASKS[task].classifies:
+        lora_config = _with_head(lora_config, model)
     return adapted(model, lora_config, seed)
+
+
+def _with_head(lora_config: LoraConfig, model: Any) -> LoraConfig:
+    """A config by which all beside the base model is trained whole, and saved with the adapter.
+
+    PEFT knows heads that are called classifier or score, and no pooler before them.
+    """
+    heads = [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+    config = copy.copy(lora_config)
+    config.modules_to_save = heads
+    config.exclude_modules = rf"({'|'.join(map(re.escape, heads))})(\..*)?"
+    return config

@@ -24,7 +24,12 @@ from filet.model.targets import Target
 from filet.model.values import as_trained
 from filet.system.transfer import values
 
-__all__ = ["deterministic_attention", "preserved"]
+__all__ = [
+    "adapters_put_back",
+    "deterministic_attention",
+    "gradients_put_back",
+    "preserved",
+]
 
 # By which transformers asks the flash-attn package, which does not listen to torch, for a backward
 # without atomics. Read at every call.
@@ -48,7 +53,7 @@ def preserved(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_random_states())
         # Before the adapter is switched: PEFT has what it switches on trained.
-        stack.enter_context(_requires_grad(peft_model))
+        stack.enter_context(gradients_put_back(peft_model))
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -81,7 +86,7 @@ def _random_states() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _requires_grad(model: nn.Module) -> Iterator[None]:
+def gradients_put_back(model: nn.Module) -> Iterator[None]:
     """Whatever asks for a gradient is afterwards what it was."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
@@ -184,6 +189,26 @@ def _as_it_starts(
     adapters that are active beside it. An adapter that is not active is taken to be alone.
     """
     tuner = peft_model.base_model
+    with adapters_put_back(peft_model) as modules:
+        if adapter_name not in tuner.active_adapters:
+            tuner.set_adapter(adapter_name)
+        off = {(id(target.layer), adapter_name) for target in targets.values()}
+        off |= _adding_nothing(modules)
+        for module in modules:
+            module._disable_adapters = False
+            if isinstance(module, LoraLayer):
+                names = [name for name in module.active_adapters if (id(module), name) not in off]
+                module._active_adapter = names
+        yield
+
+
+@contextlib.contextmanager
+def adapters_put_back(peft_model: PeftModel) -> Iterator[list[Any]]:
+    """Which adapters are active, and in which modules they are off, is afterwards what it was.
+
+    Gives the modules that have any.
+    """
+    tuner = peft_model.base_model
     switches = {
         module: (module._active_adapter, module._disable_adapters)
         for module in peft_model.modules()
@@ -191,16 +216,7 @@ def _as_it_starts(
     }
     active = tuner.active_adapter
     try:
-        if adapter_name not in tuner.active_adapters:
-            tuner.set_adapter(adapter_name)
-        off = {(id(target.layer), adapter_name) for target in targets.values()}
-        off |= _adding_nothing(switches)
-        for module in switches:
-            module._disable_adapters = False
-            if isinstance(module, LoraLayer):
-                names = [name for name in module.active_adapters if (id(module), name) not in off]
-                module._active_adapter = names
-        yield
+        yield list(switches)
     finally:
         for module, (names, disabled) in switches.items():
             module._active_adapter, module._disable_adapters = names, disabled
