@@ -316,26 +316,24 @@ def initialize_folder(
         how["quantization_config"] = quantization_config
         if engine == "auto":
             engine = choose_engine(folder, lora_config, keep=keep is not None, **how)
+            if group is not None and "blockwise" in group.exchanged(engine):
+                engine = "blockwise"
         what = (folder, batches, output, lora_config, config, show_progress_bar)
         if engine == "memory":
             return _in_memory(*what, keep, saved, group, **how)
-        return _by_blocks(group, *what, host_memory, scratch, keep, saved, **how)
+        return _by_blocks(*what, host_memory, scratch, keep, saved, group=group, **how)
 
 
 def _own_device(group: Group | None, device: torch.device | str | None) -> Any:
-    """The GPU that this process of several was given, where none is named."""
-    if group is None or device is not None or not torch.cuda.is_available():
+    """The GPU that this process of several was given, where none is named, or just "cuda"."""
+    unnamed = device is None or torch.device(device) == torch.device("cuda")
+    if group is None or not unnamed or not torch.cuda.is_available():
         return device
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _by_blocks(group: Group | None, *what: Any, **how: Any) -> FiletReport:
-    """By the blockwise engine, which runs in one process. Arguments of :func:`blockwise_run`."""
-    if group is not None:
-        raise ValueError(
-            f"engine='blockwise' (or a model too large for a GPU) in {group.size} processes; "
-            "expected one process, or engine='memory'"
-        )
+def _by_blocks(*what: Any, **how: Any) -> FiletReport:
+    """By the blockwise engine. Arguments of :func:`blockwise_run`."""
     with blockwise_run(*what, **how) as run:
         run.sweep()
         return run.write(what[2])

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from filet.distributed.group import Group
 from filet.report.modules import ModuleReport
 from filet.select import Choice, Layer
 
@@ -26,6 +27,16 @@ class Finished:
     block: int
     choice: Choice
     unmasked: list[str]
+
+    def gathered(self, group: Group) -> Finished:
+        """With what the other processes chose in the block, in the first one. Collective."""
+        choice, unmasked = Choice(), set()
+        for each in group.gathered(self):
+            choice.layers |= each.choice.layers
+            choice.reports |= each.choice.reports
+            choice.left_default |= each.choice.left_default
+            unmasked.update(each.unmasked)
+        return Finished(self.block, choice, sorted(unmasked))
 
     def content(self) -> bytes:
         """Of the block's file: A, B if there is one, energies and indices, the rest as JSON."""

@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig
 from safetensors import safe_open
 
+from filet.blockwise.division import size_of
 from filet.blockwise.quantised import Unsupported, begin_packed, quantizer_of
-from filet.blockwise.stream import size_of
 from filet.config import FiletConfig, checked_config
 from filet.model.checkpoint import entries, shard_files, understood
 from filet.model.folder import outline, settings_of
