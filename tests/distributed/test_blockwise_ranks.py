@@ -303,7 +303,7 @@ def in_turn(rank: int, folder: Path, model: Path) -> list[str]:
         (Parts, "capture", 1),
         (ShardedWeights, "tensors", 6),
         (Parts, "run_block", 9),
-        (head, "loss_gradient", 3),
+        (head, "loss_gradient", 1),
         (engine, "write_folder", 0),
     ]
     said = []
