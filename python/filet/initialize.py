@@ -289,7 +289,8 @@ def initialize_folder(
         engine: "memory" loads the whole model onto ``device``; "blockwise" never does; "auto" is
             "memory" where weights and statistics fit there with room to spare.
         dtype, device: of the weights ("auto": as the folder says); a GPU if there is one.
-        host_memory: bytes for block inputs and gradients; half of what is available by default.
+        host_memory: bytes for block inputs and gradients; half of what is available by default. Of
+            several processes on one machine each gets its share.
         scratch: folder on a fast disk for what does not fit there; 90 % of its room may be used.
         trust_remote_code: run Python code that lies in the model's folder.
         overwrite: replace an adapter that is at ``output``, and what is at ``save_statistics``.
@@ -316,8 +317,6 @@ def initialize_folder(
         how["quantization_config"] = quantization_config
         if engine == "auto":
             engine = choose_engine(folder, lora_config, keep=keep is not None, **how)
-            if group is not None and "blockwise" in group.exchanged(engine):
-                engine = "blockwise"
         what = (folder, batches, output, lora_config, config, show_progress_bar)
         if engine == "memory":
             return _in_memory(*what, keep, saved, group, **how)

@@ -293,10 +293,10 @@ def test_resuming_with_other_data_to_keep_is_refused(folder: Path, tmp_path: Pat
     with pytest.raises(Crash):
         initialize(folder, tmp_path / "out", machine=in_step(disk=Failing(Crash())), keep=kept())
     mask, ids = (changed(kept(), key) for key in ("attention_mask", "input_ids"))
-    for other in (None, kept(3), kept()[:1], kept(size=2), mask, ids):
+    for other in (None, kept(3), kept()[:1], mask, ids):
         with pytest.raises(ValueError, match=r"not this one: keep is '\w+' there and"):
             initialize(folder, tmp_path / "out", keep=other)
-    report = initialize(folder, tmp_path / "out", keep=kept())
+    report = initialize(folder, tmp_path / "out", keep=kept(size=2))  # the same, in other batches
     assert_equal(report, initialize(folder, tmp_path / "memory", "memory", keep=kept()), 1e-5)
 
 

@@ -155,7 +155,7 @@ def streamed(rank: int, folder: Path, model: Path, quantize: Any) -> tuple[int, 
     groups = [found[:3], found[3:4], [], found[4:]]
     source = Counted(model, empty)
     alone = WeightStream(ShardedWeights(model, empty), CPU)
-    shared = WeightStream(source, CPU, channel=Channel(group))
+    shared = WeightStream(source, CPU, channel=Channel(group, CPU))
     seen: list[list[dict[str, Tensor]]] = [[], []]
     for index, stream in enumerate((alone, shared)):
         with closing(stream.loaded(groups)) as loaded:

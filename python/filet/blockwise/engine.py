@@ -124,7 +124,7 @@ class Blockwise:
             check_contrast_rank(self.model.targets)
         task = read_batches(batches, config, self.model.base, group)
         kept = read_keep(keep, config, self.model.peft_model, group)
-        self._channel = None if group is None else Channel(group)
+        self._channel = None if group is None else Channel(group, device)
         self.stream = WeightStream(source, device, channel=self._channel)
         whole = save_statistics is not None
         self._samples = [samples_of(batch) for batch in task[0]]
@@ -160,6 +160,8 @@ class Blockwise:
         if kind is not None and self._channel is not None:
             self._channel.stop()  # the others wait for no weights of this process
         self._stack.close()
+        if kind is None and self._channel is not None:
+            self._channel.close()
 
     def sweep(self) -> None:
         """Finish every block that is not yet. What is finished survives an exception."""

@@ -49,6 +49,8 @@ def manifest_of(
         "dtype": str(weights[0].dtype),
         "quantised": None if quantised is None else quantised.to_dict(),
         "device": device.type,
+        "data": None,  # of all processes, below
+        "keep": None,
         "statistics": statistics or None,
         "settings": dataclasses.asdict(config),
         "adapter": {
@@ -63,7 +65,8 @@ def manifest_of(
         group.check_same(dict(_flat(plain)))
         said = group.exchanged((data, keep))
         data, keep = ([each for its in said for each in its[which]] for which in (0, 1))
-    return {**plain, "data": digest_of(data), "keep": digest_of(keep) if keep else None}
+    plain |= {"data": digest_of(data), "keep": digest_of(keep) if keep else None}
+    return plain
 
 
 def _flat(manifest: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:

@@ -110,6 +110,13 @@ def _add_stats(stats: argparse.ArgumentParser) -> None:
         help="merge these files of statistics instead of running a model: the result is what one "
         "run over all their data gives",
     )
+    stats.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="take only the I-th of N parts of the samples, on a machine of its own, say; --merge "
+        "takes the N files",
+    )
     source = stats.add_argument_group("model and data (not with --merge)")
     _add_model(source, required=False)
     _add_data(source, source)
@@ -386,6 +393,15 @@ def _positive_float(text: str) -> float:
     return value
 
 
+def _shard(text: str) -> tuple[int, int]:
+    """``2/4``: the second of four."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, of = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= of:
+        raise argparse.ArgumentTypeError(f"must be I/N with 1 <= I <= N, got {text!r}")
+    return number, of
+
+
 def _seed(text: str) -> int:
     try:
         value = int(text)
@@ -436,10 +452,12 @@ def _check_stats(args: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         missing = [f"--{name}" for name in ("model", "data") if getattr(args, name) is None]
         if missing:
             parser.error(f"stats: {' and '.join(missing)} required (or --merge)")
-    elif any(given is not None for given in (args.model, args.data, args.keep)):
-        parser.error("stats: --merge excludes --model, --data and --keep")
+    elif any(given is not None for given in (args.model, args.data, args.keep, args.shard)):
+        parser.error("stats: --merge excludes --model, --data, --keep and --shard")
     elif len(args.merge) < 2:
         parser.error("stats: --merge needs at least two files")
+    if args.shard is not None and args.keep == "self":
+        parser.error("stats: --shard takes data to keep from a file, which all shards have")
     _check_names(args, parser)
     _check_fields(args, parser)
 

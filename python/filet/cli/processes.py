@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["agreed", "check_one_process", "launched", "rank_and_size"]
+__all__ = ["agreed", "launched", "rank_and_size"]
 
 
 @contextlib.contextmanager
@@ -55,16 +55,6 @@ def agreed(passes: int, batch_size: int) -> tuple[int, int]:
         return passes, batch_size
     said = group.exchanged((passes, batch_size))
     return max(each for each, _ in said), min(each for _, each in said)
-
-
-def check_one_process() -> None:
-    """ValueError for several: the blockwise engine runs in one."""
-    size = rank_and_size()[1]
-    if size > 1:
-        raise ValueError(
-            f"--engine blockwise (or a model too large for a GPU) in {size} processes; expected "
-            "one process (without torchrun), or --engine memory"
-        )
 
 
 def _start(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ class Encoded:
     @property
     def tokens(self) -> int:
         return sum(len(ids) for ids, _ in self.rows)
+
+    def digest(self) -> str:
+        """Of all token ids and labels, in their order."""
+        return hashlib.blake2b(repr(self.rows).encode(), digest_size=16).hexdigest()
 
     def share(self, rank: int, size: int) -> Encoded:
         """The samples of one process of several: every ``size``-th, the longest first.

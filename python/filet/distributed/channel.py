@@ -26,13 +26,19 @@ class Channel:
         open: no process has said yet that it is not fine.
     """
 
-    def __init__(self, group: Group) -> None:
-        """Collective."""
+    def __init__(self, group: Group, device: torch.device) -> None:
+        """For tensors of host memory and of this device. Collective."""
         self.group = group
         self.open = True
         self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        self._nccl = dist.new_group(backend="nccl", timeout=TIMEOUT) if group.uses_nccl else None
+        self._nccl = None
         self._last: tuple[Tensor, dist.Work] | None = None
+        if device.type == "cuda" and group.uses_nccl:
+            self._nccl = dist.new_group(backend="nccl", timeout=TIMEOUT)
+            # NCCL connects at the first use: here, while no other thread has it connect as well.
+            for each in (group.world, self._nccl):
+                dist.broadcast(torch.zeros(1, device=device), 0, group=each)
+            torch.cuda.synchronize(device)
 
     def agreed(self) -> bool:
         """Whether all processes are fine, which this one is. Collective."""
@@ -59,6 +65,14 @@ class Channel:
             with contextlib.suppress(RuntimeError):  # a process that is gone
                 work = dist.all_reduce(failed, group=self._control, async_op=True)
                 self._last = failed, work  # which are used until it has ended
+
+    def close(self) -> None:
+        """Give its groups up, when all processes are through with it."""
+        if self.open:
+            self.open = False
+            for each in (self._control, self._nccl):
+                if each is not None:
+                    dist.destroy_process_group(each)
 
     def carries(self, device: torch.device) -> bool:
         """Whether tensors on this device can travel."""
