@@ -177,8 +177,8 @@ def choose_engine(
 
     Of its free memory, that is; the rest is for activations. ``keep``: the inputs of the targets
     have a moment of data to keep as well. A kind of model that the blockwise
-    engine does not take is "memory" in any case. Of several processes all take "blockwise" where one
-    has to: collective.
+    engine does not take is "memory" in any case. Of several processes all take "blockwise" where
+    one has to: collective.
     """
     try:
         model = empty_model(
