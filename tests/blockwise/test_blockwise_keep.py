@@ -298,7 +298,7 @@ def test_resuming_with_other_data_to_keep_is_refused(folder: Path, tmp_path: Pat
             initialize(folder, tmp_path / "out", keep=other)
     initialize(folder, tmp_path / "out", keep=kept(size=2))  # the same, in other batches
     report = initialize(folder, tmp_path / "memory", "memory", keep=kept(size=2))
-    assert_equal(FiletReport.load(tmp_path / "out"), report, 3e-5)
+    assert_equal(filet.FiletReport.load(tmp_path / "out"), report, 3e-5)
 
 
 def test_a_shortage_says_where(

@@ -156,7 +156,7 @@ class Blockwise:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: object, *exception: object) -> None:
+    def __exit__(self, kind: object = None, *exception: object) -> None:
         if kind is not None and self._channel is not None:
             self._channel.stop()  # the others wait for no weights of this process
         self._stack.close()
