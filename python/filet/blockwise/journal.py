@@ -15,6 +15,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from filet.blockwise.arenas import Arena, Gradient, Layout
 from filet.blockwise.blockfile import Finished
 from filet.blockwise.disk import Abandoned
@@ -223,10 +225,11 @@ class Journal:
 
     def save_block(self, finished: Finished) -> None:
         """Begin to write a block's file, of what each process chose."""
+        others: Sequence[Tensor] = ()
         if self._group is not None:
-            finished = finished.gathered(self._group)
+            others = self._group.gathered(b"" if self._is_first else finished.content())
         if self._is_first:
-            self._saved.append(self._threads.submit(self._write_block, finished))
+            self._saved.append(self._threads.submit(self._write_block, finished, others))
 
     def save_statistics(self, block: int, statistics: Statistics) -> None:
         """Write a block's statistics, before its file. At once: they hold the device's memory."""
@@ -285,9 +288,10 @@ class Journal:
             self._group.settle()  # nobody writes any more, and the files of all blocks are there
         self._gradients.unlink()
 
-    def _write_block(self, finished: Finished) -> None:
+    def _write_block(self, finished: Finished, others: Sequence[Tensor]) -> None:
         with replaced(self._block_file(finished.block), durable=True) as beside:
-            self._disk.save(beside, memoryview(finished.content()))
+            whole = finished.with_others(others)
+            self._disk.save(beside, memoryview(whole.content()))
 
     def _write_gradient(
         self, block: int, gradient: Gradient, above: Sequence[Future[None]]

@@ -141,13 +141,16 @@ class Group:
             dist.broadcast_object_list(said, 0, group=self._control)
         return said[0]
 
-    def gathered(self, value: T) -> list[T]:
-        """What every process gave, in the first one; elsewhere nothing. Collective."""
-        self.settle()
-        said: list[Any] = [None] * self.size
-        with self.lost():
-            dist.gather_object(value, said if self.rank == 0 else None, 0, group=self._control)
-        return said if self.rank == 0 else []
+    def gathered(self, content: bytes) -> list[Tensor]:
+        """In the first process, the bytes of the others, which have none then. Collective."""
+        sizes = self.exchanged(len(content))
+        if self.rank:
+            self.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), 0)
+            return []
+        found = [torch.empty(size, dtype=torch.uint8) for size in sizes[1:]]
+        for rank, raw in enumerate(found, start=1):
+            self.receive(raw, rank)
+        return found
 
     def settle(self) -> None:
         """Wait for the others; raises where one of them failed. Collective."""
