@@ -16,6 +16,7 @@ from blockwise_runs import (
     Crash,
     assert_equal,
     assert_same_adapter,
+    boundary,
     in_step,
     initialize,
     kept,
@@ -27,6 +28,7 @@ import filet
 import models
 from filet import FiletConfig, FiletReport
 from filet.blockwise.batches import read_batches
+from filet.blockwise.disk import Disk
 from filet.blockwise.division import divided, size_of
 from filet.blockwise.folder import empty_model
 from filet.blockwise.samples import samples_of
@@ -116,6 +118,41 @@ def assert_same_statistics(many: Path, one: Path) -> None:
             assert here.space == there.space and int(here.count) == int(there.count)
             largest = float(there.sum.abs().max())
             torch.testing.assert_close(here.sum, there.sum, rtol=1e-5, atol=1e-5 * largest)
+
+
+def on_little_memory(rank: int, folder: Path, model: Path, scratch: bool) -> list[str]:
+    """What goes to the scratch folder; the least host memory that is taken, for two processes."""
+    names, save = [], Disk.save
+
+    def noted(disk: Disk, path: Path, *args: Any, **more: Any) -> None:
+        if "inputs-" in path.name:
+            names.append(str(path.relative_to(folder / "scratch").parts[1:]))
+        save(disk, path, *args, **more)
+
+    Disk.save = noted  # type: ignore[method-assign]
+    place = {"scratch": folder / "scratch"} if scratch else {}
+    memory = 2 * (5 if scratch else 6) * boundary(batches(0, 2))
+    initialise(model, folder / "many", rank, 2, host_memory=memory, overwrite=True, **place)
+    return names
+
+
+def with_too_little(rank: int, folder: Path, model: Path) -> None:
+    memory = 2 * 5 * boundary(batches(0, 2))
+    initialise(model, folder / "many", rank, 2, host_memory=memory, overwrite=True)
+
+
+def test_host_memory_is_shared_and_scratch_is_each_ones_own(tmp_path: Path) -> None:
+    model = model_folder("llama")
+    initialise(model, tmp_path / "one")
+    for scratch in (True, False):  # without it, blocks are recomputed
+        ranks = values(run(2, on_little_memory, tmp_path, model, scratch))
+        for rank, names in enumerate(ranks):
+            wanted = [str((str(rank), f"inputs-{block}.raw")) for block in range(LAYERS)]
+            assert sorted(names) == (wanted if scratch else [])
+        assert_same_adapter(tmp_path / "many", tmp_path / "one")
+    for said in errors(run(2, with_too_little, tmp_path, model)):
+        assert "expected host_memory of at least 144 KiB, or 120 KiB and a scratch" in said
+    assert not any((tmp_path / "scratch").iterdir())
 
 
 # Weights.

@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -147,12 +147,7 @@ class Blockwise:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.journal)
             if self.scratch is not None:
-                shutil.rmtree(self.scratch, ignore_errors=True)
-                if self.group is not None:
-                    self.group.settle()  # what others had there is gone
-                    self.scratch = self.scratch / str(self.group.rank)
-                self.scratch.mkdir(parents=True)
-                stack.callback(shutil.rmtree, self.scratch, ignore_errors=True)
+                stack.enter_context(self._cleared(self.scratch))
             self._stack = stack.pop_all()
         return self
 
@@ -162,6 +157,22 @@ class Blockwise:
         self._stack.close()
         if kind is None and self._channel is not None:
             self._channel.close()
+
+    @contextlib.contextmanager
+    def _cleared(self, scratch: Path) -> Iterator[None]:
+        """The scratch folder, without what a killed run left; of several processes each has one."""
+        shutil.rmtree(scratch, ignore_errors=True)
+        if self.group is not None:
+            self.group.settle()  # what others had there is gone
+            self.scratch = scratch / str(self.group.rank)
+        assert self.scratch is not None
+        self.scratch.mkdir(parents=True)
+        try:
+            yield
+        finally:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            with contextlib.suppress(OSError):  # others are in it yet, or it was this one
+                scratch.rmdir()
 
     def sweep(self) -> None:
         """Finish every block that is not yet. What is finished survives an exception."""
@@ -218,11 +229,11 @@ class Blockwise:
         if self.scratch is not None:
             free = self.machine.disk.free(self.scratch) // self._beside
             disk = int(free * DISK_SHARE) // nbytes
-        room = (self.host_memory // nbytes, disk)
+        host, top = self.host_memory // nbytes, self.journal.top
         if self.group is not None:  # all go through the same blocks in the same order
-            host, disks = zip(*self.group.exchanged(room), strict=True)
-            room = min(host), min(disks)
-        keeping = Keeping.choose(self.model.first, self.journal.top, *room, nbytes)
+            hosts, disks, sizes = zip(*self.group.exchanged((host, disk, nbytes)), strict=True)
+            host, disk, nbytes = min(hosts), min(disks), max(sizes)
+        keeping = Keeping.choose(self.model.first, top, host, disk, nbytes, self._beside)
         with_B = self.config.start == "untouched"
         self.journal.reserve(layout, self._samples, self.model.of_block, with_B, self.work.keeps)
         self.boundaries = Boundaries(
