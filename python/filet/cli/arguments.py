@@ -358,9 +358,9 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         "--host-memory",
         type=_bytes,
         metavar="SIZE",
-        help="blockwise: host memory for what goes between the blocks, 64G say, of all processes on "
-        "a machine; what does not fit is put on --scratch or computed again (default: half of what "
-        "is free)",
+        help="blockwise: host memory for what goes between the blocks, 64G say, of all processes "
+        "of a machine; what does not fit is put on --scratch or computed again (default: half of "
+        "what is free)",
     )
     group.add_argument(
         "--scratch",
