@@ -29,7 +29,7 @@ DEMO := build/demo
 PEFT_TESTS := build/.peft-tests
 
 .PHONY: help demo test bench bench-methods bench-model bench-syrk bench-quadform bench-blockwise
-.PHONY: bench-contrast bench-overlap bench-qlora
+.PHONY: bench-contrast bench-overlap bench-qlora bench-scale
 .PHONY: accuracy bench-effect bench-training lint sanitize clean test-peft
 .DELETE_ON_ERROR:
 
@@ -81,6 +81,9 @@ bench-training: $(INSTALLED)  ## what the frozen half of an adapter costs in tra
 
 bench-blockwise: $(INSTALLED)  ## a block of Llama-3-70B, in and out of a GPU
 	$(BIN)/python benchmarks/bench_blockwise.py $(BENCH_ARGS)
+
+bench-scale: $(INSTALLED)  ## the same work on 1, 2, 4, ... GPUs: in memory, and block by block
+	$(BIN)/python benchmarks/bench_scale.py --output build/bench $(BENCH_ARGS)
 
 bench-effect: $(INSTALLED) $(MODEL)  ## compare starts; with BENCH_ARGS on other data, on a GPU
 ifeq ($(strip $(BENCH_ARGS)),)

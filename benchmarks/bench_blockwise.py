@@ -93,6 +93,9 @@ class Cycle:
         for entry in wanted:
             yield entry, self._made[self._key(entry)]
 
+    def made_with(self, entry: Entry) -> str | None:
+        return None
+
     def identity(self) -> dict[str, Any]:
         return {"random": self.blocks}
 

@@ -15,9 +15,11 @@ import bench_blockwise
 import bench_contrast
 import bench_methods
 import bench_model
+import bench_scale
 import recipes
 import shapes
 from oracle import factors, fisher_energies
+from ranks import run, values
 
 CUDA = torch.cuda.is_available()
 SMALL = ["--samples", "8", "--length", "24", "--batch-size", "4", "--rank", "8"]
@@ -371,3 +373,27 @@ def test_options_that_do_not_fit_are_refused(script, capsys):
         with pytest.raises(SystemExit):
             script.main([option, "llama-1b"])
         assert "need" in capsys.readouterr().err
+
+
+def scale_on(rank, folder, options):
+    return bench_scale.measured(options, rank, rank, 2)
+
+
+@pytest.mark.skipif(CUDA, reason="each of its processes takes a GPU")
+def test_bench_scale(tmp_path, capsys, one_thread):
+    options = bench_scale.arguments(["--blocks", "2", "--samples", "8", "--batch-size", "2"])
+    one = bench_scale.measured(options, 0, 0, 1)
+    many, nothing = values(run(2, scale_on, tmp_path, options))
+    assert [row["mode"] for row, _ in one] == [row["mode"] for row, _ in many] == [*options.only]
+    assert nothing[1][1] == {}  # blocks' files are the first process's
+    rows = bench_scale.compared([*one, *many])
+    for first, second in zip(rows[:2], rows[2:], strict=True):
+        assert first["speedup"] == 1 and first["difference"] == 0
+        assert second["speedup"] == first["seconds"] / second["seconds"]
+        assert second["efficiency"] == second["speedup"] / 2
+        assert 0 < second["difference"] < 1e-4
+    assert rows[2]["reduce_s"] > 0 == rows[0]["reduce_s"]
+    assert abs(rows[3]["host_GiB"] / rows[1]["host_GiB"] - 0.5) < 0.01
+    bench_scale.show(rows)
+    said = capsys.readouterr().out
+    assert "in memory" in said and "blockwise" in said and "waited_processes_%" in said

@@ -289,7 +289,8 @@ def initialize_folder(
         engine: "memory" loads the whole model onto ``device``; "blockwise" never does; "auto" is
             "memory" where weights and statistics fit there with room to spare.
         dtype, device: of the weights ("auto": as the folder says); a GPU if there is one.
-        host_memory: bytes for block inputs and gradients; half of what is available by default.
+        host_memory: bytes for block inputs and gradients; half of what is available by default. Of
+            several processes on one machine each gets its share.
         scratch: folder on a fast disk for what does not fit there; 90 % of its room may be used.
         trust_remote_code: run Python code that lies in the model's folder.
         overwrite: replace an adapter that is at ``output``, and what is at ``save_statistics``.
@@ -319,23 +320,19 @@ def initialize_folder(
         what = (folder, batches, output, lora_config, config, show_progress_bar)
         if engine == "memory":
             return _in_memory(*what, keep, saved, group, **how)
-        return _by_blocks(group, *what, host_memory, scratch, keep, saved, **how)
+        return _by_blocks(*what, host_memory, scratch, keep, saved, group=group, **how)
 
 
 def _own_device(group: Group | None, device: torch.device | str | None) -> Any:
-    """The GPU that this process of several was given, where none is named."""
-    if group is None or device is not None or not torch.cuda.is_available():
+    """The GPU that this process of several was given, where none is named, or just "cuda"."""
+    unnamed = device is None or torch.device(device) == torch.device("cuda")
+    if group is None or not unnamed or not torch.cuda.is_available():
         return device
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _by_blocks(group: Group | None, *what: Any, **how: Any) -> FiletReport:
-    """By the blockwise engine, which runs in one process. Arguments of :func:`blockwise_run`."""
-    if group is not None:
-        raise ValueError(
-            f"engine='blockwise' (or a model too large for a GPU) in {group.size} processes; "
-            "expected one process, or engine='memory'"
-        )
+def _by_blocks(*what: Any, **how: Any) -> FiletReport:
+    """By the blockwise engine. Arguments of :func:`blockwise_run`."""
     with blockwise_run(*what, **how) as run:
         run.sweep()
         return run.write(what[2])

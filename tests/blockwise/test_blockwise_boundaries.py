@@ -37,11 +37,12 @@ from transformers import AutoModelForCausalLM
 
 from filet.blockwise.arenas import Arena, ArenaPool, Layout, check_pinned
 from filet.blockwise.disk import Abandoned, Disk
+from filet.blockwise.division import size_of
 from filet.blockwise.folder import empty_model
 from filet.blockwise.inputs import BlockInputs
 from filet.blockwise.keeping import Keeping
 from filet.blockwise.machine import Clock, Machine
-from filet.blockwise.stream import WeightStream, size_of
+from filet.blockwise.stream import WeightStream
 from filet.blockwise.weights import ShardedWeights, Stored
 from filet.model.chain import Parts
 from filet.model.checkpoint import Entry, entries
@@ -438,6 +439,9 @@ def test_an_error_of_the_loading_thread_arrives(folder: Path) -> None:
     class Broken:
         def tensors(self, wanted: Any) -> Iterator[Any]:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        def made_with(self, entry: Entry) -> str | None:
+            return None
 
         def identity(self) -> dict[str, Any]:
             return {}

@@ -125,7 +125,9 @@ def test_what_is_refused(
         ("init --model m --statistics s --output o --keep self", "--keep is for 'filet stats'"),
         ("init --model m --statistics s --output o --engine blockwise", "need the whole model"),
         ("init --model m --data d.txt --output o --damping 0", "must be a positive number"),
-        ("stats --merge a b --output o --keep self", "--merge excludes --model, --data and --keep"),
+        ("stats --merge a b --output o --keep self", "--merge excludes --model, --data, --keep"),
+        ("stats --merge a b --output o --shard 1/2", "--data, --keep and --shard"),
+        ("stats --model m --data d --output o --shard 1/2 --keep self", "from a file"),
     ],
 )
 def test_wrong_usage(argv: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,9 +26,10 @@ from quantised_folders import (
 from torch import Tensor, nn
 from transformers import FineGrainedFP8Config
 
+from filet.blockwise.division import size_of
 from filet.blockwise.folder import choose_engine, empty_model
 from filet.blockwise.quantised import Unsupported
-from filet.blockwise.stream import WeightStream, size_of
+from filet.blockwise.stream import WeightStream
 from filet.blockwise.weights import ShardedWeights
 from filet.model.checkpoint import entries
 from filet.model.packed import begin_quantised

@@ -48,9 +48,9 @@ class Layout:
             self.offsets.append(self.nbytes)
             size = shape.numel() * dtype.itemsize
             self.nbytes += -(-size // ALIGNMENT) * ALIGNMENT
-        self.of_gradients = [*self.offsets, self.nbytes][
-            len(shapes) if gradients is None else gradients
-        ]
+        self.nbytes = max(self.nbytes, ALIGNMENT)  # of a process without a batch
+        number = len(shapes) if gradients is None else gradients
+        self.of_gradients = [*self.offsets, self.nbytes][number] if number else 0
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         return [
@@ -101,11 +101,20 @@ class Arena:
 
         Returns the bytes that follow.
         """
+        self._settle()
+        return disk.load(path, self.bytes()[:nbytes], trailer, direct=direct)
+
+    def clear(self) -> None:
+        """Zeros, to be written to by the host."""
+        self._settle()
+        self.buffer.zero_()
+
+    def _settle(self) -> None:
+        """Wait for all copies that use the arena, before the host writes to it."""
         if self.read is not None:
             self.read.synchronize()
         self.wait_written()
         self.written = [None] * len(self.views)
-        return disk.load(path, self.bytes()[:nbytes], trailer, direct=direct)
 
     def save(
         self,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,11 +16,13 @@ from filet.collect.batches import PreparedBatches
 from filet.collect.keep import Keep, Unlabelled, check_keep
 from filet.collect.run import check_terms
 from filet.config import FiletConfig
+from filet.distributed.group import Group
+from filet.distributed.samples import share
 from filet.loss.sampling import uniform
 from filet.model.batch import IGNORED, without_token_mask
 from filet.model.inputs import Inputs, Prepared
 
-__all__ = ["Batch", "counts_of", "read_batches", "read_keep"]
+__all__ = ["Batch", "read_batches", "read_keep"]
 
 
 @dataclass(eq=False)
@@ -39,7 +41,7 @@ class Batch:
         return ids.numel()
 
 
-def counts_of(batches: Sequence[Batch]) -> dict[str, int]:
+def _counts_of(batches: Sequence[Batch]) -> dict[str, int]:
     """How many "samples", "tokens" and "loss_terms" they have."""
     return {
         "samples": sum(batch.samples for batch in batches),
@@ -49,9 +51,15 @@ def counts_of(batches: Sequence[Batch]) -> dict[str, int]:
 
 
 def read_batches(
-    batches: Iterable[Mapping[str, Any]], config: FiletConfig, model: nn.Module
-) -> list[Batch]:
-    """The batches up to ``config.samples``, and which positions predict what."""
+    batches: Iterable[Mapping[str, Any]],
+    config: FiletConfig,
+    model: nn.Module,
+    group: Group | None = None,
+) -> tuple[list[Batch], dict[str, int]]:
+    """The batches up to ``config.samples``, and which positions predict what; and their counts.
+
+    Of several processes each reads its share, which may be nothing, and the counts are of all.
+    """
     inputs = Inputs(model)
     if not inputs.shift:
         raise ValueError(
@@ -59,21 +67,22 @@ def read_batches(
             "those whose logits predict the next token"
         )
     check = partial(_check_form, ("input_ids", "labels"))
-    prepared = PreparedBatches(batches, config, inputs, lambda: True, check)
-    result = [_read(each, config) for each in prepared]
-    if not result:
+    result, counts = _read_all(batches, config, inputs, check, group)
+    if not counts["samples"]:
         raise ValueError("there was no sample; expected at least one")
-    check_terms(prepared.samples, sum(batch.rows.numel() for batch in result))
-    return result
+    check_terms(counts["samples"], counts["loss_terms"])
+    return result, counts
 
 
-def read_keep(keep: Keep | None, config: FiletConfig, peft_model: PeftModel) -> list[Batch]:
+def read_keep(
+    keep: Keep | None, config: FiletConfig, peft_model: PeftModel, group: Group | None = None
+) -> tuple[list[Batch], dict[str, int]]:
     """The batches of data to keep up to ``config.samples``, without labels; none where it is None.
 
-    The model is one that :func:`read_batches` has taken.
+    The model is one that :func:`read_batches` has taken. The rest as there.
     """
     if keep is None:
-        return []
+        return [], _counts_of([])
     check_keep(keep, peft_model)
     if isinstance(keep, str):
         raise ValueError(
@@ -83,11 +92,26 @@ def read_keep(keep: Keep | None, config: FiletConfig, peft_model: PeftModel) -> 
         )
     check = partial(_check_form, ("input_ids",))
     inputs = Inputs(peft_model.base_model.model)
-    prepared = PreparedBatches(Unlabelled(keep), config, inputs, lambda: True, check)
-    result = [_read(each, config) for each in prepared]
-    if not result:
+    result, counts = _read_all(Unlabelled(keep), config, inputs, check, group)
+    if not counts["samples"]:
         raise ValueError("the data to keep gave no sample; expected at least one")
-    return result
+    return result, counts
+
+
+def _read_all(
+    batches: Iterable[Any],
+    config: FiletConfig,
+    inputs: Inputs,
+    check: Callable[[Any, int], None],
+    group: Group | None,
+) -> tuple[list[Batch], dict[str, int]]:
+    if group is not None:
+        batches, samples = share(group, batches, config.samples)
+        config = replace(config, samples=samples)
+    prepared = PreparedBatches(batches, config, inputs, lambda: True, check)
+    result = [_read(each, config) for each in prepared]
+    counts = _counts_of(result)
+    return result, counts if group is None else group.summed(counts)
 
 
 def _check_form(keys: Sequence[str], batch: Mapping[str, Any], number: int) -> None:

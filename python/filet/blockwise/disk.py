@@ -70,6 +70,11 @@ class Disk:
             read_at(file, path, goal, 0)
             return os.pread(file, trailer, len(goal))
 
+    def part(self, path: Path, goal: memoryview, offset: int) -> None:
+        """Fill ``goal`` with the bytes of a file from ``offset`` on."""
+        with _opened(path, os.O_RDONLY, direct=False) as file:
+            read_at(file, path, goal, offset)
+
     def free(self, folder: Path) -> int:
         """Bytes that are free where ``folder`` lies."""
         return shutil.disk_usage(folder).free

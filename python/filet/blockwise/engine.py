@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
+from torch import Tensor
 
 from filet.adapter.saved import write_folder
 from filet.adapter.write import commit, materialise_rest
@@ -44,6 +45,7 @@ from filet.blockwise.parted import PartedModel
 from filet.blockwise.plan import RunPlan
 from filet.blockwise.progress import Times, say
 from filet.blockwise.rehearse import Measured, Rehearsal, disk_seconds, plan_of
+from filet.blockwise.samples import samples_of
 from filet.blockwise.stream import WeightStream
 from filet.blockwise.sweeps import Reverse, capture, check_candidates, forward
 from filet.blockwise.weights import ShardedWeights, WeightSource
@@ -52,6 +54,8 @@ from filet.collect.keep import Keep, check_keep_used
 from filet.collect.padding import warn_of_padding
 from filet.collect.statistics import Statistics
 from filet.config import FiletConfig, resolved
+from filet.distributed.channel import Channel
+from filet.distributed.group import Group
 from filet.model.isolation import preserved
 from filet.report.report import FiletReport
 from filet.select import Choice, check_contrast_rank, warn_of
@@ -73,6 +77,10 @@ class Blockwise:
         times: seconds that the run took and waited.
         memory: the peak of the GPU's memory, measuring for the plan included.
         boundaries: where block inputs and gradients go, once their size is known.
+
+    Of several processes (``group``) each takes its share of the batches, and all go through the
+    blocks together: each reads its share of a block's weights, and chooses for its share of the
+    block's modules. ``host_memory`` is that of the processes on one machine.
     """
 
     def __init__(
@@ -91,6 +99,7 @@ class Blockwise:
         machine: Machine | None = None,
         keep: Keep | None = None,
         save_statistics: Path | None = None,
+        group: Group | None = None,
     ) -> None:
         if device.type == "cuda":
             torch.cuda.init()  # what preserved() makes deterministic depends on it
@@ -100,27 +109,37 @@ class Blockwise:
         self.device = device
         self.scratch = scratch
         self.save_statistics = save_statistics
-        self.host_memory = host_memory or available_on_host() // 2
-        self.show = show_progress_bar
+        self.group = group
+        # Of this process: what those on one machine may have, they share.
+        self._beside = 1 if group is None else group.beside()
+        self.host_memory = (host_memory or available_on_host() // 2) // self._beside
+        self.show = show_progress_bar and (group is None or group.rank == 0)
         self.machine = machine or Machine()
-        self.times = Times(self.machine.clock, device)
+        self.times = Times(self.machine.clock, device, group is not None)
         self.memory = PeakMemory(device)
         self.plan: RunPlan | None = None
         self.boundaries: Boundaries | None = None
         self.model = PartedModel(model, lora_config, device)
         if config.select == "contrast":
             check_contrast_rank(self.model.targets)
-        task = read_batches(batches, config, self.model.base)
-        kept = read_keep(keep, config, self.model.peft_model)
-        self.stream = WeightStream(source, device)
-        entries, whole = self.model.entries, save_statistics is not None
+        task = read_batches(batches, config, self.model.base, group)
+        kept = read_keep(keep, config, self.model.peft_model, group)
+        self._channel = None if group is None else Channel(group, device)
+        self.stream = WeightStream(source, device, channel=self._channel)
+        whole = save_statistics is not None
+        self._samples = [samples_of(batch) for batch in task[0]]
+        digests = [each.digest for its in self._samples for each in its]
+        to_keep = [each.digest for batch in kept[0] for each in samples_of(batch)]
         quantised = getattr(self.model.base.config, "quantization_config", None)
         manifest = manifest_of(
-            source, task, kept, lora_config, config, entries, quantised, device, whole
+            source, digests, to_keep, lora_config, config, self.model.entries, quantised, device,
+            whole, group,
+        )  # fmt: skip
+        self.work = Work(
+            self.model, task, kept, config, self.stream, self.times, self.show, group, whole
         )
-        self.work = Work(self.model, task, kept, config, self.stream, self.times, show_progress_bar)
         self.journal = Journal(
-            run_folder, manifest, self.model.first, self.model.number, self.machine, whole
+            run_folder, manifest, self.model.first, self.model.number, self.machine, whole, group
         )
         self._stack = contextlib.ExitStack()
 
@@ -128,14 +147,32 @@ class Blockwise:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.journal)
             if self.scratch is not None:
-                shutil.rmtree(self.scratch, ignore_errors=True)
-                self.scratch.mkdir(parents=True)
-                stack.callback(shutil.rmtree, self.scratch, ignore_errors=True)
+                stack.enter_context(self._cleared(self.scratch))
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object = None, *exception: object) -> None:
+        if kind is not None and self._channel is not None:
+            self._channel.stop()  # the others wait for no weights of this process
         self._stack.close()
+        if kind is None and self._channel is not None:
+            self._channel.close()
+
+    @contextlib.contextmanager
+    def _cleared(self, scratch: Path) -> Iterator[None]:
+        """The scratch folder, without what a killed run left; of several processes each has one."""
+        shutil.rmtree(scratch, ignore_errors=True)
+        if self.group is not None:
+            self.group.settle()  # what others had there is gone
+            self.scratch = scratch / str(self.group.rank)
+        assert self.scratch is not None
+        self.scratch.mkdir(parents=True)
+        try:
+            yield
+        finally:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            with contextlib.suppress(OSError):  # others are in it yet, or it was this one
+                scratch.rmdir()
 
     def sweep(self) -> None:
         """Finish every block that is not yet. What is finished survives an exception."""
@@ -185,23 +222,36 @@ class Blockwise:
             say(self.plan.text())
         return boundaries, hidden
 
-    def _room(self, stack: contextlib.ExitStack, layout: Layout) -> Boundaries:
-        """Decide what is kept where, now that the size of a boundary is known."""
+    def _room(self, stack: contextlib.ExitStack, hidden: Tensor | None) -> Boundaries:
+        """Decide what is kept where, now that the first batch shows what a boundary is like."""
+        layout = self._layout(hidden)
         nbytes, disk = layout.nbytes, 0
         if self.scratch is not None:
-            disk = int(self.machine.disk.free(self.scratch) * DISK_SHARE) // nbytes
-        keeping = Keeping.choose(
-            self.model.first, self.journal.top, self.host_memory // nbytes, disk, nbytes
-        )
+            free = self.machine.disk.free(self.scratch) // self._beside
+            disk = int(free * DISK_SHARE) // nbytes
+        host, top = self.host_memory // nbytes, self.journal.top
+        if self.group is not None:  # all go through the same blocks in the same order
+            hosts, disks, sizes = zip(*self.group.exchanged((host, disk, nbytes)), strict=True)
+            host, disk, nbytes = min(hosts), min(disks), max(sizes)
+        keeping = Keeping.choose(self.model.first, top, host, disk, nbytes, self._beside)
         with_B = self.config.start == "untouched"
-        keep = bool(self.work.keep)
-        self.journal.reserve(layout.of_gradients, self.model.of_block, with_B, keep)
+        self.journal.reserve(layout, self._samples, self.model.of_block, with_B, self.work.keeps)
         self.boundaries = Boundaries(
             layout, keeping, self.device, self.scratch, self.times, self.machine
         )
         stack.callback(self.boundaries.close)
         stack.callback(self.journal.settle)  # the output's thread may read an arena
         return self.boundaries
+
+    def _layout(self, hidden: Tensor | None) -> Layout:
+        """Of a boundary of this process, given one batch of it; None: another process has one."""
+        form = None if hidden is None else (hidden.shape[-1], hidden.dtype)
+        if self.group is not None:
+            form = next(each for each in self.group.exchanged(form) if each is not None)
+        assert form is not None
+        width, dtype = form
+        shapes = [torch.Size((*b.inputs["input_ids"].shape, width)) for b in self.work.batches]
+        return Layout(shapes, dtype, len(self.work.task))
 
     def _forward(self, boundaries: Boundaries, hidden: Arena) -> Arena:
         """All blocks up to the topmost one to finish; returns its outputs."""
@@ -216,14 +266,22 @@ class Blockwise:
         top = self.journal.top
         hidden, _ = forward(self.work, boundaries, hidden, range(top), reverse.groups)
         boundaries.keep(top, hidden)
-        return self.journal.load_gradient(boundaries.pool.get())
+        return self.journal.load_gradient(boundaries.pool.get(), boundaries.layout)
 
     def write(self, output: Path) -> FiletReport:
         """The adapter's folder, from the blocks' files. Returns the report, which is in it.
 
         Before it the statistics, where they are wanted. With the adapter there, the run folder is
-        removed on leaving.
+        removed on leaving. Of several processes the first one writes.
         """
+        if self.group is None:
+            return self._written(output)
+        report = self._written(output) if self.group.rank == 0 else None
+        whole = self.group.from_first(report)
+        assert whole is not None
+        return whole
+
+    def _written(self, output: Path) -> FiletReport:
         start = self.times.clock.now()
         model, whole = self.model, Choice()
         left: dict[str, str] = dict(model.unsupported)
@@ -281,6 +339,7 @@ def blockwise_run(
     trust_remote_code: bool,
     quantization_config: Any,
     machine: Machine | None = None,
+    group: Group | None = None,
 ) -> Blockwise:
     """The run of :func:`filet.initialize_folder`, whose arguments have been checked."""
     model = empty_model(
@@ -304,4 +363,5 @@ def blockwise_run(
         machine=machine,
         keep=keep,
         save_statistics=save_statistics,
+        group=group,
     )

@@ -12,9 +12,10 @@ import torch
 from peft import LoraConfig
 from safetensors import safe_open
 
+from filet.blockwise.division import size_of
 from filet.blockwise.quantised import Unsupported, begin_packed, quantizer_of
-from filet.blockwise.stream import size_of
 from filet.config import FiletConfig, checked_config
+from filet.distributed.group import current
 from filet.model.checkpoint import entries, shard_files, understood
 from filet.model.folder import outline, settings_of
 from filet.model.inputs import check_dataloader
@@ -176,7 +177,8 @@ def choose_engine(
 
     Of its free memory, that is; the rest is for activations. ``keep``: the inputs of the targets
     have a moment of data to keep as well. A kind of model that the blockwise
-    engine does not take is "memory" in any case.
+    engine does not take is "memory" in any case. Of several processes all take "blockwise" where
+    one has to: collective.
     """
     try:
         model = empty_model(
@@ -187,9 +189,17 @@ def choose_engine(
         )
     except Unsupported:
         return "memory"
+    group = current()
+    fits = _fits(model, lora_config, device, keep)
+    everywhere = fits if group is None else all(group.exchanged(fits))
+    return "memory" if everywhere else "blockwise"
+
+
+def _fits(model: Any, lora_config: LoraConfig, device: torch.device, keep: bool) -> bool:
+    """Whether weights and second moments leave the device a quarter of its free memory."""
     weights = size_of(entries(model))
     peft_model = adapted(model, lora_config)
     targets, _ = find_targets(peft_model, ADAPTER, loaded=False)
     moments = sum((3 if keep else 2) * 4 * min(target.shape) ** 2 for target in targets.values())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_on_host()
-    return "memory" if weights + moments <= 0.75 * free else "blockwise"
+    return weights + moments <= 0.75 * free

@@ -46,7 +46,7 @@ def head(work: Work, boundaries: Boundaries, hidden: Arena, then: Groups) -> Gra
                 peak = torch.maximum(peak, gradient.abs().amax())
             work.store(gradient, gradients, index)
             progress.advance(work.model.number, index)
-    made = Gradient(gradients, scale, float(peak))
+    made = Gradient(gradients, scale, work.largest(float(peak)))
     boundaries.pool.put(hidden)
     return made
 

@@ -1,6 +1,7 @@
 """What a blockwise run has finished, in a folder: a run that was killed goes on there.
 
-The folder is written beside the computation. Every file is complete or absent.
+The folder is written beside the computation. Every file is complete or absent. Of several processes
+the first has the folder, and writes everything but the others' gradients.
 """
 
 from __future__ import annotations
@@ -8,20 +9,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from filet.blockwise.arenas import Arena, Gradient
+from torch import Tensor
+
+from filet.blockwise.arenas import Arena, Gradient, Layout
 from filet.blockwise.blockfile import Finished
 from filet.blockwise.disk import Abandoned
+from filet.blockwise.gradients import Gradients
 from filet.blockwise.machine import Machine
 from filet.blockwise.manifest import compare
+from filet.blockwise.samples import Sample
 from filet.collect.sizes import moment_bytes
 from filet.collect.statistics import Statistics
+from filet.distributed.group import Group
 from filet.model.targets import Target
 from filet.system.files import replaced
 from filet.system.lock import FolderLock
@@ -31,12 +36,11 @@ __all__ = ["Journal"]
 
 _MANIFEST = "manifest.json"
 
-# After a gradient in its file: what it is multiplied by, and its largest number where that matters.
-_TRAILER = struct.Struct("<dd")
-
 
 class Journal:
     """The run folder, locked and in use by one run.
+
+    What several processes do with it they do together.
 
     A context manager. On leaving, the folder is removed if there is nothing in it to go on from, or
     after :meth:`discard`.
@@ -44,6 +48,7 @@ class Journal:
     Attributes:
         folder: created on entering, if it is not there.
         top: the block to go on with, in descending order; below ``first`` when all are finished.
+        has_gradient: whether the gradient that it needs was in the folder.
         reserved: bytes of disk that the run needs there (:meth:`reserve`).
         with_statistics: whether each block's are kept, to be written in the end.
     """
@@ -56,13 +61,18 @@ class Journal:
         number: int,
         machine: Machine,
         with_statistics: bool = False,
+        group: Group | None = None,
     ) -> None:
         """``first``: the lowest block to finish, of ``number`` blocks."""
+        self._group = group
+        self._is_first = group is None or group.rank == 0
         self.with_statistics = with_statistics
         self.folder = folder
         self.top = number - 1
+        self.has_gradient = False
         self.reserved = 0
-        self._of_gradient: int | None = None  # bytes of an arena that are a gradient's
+        rank, size = (0, 1) if group is None else (group.rank, group.size)
+        self._gradients = Gradients(folder, machine.disk, rank, size)
         self._manifest = manifest
         self._first = first
         self._number = number
@@ -72,15 +82,21 @@ class Journal:
         self._needed = True
         self._threads = machine.writers()
         self._writing: Future[None] | None = None  # the last gradient
+        self._last: int | None = None  # whose that is
         self._being_written: Arena | None = None
         self._saved: list[Future[None]] = []  # the files of this run's blocks
         self._useless = threading.Event()  # the gradient that is being written is
 
     def __enter__(self) -> Journal:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._lock)
-            self._resume()
-            stack.callback(self._leave)
+            if self._is_first:
+                stack.enter_context(self._lock)
+            complete = self._complete()
+            if self._is_first:
+                self._resume(complete)
+                stack.callback(self._leave)
+            if self._group is not None:
+                self.top, self.has_gradient = self._group.from_first((self.top, self.has_gradient))
             stack.callback(self._threads.shutdown, cancel_futures=True)
             self._stack = stack.pop_all()
         return self
@@ -93,22 +109,15 @@ class Journal:
         self._needed = False
 
     def _leave(self) -> None:
-        if not self._needed or not self._finished_before(self._next_block()):  # nothing to go on
-            self._lock.remove()
+        complete = self._gradients.complete()
+        if not self._needed or not self._finished_before(self._next_block(complete), complete):
+            self._lock.remove()  # there is nothing to go on from
 
     # What is there.
 
-    @property
-    def has_gradient(self) -> bool:
-        """Whether the gradient that block ``top`` needs is in the folder."""
-        return self._gradient_file(self.top).is_file()
-
-    def load_gradient(self, arena: Arena) -> Gradient:
-        """The gradient with respect to block ``top``'s outputs, into ``arena``."""
-        path = self._gradient_file(self.top)
-        trailer = arena.load(self._disk, path, _TRAILER.size, nbytes=self._of_gradient)
-        scale, peak = _TRAILER.unpack(trailer)
-        return Gradient(arena, scale, peak)
+    def load_gradient(self, arena: Arena, layout: Layout) -> Gradient:
+        """The gradient with respect to block ``top``'s outputs, into ``arena`` of that layout."""
+        return self._gradients.load(self.top, arena, layout)
 
     def finished(self) -> Iterator[Finished]:
         """All blocks in descending order, from their files."""
@@ -120,46 +129,57 @@ class Journal:
         blocks = range(self._first, self._number)
         return [Statistics.load(self._statistics_file(block)) for block in blocks]
 
-    def _resume(self) -> None:
+    def _complete(self) -> Set[int]:
+        """The blocks of whose outputs all processes find all gradients, in the locked folder."""
+        if self._group is None:
+            return self._gradients.complete()
+        self._group.settle()  # the folder is there, and the first process has it
+        return set.intersection(*self._group.exchanged(self._gradients.complete()))
+
+    def _resume(self, complete: Set[int]) -> None:
         """Check that the folder is of this run, or begin one; find the block to go on with."""
         path = self.folder / _MANIFEST
         for left in self.folder.glob(".*"):  # by a kill while a file was written
             left.unlink()
+        if not path.is_file():
+            # A process may have gone on writing when the first one had given the folder up.
+            self._gradients.unlink()
+            complete = set()
         others = [each for each in self.folder.iterdir() if each.name != "lock"]
         if others and not path.is_file():
             raise ValueError(f"{self.folder} is there, but no run of filet; expected no folder")
-        self.top = self._next_block()
-        if self._finished_before(self.top):
+        self.top = self._next_block(complete)
+        self.has_gradient = self.top in complete
+        if self._finished_before(self.top, complete):
             compare(json.loads(path.read_text()), self._manifest, self.folder)
         else:
             with replaced(path, durable=True) as beside:
                 beside.write_text(json.dumps(self._manifest, indent=1))
-        for block in self._numbers("block"):
+        for block in self._blocks():
             if block <= self.top:  # not finished: its gradient never came
                 self._block_file(block).unlink()
-        self._unlink_gradients(but=self.top)
+        self._gradients.unlink(but=self.top)
 
-    def _numbers(self, kind: str) -> list[int]:
-        """The blocks that there is a file of this kind of."""
-        return [int(each.stem.rpartition("-")[2]) for each in self.folder.glob(f"{kind}-*")]
+    def _blocks(self) -> set[int]:
+        """Those that there is a file of."""
+        return {int(each.stem.rpartition("-")[2]) for each in self.folder.glob("block-*")}
 
-    def _next_block(self) -> int:
+    def _next_block(self, complete: Set[int]) -> int:
         """Of the reverse sweep: the first that is not finished.
 
         Blocks are finished, those above them too, when their files are there and the gradient that
         the next one needs; or when the files of all are.
         """
-        there, lowest = set(self._numbers("block")), self._number
+        there, lowest = self._blocks(), self._number
         while lowest - 1 in there:
             lowest -= 1
         if lowest <= self._first:
             return self._first - 1
-        gradients = [block for block in self._numbers("gradient") if block + 1 >= lowest]
-        return min(gradients, default=self._number - 1)
+        return min((block for block in complete if block + 1 >= lowest), default=self._number - 1)
 
-    def _finished_before(self, block: int) -> bool:
+    def _finished_before(self, block: int, complete: Set[int]) -> bool:
         """Whether there is something to go on from at this block: at least the head's gradient."""
-        return block < self._number - 1 or self._gradient_file(block).is_file()
+        return block < self._number - 1 or block in complete
 
     def _block_file(self, block: int) -> Path:
         return self.folder / f"block-{block}.safetensors"
@@ -167,62 +187,67 @@ class Journal:
     def _statistics_file(self, block: int) -> Path:
         return self.folder / f"statistics-{block}.safetensors"
 
-    def _gradient_file(self, block: int) -> Path:
-        """The gradient with respect to a block's output."""
-        return self.folder / f"gradient-{block}.raw"
-
-    def _unlink_gradients(self, but: int | None = None) -> None:
-        for block in self._numbers("gradient"):
-            if block != but:
-                self._gradient_file(block).unlink()
-
     # What comes in, written beside the computation.
 
     def reserve(
         self,
-        gradient: int,
+        layout: Layout,
+        batches: Sequence[Sequence[Sample]],
         of_block: Sequence[dict[str, Target]],
         with_B: bool,
         keep: bool,
     ) -> None:
-        """See that the disk has what the run will need, for gradients of so many bytes.
+        """See that the disk has what the run will need, for gradients of these samples.
 
         ``with_B``: whether blocks have B beside A. ``keep``: whether statistics have moments of
         data to keep. Raises OSError where the disk has less.
         """
-        self._of_gradient = gradient
+        self._gradients.describe(layout, batches)
+        gradients = self._gradients.nbytes
+        if self._group is not None:
+            gradients = self._group.summed({"gradients": gradients})["gradients"]
         # Two gradients at a time, and A, B and the energies of what is not finished.
         shapes = [
             (target.rank, *target.shape)
             for mine in of_block[self._first : self.top + 1]
             for target in mine.values()
         ]
-        self.reserved = 2 * (gradient + _TRAILER.size) + sum(
+        self.reserved = 2 * gradients + sum(
             4 * rank * (m + n if with_B else n) + 8 * n for rank, m, n in shapes
         )
         if self.with_statistics:  # at most: who shares an input shows only when they are taken
             for mine in of_block[self._first : self.top + 1]:
                 self.reserved += sum(map(sum, moment_bytes(mine, {}, keep).values()))
         free = self._disk.free(self.folder)
-        if free < self.reserved:
+        if self._is_first and free < self.reserved:
             text = f"{readable(self.reserved)} needed, {readable(free)} free"
             raise OSError(errno.ENOSPC, text, str(self.folder))
 
     def save_block(self, finished: Finished) -> None:
-        """Begin to write a block's file."""
-        self._saved.append(self._threads.submit(self._write_block, finished))
+        """Begin to write a block's file, of what each process chose."""
+        others: Sequence[Tensor] = ()
+        if self._group is not None:
+            others = self._group.gathered(b"" if self._is_first else finished.content())
+        if self._is_first:
+            self._saved.append(self._threads.submit(self._write_block, finished, others))
 
     def save_statistics(self, block: int, statistics: Statistics) -> None:
         """Write a block's statistics, before its file. At once: they hold the device's memory."""
-        with replaced(self._statistics_file(block), durable=True) as beside:
-            statistics.save(beside)
+        whole = statistics.whole()
+        if whole is not None:
+            with replaced(self._statistics_file(block), durable=True) as beside:
+                whole.save(beside)
 
     def save_gradient(self, block: int, gradient: Gradient) -> None:
-        """Begin to write what ``block`` needs to go on.
+        """Begin to write what ``block`` needs to go on, where nobody :meth:`is_behind`.
 
-        Its arena is read for that; :meth:`release` says until when. With this file the blocks above
-        are finished, so it comes after theirs.
+        Its arena is read for that; :meth:`release` says until when. With this file, and those of
+        the other processes, the blocks above are finished, so it comes after theirs.
         """
+        if self._group is not None and self._writing is not None:
+            # Only now is it known that all processes have the one before, and who needs no older.
+            self._gradients.unlink(but=self._last)
+        self._last = block
         self._being_written = gradient.arena
         above = list(self._saved)
         self._writing = self._threads.submit(self._write_gradient, block, gradient, above)
@@ -232,7 +257,8 @@ class Journal:
         for each in [*self._saved, *([] if self._writing is None else [self._writing])]:
             if each.done():
                 each.result()
-        return self._writing is not None and not self._writing.done()
+        behind = self._writing is not None and not self._writing.done()
+        return behind if self._group is None else any(self._group.exchanged(behind))
 
     def release(self, arena: Arena, put: Callable[[Arena], None]) -> None:
         """``put`` the arena back as soon as no gradient is being written from it."""
@@ -258,20 +284,21 @@ class Journal:
                 self._writing.result()
         for each in self._saved:
             each.result()
-        self._unlink_gradients()
+        if self._group is not None:
+            self._group.settle()  # nobody writes any more, and the files of all blocks are there
+        self._gradients.unlink()
 
-    def _write_block(self, finished: Finished) -> None:
+    def _write_block(self, finished: Finished, others: Sequence[Tensor]) -> None:
         with replaced(self._block_file(finished.block), durable=True) as beside:
-            self._disk.save(beside, memoryview(finished.content()))
+            whole = finished.with_others(others)
+            self._disk.save(beside, memoryview(whole.content()))
 
     def _write_gradient(
         self, block: int, gradient: Gradient, above: Sequence[Future[None]]
     ) -> None:
-        with replaced(self._gradient_file(block), durable=True) as beside:
-            trailer = _TRAILER.pack(gradient.scale, gradient.peak)
-            gradient.arena.save(
-                self._disk, beside, trailer, self._useless, nbytes=self._of_gradient
-            )
+        with replaced(self._gradients.path(block), durable=True) as beside:
+            self._gradients.save(beside, gradient, self._useless)
             for each in above:
                 each.result()
-        self._unlink_gradients(but=block)
+        if self._group is None:
+            self._gradients.unlink(but=block)

@@ -29,10 +29,13 @@ class Keeping:
     arenas: int  # of host memory, at most
 
     @classmethod
-    def choose(cls, first: int, last: int, host: int, disk: int, nbytes: int) -> Keeping:
+    def choose(
+        cls, first: int, last: int, host: int, disk: int, nbytes: int, processes: int = 1
+    ) -> Keeping:
         """For the reverse sweep over blocks ``last`` … ``first``.
 
         ``host`` and ``disk`` are how many boundaries fit there. The smallest stride that fits.
+        ``processes``: that share the host memory, for the error where nothing does.
         """
         number = last - first + 1
         for stride in range(1, number + 1):
@@ -53,11 +56,13 @@ class Keeping:
             )
             return cls(stride, kept, on_disk, host)
         best = min(-(-number // stride) + stride - 1 for stride in range(1, number + 1))
+        of_each = f", for each of {processes} processes" if processes > 1 else ""
+        whole = nbytes * processes
         raise ValueError(
             f"host_memory holds {host} of the block boundaries of {readable(nbytes)} each, and the "
-            f"scratch folder {disk}; expected host_memory of at least "
-            f"{readable((_WORKING_ON_HOST + best) * nbytes)}, or {readable(_WORKING * nbytes)} "
-            f"and a scratch folder with {readable(number * nbytes / DISK_SHARE)} free"
+            f"scratch folder {disk}{of_each}; expected host_memory of at least "
+            f"{readable((_WORKING_ON_HOST + best) * whole)}, or {readable(_WORKING * whole)} "
+            f"and a scratch folder with {readable(number * whole / DISK_SHARE)} free"
         )
 
     def steps(self, top: int) -> list[tuple[bool, int]]:

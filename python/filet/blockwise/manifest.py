@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from torch import Tensor
 
-from filet.blockwise.batches import Batch
+from filet.blockwise.samples import digest_of
 from filet.blockwise.weights import WeightSource
 from filet.config import FiletConfig
+from filet.distributed.group import Group
 from filet.model.checkpoint import Entry
 
 __all__ = ["compare", "manifest_of"]
 
-_FORMAT = "filet-run-1"
+_FORMAT = "filet-run-2"
 
 
 def manifest_of(
     source: WeightSource,
-    batches: Sequence[Batch],
-    keep: Sequence[Batch],
+    data: Sequence[str],
+    keep: Sequence[str],
     lora_config: LoraConfig,
     config: FiletConfig,
     weights: Sequence[Entry],
     quantised: Any,
     device: torch.device,
     statistics: bool,
+    group: Group | None = None,
 ) -> dict[str, Any]:
-    """What the result depends on.
+    """What the result depends on. Collective: ValueError where processes differ in it.
 
-    ``keep``: data to keep, if there is any. ``quantised``: the model's quantisation config, or
-    None. ``statistics``: whether they are kept of every block.
+    Not on which process has which samples, and in what batches.
+
+    Args:
+        data, keep: digests of this process's samples, of the task, and to keep, if there are any.
+        quantised: the model's quantisation config, or None.
+        statistics: whether they are kept of every block.
     """
     manifest = {
         "format": _FORMAT,
@@ -45,8 +49,8 @@ def manifest_of(
         "dtype": str(weights[0].dtype),
         "quantised": None if quantised is None else quantised.to_dict(),
         "device": device.type,
-        "data": _digest(batches),
-        "keep": _digest(keep) if keep else None,
+        "data": None,  # of all processes, below
+        "keep": None,
         "statistics": statistics or None,
         "settings": dataclasses.asdict(config),
         "adapter": {
@@ -57,18 +61,21 @@ def manifest_of(
     }
     # As it will be read back.
     plain: dict[str, Any] = json.loads(json.dumps(manifest, default=str))
+    if group is not None:
+        group.check_same(dict(_flat(plain)))
+        said = group.exchanged((data, keep))
+        data, keep = ([each for its in said for each in its[which]] for which in (0, 1))
+    plain |= {"data": digest_of(data), "keep": digest_of(keep) if keep else None}
     return plain
 
 
-def _digest(batches: Sequence[Batch]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for batch in batches:
-        own = {"rows": batch.rows, "labels": batch.labels, "tokens that count": batch.mask}
-        for key, value in sorted({**batch.inputs, **own}.items()):
-            digest.update(f"{key}:{getattr(value, 'shape', value)}".encode())
-            if isinstance(value, Tensor):
-                digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _flat(manifest: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """Its values, by their places."""
+    for key, value in manifest.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{where}{key}.")
+        else:
+            yield f"{where}{key}", value
 
 
 def compare(there: Any, now: Any, folder: Path, where: str = "") -> None:

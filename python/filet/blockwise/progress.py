@@ -35,15 +35,17 @@ class Times:
     Attributes:
         seconds: phase → what it took, after the device has done everything.
         waited: how long the computation of the sweeps waited: for weights; for host memory to be
-            made (once each arena); for a disk.
+            made (once each arena); for a disk; for other processes, exchanges with them included.
         blocks: sweep → what each block took, by the host, which a GPU may be two batches behind.
             "recomputed" is a block's forward in the reverse sweep, for the inputs of the next ones.
     """
 
-    def __init__(self, clock: Clock, device: torch.device) -> None:
+    def __init__(self, clock: Clock, device: torch.device, several: bool = False) -> None:
+        """``several``: processes."""
         self.clock = clock
+        self._several = several
         self.seconds: dict[str, float] = {}
-        self.waited = {"weights": 0.0, "memory": 0.0, "disk": 0.0}
+        self.waited = {"weights": 0.0, "memory": 0.0, "disk": 0.0, "processes": 0.0}
         kinds = ("forward", "recomputed", "reverse")
         self.blocks: dict[str, list[float]] = {kind: [] for kind in kinds}
         self._device = device
@@ -65,6 +67,7 @@ class Times:
             f"waited        {self.waited['weights']:.1f} s for weights, "
             f"{self.waited['memory']:.1f} s for host memory to be page-locked, "
             f"{self.waited['disk']:.1f} s for the disk"
+            + (f", {self.waited['processes']:.1f} s for processes" if self._several else "")
         )
 
     @contextlib.contextmanager

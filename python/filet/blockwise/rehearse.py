@@ -17,11 +17,12 @@ from torch import Tensor
 from filet.blockwise.arenas import Arena
 from filet.blockwise.boundaries import Boundaries
 from filet.blockwise.disk import Disk
+from filet.blockwise.division import size_of
 from filet.blockwise.head import HEAD, loss_gradient
 from filet.blockwise.journal import Journal
 from filet.blockwise.machine import PeakMemory
 from filet.blockwise.plan import RunPlan
-from filet.blockwise.stream import size_of, whole_bytes
+from filet.blockwise.stream import whole_bytes
 from filet.blockwise.work import Work
 from filet.collect.hooks import MomentHooks
 
@@ -57,6 +58,8 @@ class _Largest:
     @classmethod
     def of(cls, work: Work, batches: range) -> _Largest:
         sizes = [work.batches[index].positions for index in batches]
+        if not sizes:  # a process without samples
+            return cls(-1, "no", 0, 0.0)
         index = batches[sizes.index(max(sizes))]
         shape = "×".join(map(str, work.batches[index].inputs["input_ids"].shape))
         timed = min(_TIMED, len(sizes)) if work.device.type == "cuda" else 1
@@ -71,13 +74,13 @@ class Rehearsal:
         self.boundaries = boundaries
         self.memory = memory
         self.all, self.task = _Largest.of(work, work.all), _Largest.of(work, work.task)
-        self.keep = _Largest.of(work, work.keep) if work.keep else None
+        self.keep = _Largest.of(work, work.keep) if work.keeps else None
 
     def head(self, arena: Arena) -> float:
         """Seconds that the head takes for all batches; its weights have to be in the model."""
         work, largest = self.work, self.task
         work.place.set(HEAD)
-        seconds = 0.0
+        seconds, gradient = 0.0, None
         with self.boundaries.pool.paused():
             for _ in range(_ROUNDS):
                 start = self._clock()
@@ -106,7 +109,7 @@ class Rehearsal:
         forward, begin, reverse, finish, kept, choice = (
             b - a for a, b in itertools.pairwise(times)
         )
-        task = begin + (self.task.share - 1 / self.task.timed) * reverse + finish
+        task = begin + (self.task.share - 1 / max(1, self.task.timed)) * reverse + finish
         return Measured(
             loading,
             forward * self.all.share,
@@ -141,7 +144,8 @@ class Rehearsal:
         times.append(self._clock())
         forward_bytes = self.memory.reset()
         with MomentHooks(work.model.of_block[block], work.config) as hooks:
-            back(hooks)  # which also makes the moments
+            if self.task.timed:
+                back(hooks)  # which also makes the moments
             times.append(self._clock())
             for _ in range(self.task.timed):
                 back(hooks)
@@ -149,16 +153,18 @@ class Rehearsal:
         hooks.finish()
         hooks.check_finite(f"batch {self.task.index} (counted from 0)")
         times.append(self._clock())
-        kept = None
+        taken, kept = work.taken(block, hooks), None
         if self.keep is not None:
-            with work.to_keep(block, hooks) as kept:
+            with work.to_keep(block, taken) as of_keep:
                 for _ in range(self.keep.timed):
                     hidden, *leaves = fetched(self.keep)
-                    work.inputs(block, self.keep.index, hidden, leaves, kept)
-            kept.finish()
+                    work.inputs(block, self.keep.index, hidden, leaves, of_keep)
+            of_keep.finish()
+            kept = work.taken_to_keep(taken, of_keep)
+            del of_keep
         times.append(self._clock())
-        work.finished(block, work.statistics(block, hooks, kept), ())
-        del hooks, kept
+        work.finished(block, work.statistics(block, taken, kept), ())
+        del hooks, taken, kept
         times.append(self._clock())
         return times, forward_bytes
 
@@ -224,7 +230,7 @@ def _device_bytes(
     # Two places for blocks, beside what the next sweep begins with; and what is on its way in and
     # out. Measured was with places for the last block and the first with targets, which were there.
     places = 2 * max(of_block)
-    largest = max(shape.numel() for shape in layout.shapes) * layout.dtype.itemsize
+    largest = max((s.numel() for s in layout.shapes), default=0) * layout.dtype.itemsize
     more = places - 2 * max(of_block[-1], of_block[model.first]) + 4 * largest
     # A weight to be quantised has a place before, and then two copies: in 16 bits, and packed.
     whole = max(map(whole_bytes, model.weights))

@@ -3,6 +3,9 @@
 A thread has the files read into two pinned buffers and copies these to the device, into the one of
 two places that the group now computing does not use. Packed weights are copied as they are. Weights
 that are to be quantised come one by one to a place of their own, and from there into theirs.
+
+Of several processes each reads its share of a group (:mod:`filet.blockwise.division`), and then all
+give the others theirs: as bytes, whatever the weights are.
 """
 
 from __future__ import annotations
@@ -17,21 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from filet.blockwise.division import ALIGNMENT, Division, divided, size_of
 from filet.blockwise.weights import Stored, WeightSource
+from filet.distributed.channel import Channel
 from filet.model.checkpoint import Entry
 from filet.model.packed import Packed
 
-__all__ = ["Groups", "Loading", "WeightStream", "size_of", "whole_bytes"]
+__all__ = ["Groups", "Loading", "WeightStream", "whole_bytes"]
 
 Groups = Sequence[Sequence[Entry]]  # of weights that are on the device together
-_ALIGNMENT = 256  # bytes: what the allocator itself gives, and TMA and vector loads ask for
 _PIECE = 2**27  # bytes of a pinned buffer
-
-
-def size_of(group: Sequence[Entry]) -> int:
-    """Bytes of a group in memory."""
-    parts = (part for entry in group for part in entry.parts.values())
-    return sum(-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in parts)
 
 
 def whole_bytes(group: Sequence[Entry]) -> int:
@@ -46,11 +44,18 @@ class WeightStream:
     not there, in seconds; on a GPU it is taken from events when :meth:`settle` is called.
     """
 
-    def __init__(self, source: WeightSource, device: torch.device, piece: int = _PIECE) -> None:
-        """``piece``: bytes of each pinned buffer."""
+    def __init__(
+        self,
+        source: WeightSource,
+        device: torch.device,
+        piece: int = _PIECE,
+        channel: Channel | None = None,
+    ) -> None:
+        """``piece``: bytes of each pinned buffer. ``channel``: to those who load with this one."""
         self.source = source
         self.device = device
         self.piece = piece
+        self.channel = channel
         self.waited = 0.0
         self.loading = 0.0  # seconds that the loading thread took for the last group
         self._ahead: Loading | None = None  # what the next sweep begins with
@@ -95,6 +100,13 @@ class WeightStream:
         else:
             self.waited += after - before
 
+    def divided(self, group: Sequence[Entry]) -> Division:
+        """Who reads what of a group; everything is this process's where nothing can travel."""
+        channel = self.channel
+        if channel is None or not channel.carries(self.device):
+            return Division(group, [], [])
+        return divided(group, channel.group.size, self.source.made_with)
+
     def _timestamp(self) -> Any:
         if self.device.type != "cuda":
             return time.perf_counter()
@@ -108,7 +120,7 @@ class Loading:
 
     def __init__(self, weights: WeightStream, groups: Groups) -> None:
         self.weights = weights
-        self.groups = groups
+        self.groups = [weights.divided(group) for group in groups]
         self.device = weights.device
         self._next = 0
         self._used: Tensor | None = None  # the place of the group that is in the model
@@ -137,16 +149,19 @@ class Loading:
             loaded = self._ready.get()
             if isinstance(loaded, BaseException):
                 raise loaded
+            if loaded is None:
+                self._raise_what_others_did()
             place, event = loaded
             if event is not None:
                 torch.cuda.current_stream(self.device).wait_event(event)
         index, self._next, self._used = self._next, self._next + 1, place
-        self._in_model.enter_context(_placed(self.groups[index], place))
+        self._in_model.enter_context(_placed(self.groups[index].group, place))
         return index
 
     def close(self) -> None:
         """Take the weights out of the model, stop the loader where it is, and free the places."""
-        self._leave()
+        self._in_model.close()
+        self._used = None  # not the loader's any more: it would begin what no other process does
         self._free.put(None)
         self._loader.join()
         if self._stream is not None:  # before the places become somebody else's memory
@@ -169,7 +184,14 @@ class Loading:
             event.record(torch.cuda.current_stream(self.device))
         self._free.put((place, event))
 
+    def _raise_what_others_did(self) -> None:
+        channel = self.weights.channel
+        assert channel is not None
+        channel.group.settle()
+        raise RuntimeError("another process gave up its weights without an error of its own")
+
     def _load(self) -> None:
+        channel = self.weights.channel
         try:
             with contextlib.ExitStack() as stack:
                 staging = None
@@ -177,44 +199,89 @@ class Loading:
                     stack.enter_context(torch.cuda.device(self.device))
                     stack.enter_context(torch.cuda.stream(self._stream))
                     staging = _Staging(self.weights.piece)
-                for group in self.groups:
+                for division in self.groups:
                     taken = self._free.get()
                     if taken is None:
+                        if channel is not None:
+                            channel.stop()
                         return
                     place, event = taken
-                    if event is not None:
-                        torch.cuda.current_stream(self.device).wait_event(event)
-                    start = time.perf_counter()
-                    self._fill_place(group, place, staging)
-                    if staging is not None:
-                        event = torch.cuda.Event()
-                        event.record()
-                    self.weights.loading = time.perf_counter() - start
-                    self._ready.put((place, event))
+                    if not self._fill(division, place, event, staging):
+                        self._ready.put(None)
+                        return
         except BaseException as error:
             self._ready.put(error)
 
-    def _fill_place(self, group: Sequence[Entry], place: Tensor, staging: _Staging | None) -> None:
-        """Have a group's weights read into a place, those to be quantised by way of their own."""
-        ways = {}  # of what is read: its goal, and who quantises that, into which views
+    def _fill(
+        self, division: Division, place: Tensor, event: Any, staging: _Staging | None
+    ) -> bool:
+        """Have a group in a place, and say so; False where another process failed."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+        channel = self.weights.channel
+        start = time.perf_counter()
+        try:
+            self._fill_place(division, place, staging)
+        except BaseException:
+            if channel is not None:
+                channel.stop()
+            raise
+        if channel is not None:
+            if not channel.agreed():
+                return False
+            channel.share(place, division.cuts)
+        there = None
+        if staging is not None:
+            there = torch.cuda.Event()
+            there.record()
+        self.weights.loading = time.perf_counter() - start
+        self._ready.put((place, there))
+        return True
+
+    def _fill_place(self, division: Division, place: Tensor, staging: _Staging | None) -> None:
+        """Have this process's share of a group read into a place.
+
+        Weights to be quantised by way of their own.
+        """
+        # Of what is read: its goal, from which of its elements on, who quantises that, into what.
+        ways: dict[int, tuple[Tensor, int, Packed | None, Mapping[str, Tensor]]] = {}
         wanted: list[Entry] = []
-        for entry, views in zip(group, _views(group, place), strict=True):
+        for entry, parts, mine in self._mine(division, place):
             stored = entry.stored
-            wanted += stored
             if _is_quantised(entry):
-                ways[id(entry)] = _view(entry, self._whole, 0), entry.packed, views
-            else:
-                for each, view in zip(stored, views.values(), strict=True):
-                    ways[id(each)] = view, None, views
+                wanted += stored
+                ways[id(entry)] = _view(entry, self._whole, 0), 0, entry.packed, parts
+                continue
+            for each, view in zip(stored, parts.values(), strict=True):
+                start, stop = _overlap(view, place, mine)
+                if start < stop or not view.numel():
+                    wanted.append(each)
+                    ways[id(each)] = view.view(-1)[start:stop], start, None, parts
         for entry, values in self.weights.source.tensors(wanted):
-            goal, packed, views = ways.pop(id(entry))
+            goal, start, packed, views = ways.pop(id(entry))
             if staging is not None:
-                staging.send(values, goal)
+                staging.send(values, goal, start)
             else:
-                _fill(goal.view(-1), values, 0)
+                _fill(goal.view(-1), values, start)
             if packed is not None:
                 self._quantise(packed, goal, views)
         assert not ways  # the source gave every entry
+
+    def _mine(
+        self, division: Division, place: Tensor
+    ) -> Iterator[tuple[Entry, dict[str, Tensor], tuple[int, int]]]:
+        """The weights that this process reads, their places, and which bytes of the place."""
+        everything = (0, place.numel())
+        channel, mine = self.weights.channel, everything
+        if channel is not None and division.cuts:
+            mine = division.range_of(channel.group.rank)
+        for index, (entry, views) in enumerate(
+            zip(division.group, _views(division.group, place), strict=True)
+        ):
+            if index >= len(division.whole):
+                yield entry, views, mine
+            elif channel is not None and division.whole[index] == channel.group.rank:
+                yield entry, views, everything
 
     def _quantise(self, packed: Packed, whole: Tensor, views: Mapping[str, Tensor]) -> None:
         if self._stream is None:
@@ -237,7 +304,8 @@ class _Staging:
         self._events: list[Any] = [None, None]
         self._next = 0
 
-    def send(self, values: Tensor | Stored, view: Tensor) -> None:
+    def send(self, values: Tensor | Stored, view: Tensor, first: int = 0) -> None:
+        """The elements of ``values`` from ``first`` on into ``view``."""
         goal = view.view(-1)
         step = self._piece // view.element_size()
         for start in range(0, goal.numel(), step):
@@ -246,7 +314,7 @@ class _Staging:
             if self._events[index] is not None:
                 self._events[index].synchronize()
             staged = self._buffers[index].view(view.dtype)[: piece.numel()]
-            _fill(staged, values, start)
+            _fill(staged, values, first + start)
             piece.copy_(staged, non_blocking=True)
             self._events[index] = torch.cuda.Event()
             self._events[index].record()
@@ -269,6 +337,13 @@ def _view(entry: Entry, place: Tensor, offset: int) -> Tensor:
     return place[offset : offset + entry.nbytes].view(entry.dtype).view(entry.shape)
 
 
+def _overlap(view: Tensor, place: Tensor, mine: tuple[int, int]) -> tuple[int, int]:
+    """Which elements of a view of the place lie among these of its bytes."""
+    offset, size = view.data_ptr() - place.data_ptr(), view.element_size()
+    start, stop = (min(max(each - offset, 0), view.nbytes) // size for each in mine)
+    return start, stop
+
+
 def _views(group: Sequence[Entry], place: Tensor) -> list[dict[str, Tensor]]:
     """The parts of each entry, where they lie in a place."""
     views: list[dict[str, Tensor]] = []
@@ -277,7 +352,7 @@ def _views(group: Sequence[Entry], place: Tensor) -> list[dict[str, Tensor]]:
         views.append({})
         for name, part in entry.parts.items():
             views[-1][name] = _view(part, place, offset)
-            offset += -(-part.nbytes // _ALIGNMENT) * _ALIGNMENT
+            offset += -(-part.nbytes // ALIGNMENT) * ALIGNMENT
     return views
 
 

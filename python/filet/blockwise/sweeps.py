@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from filet.blockwise.arenas import Arena, Gradient, Layout
+from filet.blockwise.arenas import Arena, Gradient
 from filet.blockwise.boundaries import Boundaries
 from filet.blockwise.journal import Journal
 from filet.blockwise.progress import Progress
 from filet.blockwise.stream import Groups
-from filet.blockwise.work import Work
+from filet.blockwise.work import Taken, Work
 from filet.collect.hooks import MomentHooks
 from filet.collect.scale import boundary_factor
 from filet.model.chain import described
@@ -24,11 +24,13 @@ from filet.select import check_rank
 __all__ = ["Reverse", "capture", "check_candidates", "forward"]
 
 
-def capture(work: Work, boundaries_of: Callable[[Layout], Boundaries]) -> tuple[Boundaries, Arena]:
+def capture(
+    work: Work, boundaries_of: Callable[[Tensor | None], Boundaries]
+) -> tuple[Boundaries, Arena]:
     """The first block's inputs of every batch, and what all blocks are called with.
 
     The weights that are of no block have to be in the model. ``boundaries_of`` makes room once the
-    first batch shows the size of a boundary.
+    first batch shows what a boundary is like; None: there is no batch.
     """
     work.calls.clear()
     boundaries: Boundaries | None = None
@@ -36,9 +38,7 @@ def capture(work: Work, boundaries_of: Callable[[Layout], Boundaries]) -> tuple[
     for index, batch in enumerate(work.batches):
         hidden, calls = work.model.parts.capture(work.on_device(batch))
         if boundaries is None:
-            width = hidden.shape[-1]
-            shapes = [torch.Size((*b.inputs["input_ids"].shape, width)) for b in work.batches]
-            boundaries = boundaries_of(Layout(shapes, hidden.dtype, len(work.task)))
+            boundaries = boundaries_of(hidden)
             arena = boundaries.pool.get()
         assert arena is not None
         layout = boundaries.layout
@@ -50,8 +50,9 @@ def capture(work: Work, boundaries_of: Callable[[Layout], Boundaries]) -> tuple[
             )
         work.calls.append(calls)
         work.copies.store(hidden, arena, index)
-    assert boundaries is not None and arena is not None  # there is a batch
-    return boundaries, arena
+    if boundaries is None:
+        boundaries = boundaries_of(None)
+    return boundaries, arena or boundaries.pool.get()
 
 
 def forward(
@@ -155,15 +156,22 @@ class Reverse:
             hooks.add_left_out()
         hooks.finish()
         hooks.check_finite("one of the batches")
-        kept = self._over_keep(block, inputs, hooks, progress) if self.work.keep else None
+        taken, unmasked = self.work.taken(block, hooks), set(hooks.unmasked)
+        kept = None
+        if self.work.keeps:
+            hooks_of_keep = self._over_keep(block, inputs, taken, progress)
+            kept = self.work.taken_to_keep(taken, hooks_of_keep)
+            unmasked |= set(hooks_of_keep.unmasked)
         boundaries.pool.put(inputs)
-        below = None if made is None else Gradient(made, scale, float(peak) if half else 0.0)
-        statistics = self.work.statistics(block, hooks, kept)
+        largest = self.work.largest(float(peak)) if half else 0.0
+        below = None if made is None else Gradient(made, scale, largest)
+        statistics = self.work.statistics(block, taken, kept)
         if journal.with_statistics:
             with self.work.times.waiting("disk"):
                 journal.save_statistics(block, statistics)
-        unmasked = hooks.unmasked if kept is None else hooks.unmasked | kept.unmasked
-        journal.save_block(self.work.finished(block, statistics, unmasked))
+        finished = self.work.finished(block, statistics, unmasked)
+        with self.work.times.waiting("processes"):
+            journal.save_block(finished)
         journal.release(gradient.arena, boundaries.pool.put)
         if below is None:
             return gradient
@@ -212,11 +220,11 @@ class Reverse:
         return peak
 
     def _over_keep(
-        self, block: int, inputs: Arena, hooks: MomentHooks, progress: Progress
+        self, block: int, inputs: Arena, taken: Taken, progress: Progress
     ) -> MomentHooks:
         """The data to keep forward once more, now that the task's moments say in which spaces.
 
-        ``hooks``: finished with the task. Moments of the forward sweep would have to be guessed at,
+        Moments of the forward sweep would have to be guessed at,
         and kept until here: of a large model they are as large as these inputs.
         """
         work = self.work
@@ -226,7 +234,7 @@ class Reverse:
             hidden, *leaves = work.fetch(block, [inputs], index).ready()
             work.inputs(block, index, hidden, leaves, kept)
 
-        with work.to_keep(block, hooks) as kept:
+        with work.to_keep(block, taken) as kept:
             for index, (hidden, *leaves) in work.fetched(block, [inputs], work.keep):
                 work.inputs(block, index, hidden, leaves, kept)
                 kept.note_run(partial(again, index))

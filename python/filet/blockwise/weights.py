@@ -87,6 +87,12 @@ class WeightSource(Protocol):
         Of packed weights what is stored of them is wanted, :attr:`Entry.stored`.
         """
 
+    def made_with(self, entry: Entry) -> str | None:
+        """What else is read for this entry, by a name; None where it can be read in parts.
+
+        Entries of one name are made together, each of them whole.
+        """
+
     def identity(self) -> dict[str, Any]:
         """JSON-able; equal for equal weights."""
 
@@ -149,6 +155,11 @@ class ShardedWeights:
             made = conversion.run(self._model, lambda key: self._stored[key].tensor())
             for each in [each for each in made if each in by_name]:
                 yield by_name.pop(each), made[each]
+
+    def made_with(self, entry: Entry) -> str | None:
+        names = [self._name(each) for each in entry.stored]
+        made = [self._names.converted[name].name for name in names if name in self._names.converted]
+        return made[0] if made else None
 
     def identity(self) -> dict[str, Any]:
         return {path.name: _file_identity(path) for path in [*self.files, *_configs(self.folder)]}

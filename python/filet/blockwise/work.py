@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from filet.blockwise.arenas import Arena
-from filet.blockwise.batches import Batch, counts_of
+from filet.blockwise.batches import Batch
 from filet.blockwise.blockfile import Finished
 from filet.blockwise.copies import Copies, Fetched, Throttle
 from filet.blockwise.parted import PartedModel
@@ -19,47 +21,71 @@ from filet.blockwise.stream import WeightStream
 from filet.collect.hooks import MomentHooks
 from filet.collect.keep import hooks_to_keep, with_unseen
 from filet.collect.statistics import Statistics, moments_of_all
+from filet.collect.together import Together, owners_by_cost
 from filet.collect.unrounded import hands_on
 from filet.config import FiletConfig
+from filet.distributed.group import Group
 from filet.model.chain import Calls
 from filet.model.fingerprint import fingerprints_of
+from filet.model.targets import Target
 from filet.select import choose
+from filet_kernels import Moments, SecondMoment
 
-__all__ = ["Work"]
+__all__ = ["Taken", "Work"]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The moments of the task in a block, and whose input each module shares."""
+
+    moments: dict[str, Moments]
+    shared_input: dict[str, str]
+    together: Together | None  # of several processes
+
+    @property
+    def owners(self) -> dict[str, int] | None:
+        """Who has which sums; None: all are here."""
+        return None if self.together is None else self.together.owners
 
 
 class Work:
     """The model, its batches, and the ways of weights and boundaries to the device.
 
     Attributes:
-        batches: of the task, and then of the data to keep, if there is any.
+        batches: this process's, of the task, and then of the data to keep, if there is any.
         all, task, keep: which of them are which.
-        counts, keep_counts: of the task, and of the data to keep.
+        counts, keep_counts: of the task, and of the data to keep; of all processes.
+        group: the processes, None for this one alone.
         calls: what the blocks are called with for each batch; the first sweep finds it.
     """
 
     def __init__(
         self,
         model: PartedModel,
-        task: Sequence[Batch],
-        keep: Sequence[Batch],
+        task: tuple[Sequence[Batch], dict[str, int]],
+        keep: tuple[Sequence[Batch], dict[str, int]],
         config: FiletConfig,
         stream: WeightStream,
         times: Times,
         show: bool,
+        group: Group | None = None,
+        whole: bool = False,
     ) -> None:
+        """``task``, ``keep``: batches and counts. ``whole``: statistics are for a file as well."""
         self.model = model
-        self.batches = [*task, *keep]
+        of_task, self.counts = task
+        of_keep, self.keep_counts = keep
+        self.batches = [*of_task, *of_keep]
         self.all = range(len(self.batches))
-        self.task, self.keep = self.all[: len(task)], self.all[len(task) :]
+        self.task, self.keep = self.all[: len(of_task)], self.all[len(of_task) :]
+        self.group = group
         self.config = config
         self.stream = stream
         self.device = stream.device
         self.times = times
         self.show = show
         self.place = UnderWay("the blocks' first inputs")
-        self.counts = counts_of(task)
-        self.keep_counts = counts_of(keep)
+        self._whole = whole
         self.masks = [None if b.mask is None else b.mask.to(self.device) for b in self.batches]
         self.calls: list[Calls] = []
         self.copies = Copies(self.device)
@@ -84,7 +110,7 @@ class Work:
         self, block: int, arenas: Sequence[Arena], batches: range
     ) -> Iterator[tuple[int, list[Tensor]]]:
         """The tensors of these batches on the device, as of :meth:`fetch`; one ahead."""
-        coming: Fetched | None = self.fetch(block, arenas, batches[0])
+        coming = self.fetch(block, arenas, batches[0]) if batches else None
         for index in batches:
             assert coming is not None
             now = coming
@@ -141,10 +167,19 @@ class Work:
         hooks.check_sharing(index)
         return hidden
 
-    def to_keep(self, block: int, hooks: MomentHooks) -> MomentHooks:
-        """Hooks for the data to keep, given those that are finished with the task."""
+    @property
+    def keeps(self) -> bool:
+        """Whether there is data to keep; this process may have none of it."""
+        return self.keep_counts["samples"] > 0
+
+    def largest(self, value: float) -> float:
+        """Of what each process gave. Collective."""
+        return value if self.group is None else max(self.group.exchanged(value))
+
+    def to_keep(self, block: int, taken: Taken) -> MomentHooks:
+        """Hooks for the data to keep, given what was taken of the task."""
         targets = self.model.of_block[block]
-        return hooks_to_keep(targets, targets, self.config, hooks.moments, hooks.shared_input)
+        return hooks_to_keep(targets, targets, self.config, taken.moments, taken.shared_input)
 
     @torch.no_grad()
     def inputs(
@@ -157,19 +192,38 @@ class Work:
         hooks.phase = "idle"
         hooks.check_sharing(index)
 
-    def statistics(self, block: int, hooks: MomentHooks, kept: MomentHooks | None) -> Statistics:
-        """Of a block, given its hooks and those of :meth:`to_keep`, all of them finished."""
+    def taken(self, block: int, hooks: MomentHooks) -> Taken:
+        """The task's moments in a block, of all processes; the hooks are finished."""
+        targets, terms = self.model.of_block[block], self.counts["loss_terms"]
+        moments, shared, together = dict(hooks.moments), hooks.shared_input, None
+        if self.group is not None:
+            owners = partial(owners_by_cost, self.group, contrast=self.config.select == "contrast")
+            with self.times.waiting("processes"):
+                together = Together(self.group, targets, owners)
+                moments, shared = together.moments(targets, moments, shared, terms)
+        for its in moments.values():
+            its.loss_terms.fill_(terms)
+        moments = moments_of_all(targets, moments, terms, "cpu")
+        return Taken(moments, shared, together)
+
+    def taken_to_keep(self, taken: Taken, hooks: MomentHooks) -> dict[str, SecondMoment]:
+        """The inputs' moments on data to keep, of all processes; the hooks are finished."""
+        inputs = {name: its.input for name, its in hooks.moments.items()}
+        if taken.together is not None:
+            with self.times.waiting("processes"):
+                inputs = taken.together.inputs(inputs, taken.shared_input)
+        return with_unseen(inputs, taken.moments)
+
+    def statistics(
+        self, block: int, taken: Taken, keep: dict[str, SecondMoment] | None
+    ) -> Statistics:
+        """Of a block, with the hashes of the weights that this process needs."""
         counts, targets = self.counts, self.model.of_block[block]
-        for its in hooks.moments.values():
-            its.loss_terms.fill_(counts["loss_terms"])
-        moments = moments_of_all(targets, dict(hooks.moments), counts["loss_terms"], "cpu")
-        keep = None
-        if kept is not None:
-            keep = with_unseen({name: its.input for name, its in kept.moments.items()}, moments)
+        hashed = targets if self._whole else self._mine(block, taken.owners)
         return Statistics(
-            moments,
-            fingerprints_of({name: target.values for name, target in targets.items()}),
-            hooks.shared_input,
+            taken.moments,
+            fingerprints_of({name: target.values for name, target in hashed.items()}),
+            taken.shared_input,
             samples=counts["samples"],
             tokens=counts["tokens"],
             loss_terms=counts["loss_terms"],
@@ -177,12 +231,20 @@ class Work:
             keep=keep,
             keep_samples=self.keep_counts["samples"],
             keep_tokens=self.keep_counts["tokens"],
+            owners=taken.owners,
         )
 
+    def _mine(self, block: int, owners: Mapping[str, int] | None) -> dict[str, Target]:
+        """The targets of a block that this process chooses for."""
+        targets = self.model.of_block[block]
+        if self.group is None or owners is None:
+            return targets
+        return {name: t for name, t in targets.items() if owners[name] == self.group.rank}
+
     def finished(self, block: int, statistics: Statistics, unmasked: Iterable[str]) -> Finished:
-        """A, B, energies and choices of a block."""
+        """A, B, energies and choices of a block; those that are this process's."""
         choice = choose(
-            self.model.of_block[block],
+            self._mine(block, statistics.owners),
             statistics.moments,
             statistics.shared_input,
             statistics.fingerprints,

@@ -114,6 +114,13 @@ def _add_stats(stats: argparse.ArgumentParser) -> None:
         help="merge these files of statistics instead of running a model: the result is what one "
         "run over all their data gives",
     )
+    stats.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="take only the I-th of N parts of the samples, on a machine of its own, say; --merge "
+        "takes the N files",
+    )
     source = stats.add_argument_group("model and data (not with --merge)")
     _add_model(source, required=False)
     _add_task(source)
@@ -434,8 +441,9 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         "--host-memory",
         type=_bytes,
         metavar="SIZE",
-        help="blockwise: host memory for what goes between the blocks, 64G say; what does not fit "
-        "is put on --scratch or computed again (default: half of what is free)",
+        help="blockwise: host memory for what goes between the blocks, 64G say, of all processes "
+        "of a machine; what does not fit is put on --scratch or computed again (default: half of "
+        "what is free)",
     )
     group.add_argument(
         "--scratch",
@@ -467,6 +475,15 @@ def _positive_float(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
     return value
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """``2/4``: the second of four."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, of = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= of:
+        raise argparse.ArgumentTypeError(f"must be I/N with 1 <= I <= N, got {text!r}")
+    return number, of
 
 
 def _seed(text: str) -> int:
@@ -519,10 +536,12 @@ def _check_stats(args: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         missing = [f"--{name}" for name in ("model", "data") if getattr(args, name) is None]
         if missing:
             parser.error(f"stats: {' and '.join(missing)} required (or --merge)")
-    elif any(given is not None for given in (args.model, args.data, args.keep)):
-        parser.error("stats: --merge excludes --model, --data and --keep")
+    elif any(given is not None for given in (args.model, args.data, args.keep, args.shard)):
+        parser.error("stats: --merge excludes --model, --data, --keep and --shard")
     elif len(args.merge) < 2:
         parser.error("stats: --merge needs at least two files")
+    if args.shard is not None and args.keep == "self":
+        parser.error("stats: --shard takes data to keep from a file, which all shards have")
     _check_names(args, parser)
     _check_fields(args, parser)
 

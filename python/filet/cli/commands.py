@@ -22,7 +22,7 @@ from filet.cli.model import (
     quiet_transformers,
 )
 from filet.cli.output import check_file_output, check_folder_output, one_line, say, say_entry
-from filet.cli.processes import agreed, check_one_process, rank_and_size
+from filet.cli.processes import agreed, rank_and_size
 from filet.model.tasks import CAUSAL
 from filet.report.names import PLOT_FILE, can_draw
 from filet.system.files import inside, replaced
@@ -42,7 +42,6 @@ def init(args: argparse.Namespace) -> None:
     encoded = None if args.data is None else load_data(args)
     keep = load_keep(args)
     if _engine(args) == "blockwise":
-        check_one_process()
         report = _init_blockwise(args, encoded, keep, config)
     else:
         report = _init_in_memory(args, encoded, keep, config)
@@ -71,10 +70,11 @@ def _init_blockwise(args: argparse.Namespace, encoded: Any, keep: Any, config: A
     import filet
 
     size = _micro_size(args, encoded)
+    mine = encoded.share(*rank_and_size())
     with own_code(args):
         return filet.initialize_folder(
             args.model,
-            list(encoded.batches(size, by_length=True)),
+            list(mine.batches(size, by_length=True)),
             args.output,
             lora_config_of(args, rank=args.rank, alpha=args.alpha),
             config,
@@ -134,12 +134,34 @@ def stats(args: argparse.Namespace) -> None:
 def _collected(args: argparse.Namespace) -> Any:
     check_model(args)
     encoded, keep = load_data(args), load_keep(args)
+    shards = None
+    if args.shard is not None:
+        encoded, keep, shards = _shard_of(args, encoded, keep)
 
     import filet
 
     # The rank does not enter the statistics: 1 costs least.
     peft_model = load_peft_model(args, rank=1, alpha=1)
-    return _run(args, peft_model, encoded, keep, _config(args), filet.collect_statistics)
+    statistics = _run(args, peft_model, encoded, keep, _config(args), filet.collect_statistics)
+    return dataclasses.replace(statistics, shards=shards)
+
+
+def _shard_of(args: argparse.Namespace, encoded: Any, keep: Any) -> tuple[Any, Any, Any]:
+    """The samples of one shard, of the task and to keep, and which that is of what."""
+    from filet.collect.shards import Shards
+
+    number, of = args.shard
+    common = {"fisher": args.fisher, "seed": str(args.seed)}
+    mine = []
+    for option, data in (("--data", encoded), ("--keep", keep)):
+        common[option] = "none" if data is None else data.digest()
+        if data is not None and len(data) < of:
+            raise ValueError(
+                f"--shard {number}/{of}: {option} has {len(data)} samples; expected one or more "
+                "for each shard"
+            )
+        mine.append(None if data is None else data.share(number - 1, of))
+    return mine[0], mine[1], Shards((number,), of, common)
 
 
 def _merged(files: Sequence[Path]) -> Any:
@@ -149,6 +171,11 @@ def _merged(files: Sequence[Path]) -> Any:
     statistics = filet.Statistics.load(first)
     for path in others:  # one at a time: they can be large
         statistics = statistics.merge(filet.Statistics.load(path))
+    if statistics.shards is not None:
+        raise ValueError(
+            f"--merge: shard {statistics.shards.missing[0]} of {statistics.shards.of} is missing; "
+            "expected the files of all shards"
+        )
     return statistics
 
 

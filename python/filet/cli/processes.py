@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["agreed", "check_one_process", "check_same", "launched", "rank_and_size"]
+__all__ = ["agreed", "check_same", "launched", "rank_and_size"]
 
 
 @contextlib.contextmanager
@@ -64,16 +64,6 @@ def check_same(what: str, value: object) -> None:
     group = current()
     if group is not None:
         group.check_same({what: value})
-
-
-def check_one_process() -> None:
-    """ValueError for several: the blockwise engine runs in one."""
-    size = rank_and_size()[1]
-    if size > 1:
-        raise ValueError(
-            f"--engine blockwise (or a model too large for a GPU) in {size} processes; expected "
-            "one process (without torchrun), or --engine memory"
-        )
 
 
 def _start(args: argparse.Namespace) -> None:

@@ -135,7 +135,7 @@ def over_batches(
         hooks.add_left_out()
         progress.end(counts["samples"])
     if together is not None:
-        counts = together.summed(counts)
+        counts = together.group.summed(counts)
     if counts["samples"] == 0:
         raise ValueError(f"the {name} gave no sample; expected at least one")
     return counts

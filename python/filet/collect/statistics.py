@@ -23,6 +23,7 @@ from filet.collect.groups import collect_in_passes
 from filet.collect.hooks import empty_moments
 from filet.collect.keep import Keep, check_keep, collect_keep
 from filet.collect.probe import gpus_of
+from filet.collect.shards import Shards
 from filet.collect.together import Together, check_same_model
 from filet.config import FiletConfig, checked_config
 from filet.distributed.exchange import gathered
@@ -63,6 +64,7 @@ class Statistics:
         keep_samples, keep_tokens: how much of that they saw.
         owners: module → the rank that has its sums, where several processes took them together; on
             the others they are on the meta device (docs/distributed.md). None: all are here.
+        shards: of a data set in parts, which these are of; None: of no part, or of all.
     """
 
     moments: dict[str, Moments]
@@ -79,6 +81,7 @@ class Statistics:
     keep_samples: int = 0
     keep_tokens: int = 0
     owners: dict[str, int] | None = None
+    shards: Shards | None = None
 
     def __post_init__(self) -> None:
         if self.keep is None:
@@ -125,6 +128,7 @@ class Statistics:
             "modules": modules,
             "shared_input": self.shared_input,
             **{key: getattr(self, key) for key in (*_COUNTS, *_OF_KEEP)},
+            "shards": self.shards and self.shards.as_json(),
         }
         metadata = {"format": _FORMAT, "statistics": json.dumps(header)}
         write_tensors(path, tensors, metadata, _lower)
@@ -215,6 +219,7 @@ class Statistics:
             else None,
             keep_samples=header.get("keep_samples", 0),  # files of 0.1 have neither
             keep_tokens=header.get("keep_tokens", 0),
+            shards=Shards.of_json(header.get("shards")),
         )
 
     @classmethod
@@ -234,8 +239,10 @@ class Statistics:
 
         Data to keep adds up as the task's does; it may be that of one of the two only.
 
-        ValueError, with the first difference named, where they are of different models or kinds.
+        ValueError, with the first difference named, where they are of different models or kinds, or
+        of shards that do not belong together.
         """
+        shards = Shards.merged(self.shards, other.shards)
         _compare(self, other.fingerprints, "the other statistics")
         if self.owners != other.owners:
             raise ValueError(
@@ -289,8 +296,9 @@ class Statistics:
         counts = {key: getattr(self, key) + getattr(other, key) for key in (*_SUMS, *_OF_KEEP)}
         counts |= {"fisher": self.fisher, "peak_memory": max(self.peak_memory, other.peak_memory)}
         return Statistics(
-            moments, self.fingerprints, shared, **counts, keep=keep, owners=self.owners
-        )
+            moments, self.fingerprints, shared, **counts, keep=keep, owners=self.owners,
+            shards=shards,
+        )  # fmt: skip
 
 
 _SUMS = ("samples", "tokens", "loss_terms", "seconds")
@@ -488,7 +496,15 @@ def _lower(tensor: Tensor) -> None:
 
 
 def check_statistics(statistics: Statistics, targets: dict[str, Target]) -> None:
-    """ValueError naming the first difference where the statistics are of another model."""
+    """ValueError naming the first difference where the statistics are of another model.
+
+    Also where they are of some shards of a data set only.
+    """
+    if statistics.shards is not None:
+        raise ValueError(
+            f"{_of(statistics)} are of {statistics.shards} alone; expected those of all shards, as "
+            "filet stats --merge (Statistics.merge) makes them"
+        )
     missing = next((name for name in targets if name not in statistics.fingerprints), None)
     if missing is not None:
         raise ValueError(f"{_of(statistics)} have no module {missing!r}, a target of this adapter")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
 from peft import PeftModel
@@ -24,7 +26,13 @@ from filet.system.transfer import values
 from filet_kernels import Moments, SecondMoment
 from filet_kernels.moments import Space
 
-__all__ = ["Together", "check_same_model", "owners_by_block"]
+__all__ = ["Owners", "Together", "check_same_model", "owners_by_block", "owners_by_cost"]
+
+
+class Owners(Protocol):
+    def __call__(
+        self, targets: Mapping[str, Target], *, shared_input: Mapping[str, str]
+    ) -> dict[str, int]: ...
 
 
 def check_same_model(
@@ -118,24 +126,49 @@ def _joined(units: list[list[str]], shared_input: Mapping[str, str]) -> list[lis
     return [names for names in units if names]
 
 
+def owners_by_cost(
+    group: Group, targets: Mapping[str, Target], shared_input: Mapping[str, str], contrast: bool
+) -> dict[str, int]:
+    """Module → the rank that chooses for it, of one block whose modules are spread over all ranks.
+
+    The same on every rank. Balanced by the products that energies take: with p = min(m, n) a Gram
+    matrix, p² max(m, n), and forms with it, p³; where m < n the forms are of p² n. ``contrast``: by
+    a decomposition for each input moment, whose modules have one owner.
+    """
+    units = [[name] for name in targets]
+    if contrast:
+        units = _joined(units, shared_input)
+    costs = []
+    for names in units:
+        m, n = targets[names[0]].shape
+        if contrast:
+            costs.append((n if names[1:] else min(m, n)) ** 3)
+        else:
+            costs.append(n * n * (m + 3 * n) if n <= m else 5 * m * m * n)
+    owners = balanced(costs, [0] * group.size)
+    return {name: owner for names, owner in zip(units, owners, strict=True) for name in names}
+
+
 class Together:
     """Makes the moments that each process took of its samples those of all.
 
     Attributes:
         group: the processes.
-        owners: module → the rank that has its sums, as far as they were taken.
+        owners: module → the rank that has its sums, as far as they were taken. A moment that
+            several modules share is with the owners of all of them.
     """
 
-    def __init__(self, group: Group, targets: Mapping[str, Target]) -> None:
+    def __init__(
+        self, group: Group, targets: Mapping[str, Target], owners: Owners | None = None
+    ) -> None:
+        """``owners``: who owns modules of ``targets``, given whose input each shares.
+
+        By default :func:`owners_by_block`, the load of earlier passes counted.
+        """
         self.group = group
         self.owners: dict[str, int] = {}
         self._targets = targets
-        self._loads = [0] * group.size
-
-    def summed(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Counts over all processes. Collective."""
-        said = self.group.exchanged(dict(counts))
-        return {name: sum(each[name] for each in said) for name in counts}
+        self._owners = owners or partial(owners_by_block, group, loads=[0] * group.size)
 
     def moments(
         self,
@@ -162,8 +195,7 @@ class Together:
         known = _agreed([forms for forms, _ in said])
         mine = {name: self._targets[name] for name in names}
         shared = {name: form.leader for name, form in known.items() if form.leader is not None}
-        owners = owners_by_block(self.group, mine, shared, self._loads)
-        self.owners |= owners
+        self.owners |= self._owners(mine, shared_input=shared)
         for name in mine:
             if name not in known:
                 known[name] = _Form.of(empty_moments(mine[name], device="meta"), None)
@@ -188,7 +220,8 @@ class Together:
                 if side or form.leader is None:
                     square = self._square(target, size, its, side)
                     parts.append(_Part(name, side, space, square))
-        sides = self._sums(parts, counts)
+        shared = {name: form.leader for name, form in known.items() if form.leader is not None}
+        sides = self._sums(parts, counts, shared)
         result = {}
         for name, target in targets.items():
             leader = known[name].leader
@@ -214,7 +247,7 @@ class Together:
             if shared_input.get(name) not in found:
                 square = (len(moment.sum), moment.sum.dtype, moment.sum.device, moment.sum)
                 parts.append(_Part(name, 0, moment.space, square))
-        sides = self._sums(parts, totals)
+        sides = self._sums(parts, totals, shared_input)
         leaders = {name: shared_input.get(name, name) for name in found}
         return {name: sides[of if of in found else name, 0] for name, of in leaders.items()}
 
@@ -224,24 +257,44 @@ class Together:
         return size, dtype, device, sums
 
     def _sums(
-        self, parts: Sequence[_Part], counts: Mapping[str, tuple[int, ...]]
+        self,
+        parts: Sequence[_Part],
+        counts: Mapping[str, tuple[int, ...]],
+        shared_input: Mapping[str, str],
     ) -> dict[tuple[str, int], SecondMoment]:
-        """The parts over all processes, a block at a time."""
-        mine: dict[str, list[_Part]] = {}
-        names = {part.name: self._targets[part.name] for part in parts}
-        block_of = {name: block for block, its in blocks(names).items() for name in its}
+        """The parts over all processes, for the owners of a block at a time."""
+        block_of = {
+            name: block
+            for block, its in blocks({p.name: self._targets[p.name] for p in parts}).items()
+            for name in its
+        }
+        work: dict[tuple[str, int], list[tuple[_Part, Square]]] = {}
         for part in parts:
-            mine.setdefault(block_of[part.name], []).append(part)
-        work = [
-            (self.owners[owned[0].name], [part.square for part in owned]) for owned in mine.values()
-        ]
-        sides = {}
-        for owned, sums in zip(mine.values(), reduced(self.group, work), strict=True):
-            for part, sum_ in zip(owned, sums, strict=True):
+            users = [part.name]
+            if not part.side:
+                users += [name for name, leader in shared_input.items() if leader == part.name]
+            owners = {self.owners[name] for name in users if name in self.owners}
+            for owner in sorted(owners):
+                size, dtype, device, tensor = part.square
+                # What an owner adds to must not be what the others' sums are packed from.
+                if tensor is not None and owner == self.group.rank and len(owners) > 1:
+                    tensor = tensor.clone()
+                square = size, dtype, device, tensor
+                work.setdefault((block_of[part.name], owner), []).append((part, square))
+        sums = reduced(
+            self.group,
+            [(owner, [square for _, square in its]) for (_, owner), its in work.items()],
+        )
+        sides: dict[tuple[str, int], SecondMoment] = {}
+        for owned, found in zip(work.values(), sums, strict=True):
+            for (part, _), sum_ in zip(owned, found, strict=True):
+                key = part.name, part.side
+                if key in sides and sum_.is_meta:
+                    continue  # it is another owner's as well, perhaps this process's
                 # A count is there on every rank, beside a sum that is not.
-                device = "cpu" if sum_.is_meta else sum_.device
-                count = torch.tensor(counts[part.name][part.side], device=device)
-                sides[part.name, part.side] = SecondMoment(part.space, sum_, count)
+                place = torch.device("cpu") if sum_.is_meta else sum_.device
+                count = torch.tensor(counts[part.name][part.side], device=place)
+                sides[key] = SecondMoment(part.space, sum_, count)
         return sides
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -133,11 +135,36 @@ class Group:
 
     def from_first(self, value: T) -> T:
         """What the first process gave. Collective."""
-        return self.exchanged(value if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        self.settle()
+        said = [value]
+        with self.lost():
+            dist.broadcast_object_list(said, 0, group=self._control)
+        return said[0]
+
+    def gathered(self, content: bytes) -> list[Tensor]:
+        """In the first process, the bytes of the others, which have none then. Collective."""
+        sizes = self.exchanged(len(content))
+        if self.rank:
+            self.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), 0)
+            return []
+        found = [torch.empty(size, dtype=torch.uint8) for size in sizes[1:]]
+        for rank, raw in enumerate(found, start=1):
+            self.receive(raw, rank)
+        return found
 
     def settle(self) -> None:
         """Wait for the others; raises where one of them failed. Collective."""
         self.exchanged(None)
+
+    def summed(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Counts over all processes. Collective."""
+        said = self.exchanged(dict(counts))
+        return {name: sum(each[name] for each in said) for name in counts}
+
+    def beside(self) -> int:
+        """How many of the processes are on this machine, which share its memory. Collective."""
+        said = self.exchanged(_machine())
+        return said.count(said[self.rank])
 
     def check_same(self, what: Mapping[str, object]) -> None:
         """ValueError in all processes, naming the first thing that is not the same in all."""
@@ -164,29 +191,34 @@ class Group:
 
     def reduce(self, tensor: Tensor, rank: int) -> dist.Work:
         """Begin to add up a tensor of every process in that of ``rank``; the others lose theirs."""
-        with self._lost():
+        with self.lost():
             work: dist.Work = dist.reduce(tensor, rank, group=self._by(tensor), async_op=True)
             return work
 
     def broadcast(self, tensor: Tensor, rank: int) -> dist.Work:
         """Begin to give every process the tensor of ``rank``."""
-        with self._lost():
+        with self.lost():
             work: dist.Work = dist.broadcast(tensor, rank, group=self._by(tensor), async_op=True)
             return work
 
+    @property
+    def uses_nccl(self) -> bool:
+        """Whether tensors of a GPU go by NCCL."""
+        return bool(self._nccl)
+
     def send(self, tensor: Tensor, rank: int) -> None:
         """Give a tensor in host memory to one process."""
-        with self._lost():
+        with self.lost():
             dist.send(tensor, rank, group=self._control)
 
     def receive(self, tensor: Tensor, rank: int) -> None:
         """Take a tensor in host memory from one process."""
-        with self._lost():
+        with self.lost():
             dist.recv(tensor, rank, group=self._control)
 
     def wait(self, work: dist.Work) -> None:
         """Wait for what was begun; on a GPU its stream does, and the host goes on."""
-        with self._lost():
+        with self.lost():
             work.wait()
 
     def _by(self, tensor: Tensor) -> Any:
@@ -194,12 +226,12 @@ class Group:
 
     def _gathered(self, failure: _Failure | None, value: Any) -> list[tuple[_Failure | None, Any]]:
         said: list[Any] = [None] * self.size
-        with self._lost():
+        with self.lost():
             dist.all_gather_object(said, (failure, value), group=self._control)
         return said
 
     @contextlib.contextmanager
-    def _lost(self) -> Iterator[None]:
+    def lost(self) -> Iterator[None]:
         """An error of torch.distributed, in words that name what to look for."""
         try:
             yield
@@ -236,6 +268,13 @@ class Group:
                 if text not in shown:
                     warnings.warn(f"rank {rank}: {text}", category, stacklevel=3)
             shown |= texts.keys()
+
+
+def _machine() -> str:
+    """A name of this machine until it is started again; containers have a hostname each."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    return platform.node()
 
 
 _group: Group | None = None
