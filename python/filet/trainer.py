@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
+from peft import PeftModel
 from transformers import TrainerCallback
 
+from filet.adapter.saved import begin_as_saved
 from filet.collect.keep import Keep
 from filet.config import FiletConfig
 from filet.initialize import initialize_lora_filet_weights
@@ -21,7 +25,8 @@ class FiletInitCallback(TrainerCallback):
 
     ``Trainer(model=peft_model, ..., callbacks=[filet.FiletInitCallback()])``. It runs when the
     model is where it will be trained and wrapped, and before anything is taken from the data for
-    training. A run that goes on from a checkpoint keeps the checkpoint's adapter.
+    training. A run that goes on from a checkpoint keeps the checkpoint's adapter; one with a frozen
+    half gets it as it is loaded, for which the callback has to be there when the Trainer is made.
 
     Args:
         config, adapter_name, forward_fn, keep: as in :func:`filet.initialize_lora_filet_weights`.
@@ -46,7 +51,14 @@ class FiletInitCallback(TrainerCallback):
         }  # fmt: skip
         self._dataloader = dataloader
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs.get("model")
+        if isinstance(model, PeftModel):
+            # A checkpoint is loaded before anybody is told, and PEFT needs the shapes that it has.
+            vars(model)["load_adapter"] = partial(_load_adapter, model)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        vars(kwargs["model"]).pop("load_adapter", None)
         if state.global_step:
             return
         dataloader: Any = self._dataloader
@@ -64,3 +76,15 @@ class FiletInitCallback(TrainerCallback):
             # accelerate takes a loader that was not read to its end for one that is being read.
             if own and hasattr(dataloader, "end"):
                 dataloader.end()
+
+
+def _load_adapter(
+    peft_model: PeftModel,
+    model_id: str | os.PathLike[str],
+    adapter_name: str,
+    *more: Any,
+    **options: Any,
+) -> Any:
+    """``peft_model.load_adapter``, into an adapter that has a frozen half if the folder's has."""
+    begin_as_saved(peft_model, model_id, adapter_name)
+    return type(peft_model).load_adapter(peft_model, model_id, adapter_name, *more, **options)

@@ -245,9 +245,9 @@ def test_no_dequantised_model_is_held(kind: str, monkeypatch: pytest.MonkeyPatch
     most = 0
     weight = its_class.weight
 
-    def watched(self: Values) -> Tensor:
+    def watched(self: Values, dtype: torch.dtype | None = None) -> Tensor:
         nonlocal most
-        W = weight(self)
+        W = weight(self, dtype)
         alive.add(W)
         gc.collect()
         most = max(most, len(alive))

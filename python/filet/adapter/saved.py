@@ -28,18 +28,20 @@ from filet.adapter.state import (
     MARK,
     WEIGHTS_FILE,
     describe,
+    factors_of,
     key_of,
+    set_rank,
     starts_of,
 )
 from filet.model.factors import StartedFactor, started_class
-from filet.model.fingerprint import check_fingerprint, fingerprints_of
+from filet.model.fingerprint import check_weights
 from filet.model.targets import check_init, check_peft_model, find_targets
 from filet.model.values import Unreadable, dtype_of_model, values_of
 from filet.report.names import PLOT_FILE, can_draw
 from filet.report.report import FiletReport
 from filet.system.files import replaced_together, staged
 
-__all__ = ["load", "save_as_lora", "write_folder"]
+__all__ = ["begin_as_saved", "load", "save_as_lora", "write_folder"]
 
 _ALL_OF_IT = "(peft.PeftModel.from_pretrained loads the adapter as an ordinary LoRA)"
 
@@ -141,6 +143,45 @@ def load(
     return peft_model
 
 
+def begin_as_saved(
+    peft_model: PeftModel, folder: str | os.PathLike[str], adapter_name: str = "default"
+) -> None:
+    """Give an adapter at rank r the frozen half that one in a folder has, to be loaded next.
+
+    PEFT loads tensors into the shapes that are there. Nothing happens where the folder's adapter
+    has no frozen half, or the model's has one already.
+
+    Raises ValueError, with the model as it was, for a base model of other weights and for an
+    adapter of other modules or ranks.
+    """
+    folder = Path(folder)
+    if adapter_name not in peft_model.peft_config or factors_of(peft_model, adapter_name):
+        return
+    if not (folder / FILET_FILE).is_file():
+        if (folder / WEIGHTS_FILE).is_file():
+            _check_plain(folder)
+        return
+    layers, tensors = _described(folder)
+    targets, _ = find_targets(peft_model, adapter_name)
+    for name, layer in layers.items():
+        rank = targets[name].rank if name in targets else None
+        if rank != layer["rank"]:
+            raise ValueError(
+                f"{folder} has an adapter of rank {layer['rank']} at {name}, where adapter "
+                f"{adapter_name!r} has {'none' if rank is None else f'rank {rank}'}; expected the "
+                "LoraConfig that it was made by"
+            )
+    _check_base(peft_model.base_model.model, layers, folder)
+    for name, layer in layers.items():
+        target = targets[name]
+        for linear, side, dim in ((target.A, "A", 0), (target.B, "B", 1)):
+            start = tensors[key_of(name, side)].tensor_split([target.rank], dim)[1]
+            StartedFactor.begin(linear, start.clone().to(linear.weight), dim, layer["weight"])
+        target.layer.__class__ = started_class(type(target.layer))
+        set_rank(target.layer, adapter_name, 2 * target.rank, False, [])
+    describe(peft_model, adapter_name)
+
+
 @contextlib.contextmanager
 def _kept_on_error(base_model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """On an exception the base model is as it was: its modules, what asks for gradients, values.
@@ -223,8 +264,8 @@ def _check_base(
             raise ValueError(
                 f"the base model has no linear module {name!r}, which {folder} has: {error}"
             ) from error
-    for name, found in fingerprints_of(values).items():
-        check_fingerprint(name, found, layers[name]["weight"], f"{folder} belongs")
+    recorded = {name: layer["weight"] for name, layer in layers.items()}
+    check_weights(values, recorded, f"{folder} belongs")
 
 
 def write_folder(peft_model: PeftModel, report: FiletReport, output: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,8 +61,8 @@ def loss_gradient(work: Work, batch: Batch, hidden: Tensor, scale: float) -> Ten
     gradient = torch.zeros_like(flat)
     rows, labels = batch.rows.to(work.device), batch.labels.to(work.device)
     uniform = None if batch.uniform is None else batch.uniform.to(work.device)
-    vocabulary = work.model.base.get_output_embeddings().weight.shape[0]
-    step = max(1, _LOGITS // vocabulary)
+    head: Any = work.model.base.get_output_embeddings()
+    step = max(1, _LOGITS // head.out_features)  # the weight of a quantised one may be flat
     for start in range(0, rows.numel(), step):
         chunk = slice(start, start + step)
         states_here = flat[rows[chunk]].requires_grad_()

@@ -181,7 +181,7 @@ class MomentHooks:
         moment = self.moments[target.name].input
         if moment.space != "y":
             return None
-        y = unrounded(x, target.weight.T, torch.float32)
+        y = unrounded(x, target.weight_for(x.dtype).T, torch.float32)
         enters, bias = self.phase == "forward", bias_of(target, x.dtype)
         return self.unrounded.add(target.name, moment, y, x.dtype, enters, bias=bias)
 
@@ -190,7 +190,7 @@ class MomentHooks:
         moment = self.moments[target.name].output
         if moment.space != "h":
             return None
-        h = unrounded(gradient, target.weight, torch.float32)
+        h = unrounded(gradient, target.weight_for(gradient.dtype), torch.float32)
         enters, alpha = self.phase == "backward", self.gradient_scale**-2
         return self.unrounded.add(target.name, moment, h, gradient.dtype, enters, alpha=alpha)
 
@@ -203,6 +203,9 @@ class MomentHooks:
                 "positional input; expected a tensor, or target_modules without it"
             )
         x = args[0]
+        why_not = target.values.why_untrainable(x)
+        if why_not is not None:
+            raise ValueError(f"{target.name}: {why_not}")
         if self.phase == "forward" and target.name in self.counted:
             self._count_input(target, x)
         if x.requires_grad or not torch.is_grad_enabled():
@@ -218,7 +221,8 @@ class MomentHooks:
             )
         self.half = self.half or output.dtype == torch.float16
         if output.requires_grad:
-            output.register_hook(bound(self._gradient, target, self._hands_on(target, args[0])))
+            x = args[0]
+            output.register_hook(bound(self._gradient, target, x.dtype, self._hands_on(target, x)))
 
     def _forward(self, target: Target, x: Tensor) -> Tensor:
         """What the layer does, with y and h handed on where a moment is of them."""
@@ -230,7 +234,7 @@ class MomentHooks:
 
     def _hands_on(self, target: Target, x: Tensor) -> bool:
         moments, values = self.moments.get(target.name), target.values
-        dtype = values.dtype
+        dtype = values.dtype_for(x.dtype)
         return (
             moments is not None
             and (moments.input.space == "y" or moments.output.space == "h")
@@ -261,9 +265,13 @@ class MomentHooks:
             self.sharing.own(x, name)
         elif not self._hands_on(target, x):
             v = _entering(target, x.detach())
-            self.rows.add(name, mine, unrounded(v, target.weight.T, mine.sum.dtype))
+            W = target.weight_for(x.dtype)
+            self.rows.add(name, mine, unrounded(v, W.T, mine.sum.dtype))
 
-    def _gradient(self, target: Target, handed_on: bool, gradient: Tensor) -> None:
+    def _gradient(
+        self, target: Target, of_x: torch.dtype, handed_on: bool, gradient: Tensor
+    ) -> None:
+        """``of_x``: the dtype of the layer's input, in which some go back as well."""
         if self.phase == "probe":
             rows, weights = self.rows.of(target.name, gradient.detach())
             peak = rows.abs().amax(-1)
@@ -276,13 +284,13 @@ class MomentHooks:
             if output.space == "h":
                 if handed_on:
                     return
-                v = unrounded(v, target.weight, output.sum.dtype)
+                v = unrounded(v, target.weight_for(of_x), output.sum.dtype)
             self.rows.add(target.name, output, v, alpha=self.gradient_scale**-2)
 
 
 def _entering(target: Target, v: Tensor) -> Tensor:
     """x or g as the layer multiplies it: rounded, where it rounds to its own dtype first."""
-    dtype = target.values.dtype
+    dtype = target.values.dtype_for(v.dtype)
     return v.to(dtype) if target.values.rounds and dtype.itemsize <= v.itemsize else v
 
 

@@ -29,7 +29,7 @@ from filet.distributed.exchange import gathered
 from filet.distributed.group import Group, current, joined
 from filet.distributed.samples import share
 from filet.loss.batch import ForwardFn
-from filet.model.fingerprint import check_fingerprint, fingerprints_of
+from filet.model.fingerprint import check_fingerprint, check_weights, fingerprints_of
 from filet.model.isolation import preserved
 from filet.model.targets import Target, checked_targets
 from filet.system.memory import named_shortage, peak_memory
@@ -492,18 +492,14 @@ def check_statistics(statistics: Statistics, targets: dict[str, Target]) -> None
     missing = next((name for name in targets if name not in statistics.fingerprints), None)
     if missing is not None:
         raise ValueError(f"{_of(statistics)} have no module {missing!r}, a target of this adapter")
-    mine = fingerprints_of({name: target.values for name, target in targets.items()})
-    _compare(statistics, mine, "this model", partial=True)
+    weights = {name: target.values for name, target in targets.items()}
+    check_weights(weights, statistics.fingerprints, f"{_of(statistics)} belong")
 
 
-def _compare(
-    statistics: Statistics, other: dict[str, str], what: str, partial: bool = False
-) -> None:
+def _compare(statistics: Statistics, other: dict[str, str], what: str) -> None:
     for name, mine in statistics.fingerprints.items():
         theirs = other.get(name)
         if theirs is None:
-            if partial:
-                continue
             raise ValueError(f"{what} have no module {name!r}, which {_of(statistics)} have")
         check_fingerprint(name, theirs, mine, f"{_of(statistics)} belong", what)
     extra = next((name for name in other if name not in statistics.fingerprints), None)

@@ -54,7 +54,8 @@ def check_same_model(
             str(target.dtype),
             target.device.type,
         )
-        what[f"the weight of {name} (dtype:shape:hash)"] = weights[name]
+        label = "kind" if target.values.quantised else "dtype"
+        what[f"the weight of {name} ({label}:shape:hash)"] = weights[name]
     for name, found in fingerprints(_others(peft_model, targets)).items():
         what[f"{name} (dtype:shape:hash)"] = found
     what["the order of the modules"] = list(targets)

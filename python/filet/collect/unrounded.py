@@ -191,12 +191,14 @@ class UnroundedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, hooks: HandsOn, target: Target) -> Tensor:
         ctx.hooks, ctx.target = hooks, target
         y = hooks.take_y(target, x)
-        return F.linear(x, target.weight, bias_of(target, x.dtype)) if y is None else y
+        return F.linear(x, target.weight_for(x.dtype), bias_of(target, x.dtype)) if y is None else y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         h = ctx.hooks.take_h(ctx.target, gradient)
-        return gradient @ ctx.target.weight if h is None else h, None, None
+        if h is None:
+            h = gradient @ ctx.target.weight_for(gradient.dtype)
+        return h, None, None
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from filet.model.values import Values
 from filet.system.transfer import values
 
-__all__ = ["check_fingerprint", "fingerprints", "fingerprints_of"]
+__all__ = ["check_fingerprint", "check_weights", "fingerprints", "fingerprints_of"]
 
 _FACTOR = -7046029254386353131  # odd: invertible modulo 2⁶⁴
 
@@ -25,7 +25,7 @@ def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:
     """
     totals = values([_hash(weight) for weight in weights.values()])
     return {
-        name: _written(str(weight.dtype).removeprefix("torch."), weight.shape, total)
+        name: _written(_name(weight.dtype), weight.shape, total)
         for (name, weight), total in zip(weights.items(), totals, strict=True)
     }
 
@@ -41,6 +41,10 @@ def fingerprints_of(of: Mapping[str, Values]) -> dict[str, str]:
             total = total * _FACTOR + next(numbers)
         found[name] = _written(of[name].kind, of[name].shape, total)
     return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _written(kind: str, shape: Sequence[int], total: int) -> str:
@@ -60,6 +64,34 @@ def _rows(its: Values) -> list[Tensor]:
     return found
 
 
+def check_weights(
+    of: Mapping[str, Values], recorded: Mapping[str, str], subject: str, model: str = "this model"
+) -> None:
+    """ValueError for the first weight of ``model`` that is another one than the subject's.
+
+    A plain weight in another dtype is the same if its values are: a base in bfloat16 may be loaded
+    in float32, and prepare_model_for_kbit_training casts what a quantised base has unquantised.
+
+    Args:
+        of, recorded: the weights, and the fingerprint that each should have.
+        subject: whose those are, as in :func:`check_fingerprint`.
+    """
+    here = fingerprints_of(of)
+    cast = {}
+    for name, its in of.items():
+        kind = recorded[name].partition(":")[0]
+        dtype = getattr(torch, kind, None)
+        if isinstance(dtype, torch.dtype) and not its.quantised and kind != its.kind:
+            cast[name] = its.weight(), dtype
+    hashes = values([_hash(weight, dtype) for weight, dtype in cast.values()])
+    exact = values([_survives(weight, dtype) for weight, dtype in cast.values()])
+    for (name, (weight, dtype)), total, same in zip(cast.items(), hashes, exact, strict=True):
+        if same and _written(_name(dtype), weight.shape, total) == recorded[name]:
+            here[name] = recorded[name]
+    for name, found in here.items():
+        check_fingerprint(name, found, recorded[name], subject, model)
+
+
 def check_fingerprint(
     name: str, here: str, there: str, subject: str, model: str = "this model"
 ) -> None:
@@ -69,33 +101,58 @@ def check_fingerprint(
     """
     if here == there:
         return
-    dtype, shape, _ = here.split(":")
-    its_dtype, its_shape, _ = there.split(":")
-    quantised = not (hasattr(torch, dtype) and hasattr(torch, its_dtype))
-    if dtype != its_dtype and shape == its_shape and quantised:
+    kind, shape, _ = here.split(":")
+    its_kind, its_shape, _ = there.split(":")
+    plain = hasattr(torch, kind) and hasattr(torch, its_kind)
+    if kind != its_kind and shape == its_shape and not plain:
         raise ValueError(
-            f"{subject} to a base in {its_dtype}: the weight of {name} is {dtype} in {model}; "
+            f"{subject} to a base in {its_kind}: the weight of {name} is {kind} in {model}; "
             "expected the base quantised as it was there, for the two are other models"
         )
-    if dtype != its_dtype and shape == its_shape:
+    if kind != its_kind and shape == its_shape:
         raise ValueError(
-            f"{subject} to a base model in {its_dtype}: the weight of {name} is {dtype} in "
-            f"{model}; expected {its_dtype}: load the model with dtype=torch.{its_dtype} "
-            f"(--dtype {its_dtype})"
+            f"{subject} to a base model in {its_kind}: the weight of {name} is {kind} in "
+            f"{model}; expected {its_kind}: load the model with dtype=torch.{its_kind} "
+            f"(--dtype {its_kind})"
+        )
+    weights = f"the weight of {name} is {there} there and {here} in {model}"
+    if kind == its_kind and shape == its_shape and not plain:
+        raise ValueError(
+            f"{subject} to another base: {weights} (kind:shape:hash); expected the very same "
+            "codes: the weights quantised from the same dtype (dtype= of from_pretrained), with "
+            "no adapter merged into them and unmerged, by which PEFT quantises them anew"
         )
     raise ValueError(
-        f"{subject} to another base model: the weight of {name} is {there} there and {here} in "
-        f"{model} (dtype:shape:hash); expected the very same weights"
+        f"{subject} to another base model: {weights} ({'dtype' if plain else 'kind'}:shape:hash); "
+        "expected the very same weights"
     )
 
 
-def _hash(weight: Tensor) -> Tensor:
+def _survives(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether a cast to ``dtype`` loses nothing of a weight."""
+    same = torch.ones((), dtype=torch.bool, device=weight.device)
+    for start, stop in _pieces(weight):
+        rows = weight[start:stop]
+        same &= (rows.to(dtype).to(rows.dtype) == rows).all()
+    return same
+
+
+def _pieces(weight: Tensor) -> Iterator[tuple[int, int]]:
+    """Its rows, 128 MiB at a time."""
     m, n = weight.shape
-    a_word = max(1, 4 // weight.element_size())
-    step = max(1, 2**27 // max(1, n * weight.element_size()))  # 128 MiB at a time
-    total = torch.zeros((), dtype=torch.int64, device=weight.device)
+    step = max(1, 2**27 // max(1, n * weight.element_size()))
     for start in range(0, m, step):
-        rows = weight[start : start + step].contiguous()
+        yield start, min(start + step, m)
+
+
+def _hash(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``dtype``: in which it is hashed, its own by default."""
+    dtype = dtype or weight.dtype
+    n = weight.shape[1]
+    a_word = max(1, 4 // dtype.itemsize)
+    total = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for start, stop in _pieces(weight):
+        rows = weight[start:stop].to(dtype).contiguous()
         if n % a_word or rows.storage_offset() % a_word:
             rows = F.pad(rows, (0, -n % a_word))  # a copy
         words = rows.view(torch.int32)

@@ -349,6 +349,9 @@ def _rows(model: Any, getter: str) -> int | None:
     if isinstance(module, AuxiliaryTrainingWrapper):
         # Trained ones are copies. PEFT 0.18 fails at reading a wrapper that has no active one.
         module = module.original_module
+    rows = getattr(module, "out_features", None)  # the weight of a quantised head may be flat
+    if isinstance(rows, int):
+        return rows
     weight = getattr(module, "weight", None)
     return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else None
 

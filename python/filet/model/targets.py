@@ -87,6 +87,10 @@ class Target:
         """The base weight (m, n) = (out, in), detached: a view, or dequantised whenever read."""
         return self.values.weight()
 
+    def weight_for(self, x: torch.dtype) -> Tensor:
+        """The base weight as an x of this dtype is multiplied by it."""
+        return self.values.weight(self.values.dtype_for(x))
+
     @property
     def device(self) -> torch.device:
         """Where the base weight lies."""

@@ -55,27 +55,34 @@ class Values:
     Attributes:
         module: the base module.
         quantised: W is made anew whenever it is asked for.
-        dtype: of W, in which the layer multiplies.
         multiplies: the module's forward is x Wᵀ + b with this very W, and nothing else. False also
             where it quantises x or adds up otherwise; then it is left to itself.
-        rounds: x and g of a wider dtype are rounded to W's before they are multiplied, and y and
-            h are given back in theirs.
     """
 
     quantised = False
     multiplies = False
-    rounds = False
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        """``dtype``: what the model computes in, for a base that does not say."""
+        """``dtype``: of the model's hidden states, for a base that multiplies in that of its x."""
         self.module: Any = module
-        self.dtype = self._dtype(dtype)
+        self._of_model = dtype
         if type(self) is Values:
             self.multiplies = type(module) is nn.Linear
 
-    def _dtype(self, of_model: torch.dtype) -> torch.dtype:
+    def dtype_for(self, x: torch.dtype) -> torch.dtype:
+        """In which the layer multiplies an x of this dtype by W."""
         dtype: torch.dtype = self.module.weight.dtype
         return dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of W, for an x as the model's hidden states are."""
+        return self.dtype_for(self._of_model)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether x and g of a wider dtype are rounded to W's, and y and h given back in theirs."""
+        return False
 
     @property
     def kind(self) -> str:
@@ -92,14 +99,21 @@ class Values:
         device: torch.device = self.module.weight.device
         return device
 
-    def weight(self) -> Tensor:
-        """W (m, n), detached: a view of the module's, or dequantised, in memory of its own."""
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W (m, n), detached: a view of the module's, or dequantised, in memory of its own.
+
+        ``dtype``: what :meth:`dtype_for` gave; :attr:`dtype` by default.
+        """
         weight: Tensor = self.module.weight.detach()
         return weight.T if isinstance(self.module, Conv1D) else weight
 
     def stored(self) -> list[Tensor]:
         """What W is made of, in an order of its own: all that a fingerprint is to tell apart."""
         return [self.weight()]
+
+    def why_untrainable(self, x: Tensor) -> str | None:
+        """Why nothing can be trained on the layer when it gets this x, or None."""
+        return None
 
     def check(self) -> None:
         """Raises :class:`Unreadable` where W cannot be had, or no gradient comes through."""
@@ -127,24 +141,27 @@ class _Quantised(Values):
     def shape(self) -> tuple[int, int]:
         return self.module.out_features, self.module.in_features
 
-    def _dtype(self, of_model: torch.dtype) -> torch.dtype:
-        return of_model
+    def dtype_for(self, x: torch.dtype) -> torch.dtype:
+        return x
 
     def check(self) -> None:
         pass
 
 
 class _Bnb4bit(_Quantised):
-    """``bitsandbytes.nn.Linear4bit``: NF4 or FP4, its scales quantised once more or not."""
+    """``bitsandbytes.nn.Linear4bit``: NF4 or FP4, its scales quantised once more or not.
+
+    Made by hand it may have no compute dtype. Its first x gives it one then.
+    """
 
     multiplies = True
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__(module, dtype)
-        self.rounds = self.module.compute_dtype is not None
+    def dtype_for(self, x: torch.dtype) -> torch.dtype:
+        return self.module.compute_dtype or x
 
-    def _dtype(self, of_model: torch.dtype) -> torch.dtype:
-        return self.module.compute_dtype or of_model
+    @property
+    def rounds(self) -> bool:
+        return self.module.compute_dtype is not None
 
     @classmethod
     def claims(cls, module: Any) -> bool:
@@ -191,13 +208,13 @@ class _Bnb4bit(_Quantised):
             self.module.weight.quant_state = self.module.quant_state = state
 
     @torch.no_grad()
-    def weight(self) -> Tensor:
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         from bitsandbytes import functional
 
         data, state = self.packed()
-        if state.dtype != self.dtype:  # the forward rounds once, to its own
+        if state.dtype != (dtype or self.dtype):  # the forward rounds once, to its own
             state = copy.copy(state)
-            state.dtype = self.dtype
+            state.dtype = dtype or self.dtype
         W: Tensor = functional.dequantize_4bit(data, state)
         return W if tuple(W.shape) == self.shape else W.T
 
@@ -213,8 +230,8 @@ class _Bnb4bit(_Quantised):
 class _Bnb8bit(_Quantised):
     """``bitsandbytes.nn.Linear8bitLt``: LLM.int8(), whose forward rounds x to int8 on a GPU.
 
-    W = CB diag(SCB) / 127, by rows, rounded to the model's dtype as in its backward. The rounding
-    of x and its outliers is the layer's own affair: y = W x and h = Wᵀ g are not.
+    W = CB diag(SCB) / 127, by rows, rounded to the dtype of x as in its backward. The rounding of x
+    and its outliers is the layer's own affair: y = W x and h = Wᵀ g are not.
     """
 
     @classmethod
@@ -242,9 +259,9 @@ class _Bnb8bit(_Quantised):
         return found.to(self.device)
 
     @torch.no_grad()
-    def weight(self) -> Tensor:
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         codes: Tensor = self.module.weight.data
-        return codes.to(self.dtype).mul_(self._scales.unsqueeze(1).mul(1.0 / 127.0))
+        return codes.to(dtype or self.dtype).mul_(self._scales.unsqueeze(1).mul(1.0 / 127.0))
 
     def stored(self) -> list[Tensor]:
         return [self.module.weight.data, self._scales]
@@ -273,16 +290,32 @@ class _Hqq(_Quantised):
         device: torch.device = self.module.W_q.device
         return device
 
-    def _dtype(self, of_model: torch.dtype) -> torch.dtype:
+    def dtype_for(self, x: torch.dtype) -> torch.dtype:
         dtype: torch.dtype = self.module.compute_dtype
         return dtype
+
+    def why_untrainable(self, x: Tensor) -> str | None:
+        """Its backward multiplies g by W as they come, which torch does in one dtype only."""
+        place = x.device.type
+        cast = torch.is_autocast_enabled(place)
+        got = torch.get_autocast_dtype(place) if cast else x.dtype
+        if got == self.dtype:
+            return None
+        if cast:
+            where, instead = "under autocast to", f"autocast to {self.dtype}, or none"
+        else:
+            where, instead = "with an input in", "no prepare_model_for_kbit_training"
+        return (
+            f"an HQQLinear of compute_dtype={self.dtype} cannot be trained {where} {got}, which "
+            f"its backward does not cast; expected {instead}, or compute_dtype={got}"
+        )
 
     def check(self) -> None:
         if not self.module.ready:
             raise Unreadable("this HQQLinear is not quantised yet")
 
     @torch.no_grad()
-    def weight(self) -> Tensor:
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         W: Tensor = self.module.dequantize().detach()
         return W
 
@@ -305,7 +338,7 @@ class _Torchao(_Quantised):
     def kind(self) -> str:
         return f"{type(self.module.weight).__name__} (torchao)"
 
-    def _dtype(self, of_model: torch.dtype) -> torch.dtype:
+    def dtype_for(self, x: torch.dtype) -> torch.dtype:
         dtype: torch.dtype = self.module.weight.dtype
         return dtype
 
@@ -338,7 +371,7 @@ class _Torchao(_Quantised):
             return f"{type(error).__name__}: {error}".splitlines()[0]
 
     @torch.no_grad()
-    def weight(self) -> Tensor:
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         W: Tensor = self.module.weight.detach().dequantize()
         return W
 
@@ -387,7 +420,7 @@ class _GptqModel(_Quantised):
                 raise Unreadable(f"this {kernel} rotates its input ({name}), which FILet does not")
 
     @torch.no_grad()
-    def weight(self) -> Tensor:
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         module = self.module
         if hasattr(module, "dequantize_weight"):
             W = module.dequantize_weight()
@@ -398,7 +431,7 @@ class _GptqModel(_Quantised):
                 module.qweight, module.qzeros, module.scales, module.bits, module.group_size
             )
         turned: Tensor = W.detach().T  # theirs is (in, out)
-        return turned.to(self.dtype)
+        return turned.to(dtype or self.dtype)
 
     def stored(self) -> list[Tensor]:
         names = ("qweight", "qzeros", "scales", "g_idx")
@@ -429,13 +462,13 @@ class _Fp8(_Quantised):
             raise Unreadable("FP8Linear has no gradient through FP4 weights")
 
     @torch.no_grad()
-    def weight(self) -> Tensor:
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
         module = self.module
         scales = module.weight_scale_inv.detach()
         W: Tensor = _dequantize_fp8_weight(
-            module.weight.detach(), scales, module.block_size, self.dtype
+            module.weight.detach(), scales, module.block_size, dtype or self.dtype
         )
         return W
 
@@ -449,7 +482,7 @@ _KINDS: tuple[type[_Quantised], ...] = (_Bnb4bit, _Bnb8bit, _Hqq, _Torchao, _Gpt
 def values_of(module: nn.Module, dtype: torch.dtype) -> Values:
     """The values of a base module; :class:`Unreadable` with the reason where they cannot be had.
 
-    ``dtype``: what the model computes in (:func:`dtype_of_model`), for a base that does not say.
+    ``dtype``: of the model's hidden states (:func:`dtype_of_model`).
     """
     kind = type(module).__name__
     claimed = next((each for each in _KINDS if each.claims(module)), None)
@@ -488,11 +521,20 @@ def _is_plain(module: Any) -> bool:
 
 
 def dtype_of_model(model: Any) -> torch.dtype:
-    """What a model computes in: as its config says, which no cast of its norms changes."""
+    """That of a model's hidden states: as its embeddings give them, or else as its config says.
+
+    prepare_model_for_kbit_training casts the embeddings; the config stays what it was.
+    """
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embeddings = None
+    parameters = embeddings.parameters() if isinstance(embeddings, nn.Module) else iter(())
     dtype = getattr(getattr(model, "config", None), "dtype", None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
-    return dtype if dtype in _DTYPES else torch.float32
+    found = (getattr(next(parameters, None), "dtype", None), dtype)
+    return next((each for each in found if each in _DTYPES), torch.float32)
 
 
 @contextlib.contextmanager
