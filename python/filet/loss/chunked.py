@@ -30,6 +30,7 @@ from filet.loss.sampling import drawn, uniform
 from filet.model.batch import IGNORED, labels_of
 from filet.model.fused import has_hooks
 from filet.model.overrides import own_forward
+from filet.model.sharded import units
 from filet_kernels import cross_entropy_
 
 __all__ = ["CHUNK_BYTES", "CHUNK_ROWS", "ChunkedLoss", "HeadLoss", "StandIn"]
@@ -159,6 +160,8 @@ def _head_of(peft_model: PeftModel) -> _HeadPlace | str:
         head = head.modules_to_save[head.active_adapters[0]]  # the one that trains
     if type(head) is not nn.Linear:
         return f"its head is a {type(head).__name__}; expected nn.Linear without an adapter"
+    if units(peft_model):
+        return "FSDP has sharded the model"
     if has_hooks(head):
         return "its head has hooks"
     # A device map's moves the input to the weight, as is done here.

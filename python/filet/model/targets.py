@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from filet.model.factors import StartedFactor, plain_class
+from filet.model.sharded import check_division, is_sharded, local, resharded
 from filet.model.values import LORA_LAYERS, Unreadable, Values, dtype_of_model, values_of
 from filet.system.text import some
 
@@ -144,6 +145,8 @@ def _check_names(lora_config: LoraConfig, modules: dict[str, nn.Module], model: 
 
 def check_peft_model(peft_model: object, adapter_name: str) -> PeftModel:
     """The model, if it is a PeftModel with a LoRA adapter of that name; an error otherwise."""
+    if isinstance(peft_model, nn.Module):
+        check_division(peft_model)
     if not isinstance(peft_model, PeftModel):
         raise TypeError(
             f"peft_model is a {type(peft_model).__name__}; expected the PeftModel that "
@@ -176,6 +179,7 @@ def find_targets(
 
     ``loaded=False`` takes weights on the meta device as well: they come later.
     """
+    resharded(peft_model)
     targets: dict[str, Target] = {}
     unsupported: dict[str, str] = {}
     wrapped: list[str] = []  # whose inner layers PEFT handles as parts of them
@@ -213,7 +217,7 @@ def layers_of(peft_model: PeftModel, adapter_name: str) -> list[tuple[str, LoraL
 def _embedding_storages(peft_model: PeftModel, adapter_name: str) -> set[int]:
     """Where the factors of embeddings lie: those of a tied head are views of them."""
     return {
-        factors[adapter_name].untyped_storage().data_ptr()
+        local(factors[adapter_name]).untyped_storage().data_ptr()
         for _, layer in layers_of(peft_model, adapter_name)
         for factors in (layer.lora_embedding_A, layer.lora_embedding_B)
         if adapter_name in factors and factors[adapter_name].device.type != "meta"
@@ -238,6 +242,11 @@ def _checked_values(
             "nn.MultiheadAttention multiplies by its weights itself, no layer of it is called"
         )
     values = values_of(base, dtype)
+    if values.quantised and is_sharded(getattr(base, "weight", None)):
+        raise Unreadable(
+            f"this {kind} is quantised and FSDP has sharded it; expected it whole, as accelerate "
+            "leaves it with bnb_4bit_quant_storage=torch.uint8"
+        )
     its_class = plain_class(type(layer))
     ours = its_class.__module__.startswith("peft.tuners.lora.")
     if not ours or its_class.__name__ not in LORA_LAYERS:
@@ -245,7 +254,7 @@ def _checked_values(
     factor = layer.lora_A[adapter_name]
     if type(factor) not in (nn.Linear, StartedFactor):
         raise Unreadable(f"its A is a {type(factor).__name__}; expected nn.Linear")
-    if next(factor.parameters()).untyped_storage().data_ptr() in tied - {0}:
+    if local(next(factor.parameters())).untyped_storage().data_ptr() in tied - {0}:
         raise Unreadable("its adapter is tied to that of the embedding")
     return values
 
