@@ -21,7 +21,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from filet.model.sharded import whole, write
+from filet.model.sharded import divided, is_sharded, whole, write
 
 __all__ = ["OF_ADAPTER", "StartedFactor", "StartedLayer", "plain_class", "started_class"]
 
@@ -176,8 +176,10 @@ class StartedFactor(nn.Linear):
             )
             return
         if both is not None:
-            both = both.as_subclass(Tensor)  # of another model's state_dict it is one of these
+            # Of another model's state_dict it is one of these.
+            both = whole(both) if is_sharded(both) else both.as_subclass(Tensor)
             trained, start = both.tensor_split([self.rank], self.dim)
+            trained = divided(trained, self.trained)
             if local_metadata.get("assign_to_params_buffers", False):
                 trained, self.start = trained.contiguous(), start.detach().contiguous()
             else:

@@ -25,6 +25,7 @@ __all__ = [
     "by_rows",
     "check_division",
     "columns_in_use",
+    "divided",
     "gathering",
     "is_sharded",
     "local",
@@ -67,25 +68,24 @@ def whole(tensor: Any) -> Tensor:
 @torch.no_grad()
 def write(tensor: Tensor, value: Tensor) -> None:
     """Write a value, which every process has whole, into a tensor: each its own part."""
-    place = local(tensor)
-    if is_sharded(tensor):
-        value = _part(value, tensor)
-    place.copy_(value)
+    local(tensor).copy_(local(divided(value, tensor)))
 
 
 def local_rows(value: Tensor, like: Tensor) -> Tensor:
     """Those rows of a matrix, which every process has whole, that are here of a sharded one."""
     assert by_rows(like) and value.shape[0] == like.shape[0]
-    return _part(value, like)
+    return local(divided(value, like))
 
 
-def _part(value: Tensor, like: Any) -> Tensor:
+def divided(value: Tensor, like: Any) -> Tensor:
+    """A value, which every process has whole, sharded as another tensor is, if it is."""
+    if not is_sharded(like):
+        return value
     from torch.distributed.tensor import distribute_tensor
 
     mesh = like.device_mesh
     part = distribute_tensor(value.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
-    found: Tensor = part.to_local()
-    return found
+    return part.to(like.device)
 
 
 def by_rows(tensor: Any) -> bool:
