@@ -83,14 +83,15 @@ def _put(
     _write(linear, "weight", value, undo)
     if linear.bias is not None:
         _write(linear, "bias", value.new_zeros(linear.bias.shape), undo)
+    was = isinstance(linear, StartedFactor)
     if isinstance(linear, StartedFactor):
         undo.append(partial(StartedFactor.begin, linear, linear.start, dim, linear.base))
     else:
         undo.append(partial(StartedFactor.end, linear))
-    if start is None:
-        StartedFactor.end(linear)
-    else:
+    if start is not None:
         StartedFactor.begin(linear, start, dim, base)
+    elif was:
+        StartedFactor.end(linear)
 
 
 def _settle(layer: LoraLayer) -> None:
@@ -111,9 +112,7 @@ def _write(linear: nn.Linear, name: str, value: Tensor, undo: list[Any]) -> None
         written = nn.Parameter(value.clone(), requires_grad=parameter.requires_grad)
         linear._parameters[name] = written
     else:
-        here = local(parameter)  # FSDP's parameters stay, with what they point to
-        undo.append(partial(here.copy_, here.clone()))
-        write(parameter, value)
+        undo.append(write(parameter, value))
 
 
 def write_residual(peft_model: PeftModel, adapter_name: str = "default") -> None:

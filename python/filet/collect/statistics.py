@@ -453,7 +453,7 @@ def _passes(
 ) -> int:
     """Over how many groups of blocks the moments are taken: what fits on every process."""
     passes = config.passes
-    if passes == "auto" and units(peft_model):
+    if passes == "auto" and gpus and units(peft_model):
         passes = passes_by_size(peft_model, targets, config, keep)
     elif passes == "auto":
         first = batches.first() if gpus else None

@@ -45,9 +45,14 @@ def with_weights(
     block of every rank's, and all of them take it at the same time: collective. A weight is whole
     on its owner until the next part, on the others while it is gathered.
     """
-    if not any(is_sharded(target.weight) for target in targets.values()):
-        yield {name: target for name, target in targets.items() if owners[name] == rank}
-        return
+    if any(is_sharded(target.weight) for target in targets.values()):
+        return _gathered(targets, owners, rank)
+    return iter([{name: target for name, target in targets.items() if owners[name] == rank}])
+
+
+def _gathered(
+    targets: Mapping[str, Target], owners: Mapping[str, int], rank: int
+) -> Iterator[dict[str, Target]]:
     of_rank: dict[int, list[list[str]]] = {}
     for names in blocks(dict(targets)).values():
         for owner in sorted({owners[name] for name in names}):

@@ -12,6 +12,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,9 +67,15 @@ def whole(tensor: Any) -> Tensor:
 
 
 @torch.no_grad()
-def write(tensor: Tensor, value: Tensor) -> None:
-    """Write a value, which every process has whole, into a tensor: each its own part."""
-    local(tensor).copy_(local(divided(value, tensor)))
+def write(tensor: Tensor, value: Tensor) -> Callable[[], object]:
+    """Write a value, which every process has whole, into a tensor: each its own part.
+
+    The tensor stays, and what points to it. Returns what takes the value out again.
+    """
+    place = local(tensor)
+    before = place.clone()
+    place.copy_(local(divided(value, tensor)))
+    return partial(place.copy_, before)
 
 
 def local_rows(value: Tensor, like: Tensor) -> Tensor:
@@ -181,12 +188,8 @@ def _sum(numbers: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
     return found
 
 
-def columns_in_use(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Of each matrix, how many of its columns have a number that is not 0: () each. Collective."""
-    return [torch.count_nonzero(used) for used in over_shards(weights, _columns_in_use)]
-
-
-def _columns_in_use(rows: Tensor, _: int) -> Tensor:
+def columns_in_use(rows: Tensor, _: int) -> Tensor:
+    """For :func:`over_shards`: of each column, in how many places it has a number that is not 0."""
     if not len(rows):
         return rows.new_zeros(rows.shape[1], dtype=torch.int64)
     used: Tensor = torch.linalg.vector_norm(rows, torch.inf, dim=0) != 0
@@ -242,12 +245,13 @@ def _roots(found: list[Any]) -> list[Any]:
 def check_division(model: Any) -> None:
     """ValueError for a model that is divided between processes in another way than by FSDP2."""
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
-    if fsdp is not None and any(isinstance(module, fsdp) for module in model.modules()):
+    modules, parameters = list(model.modules()), list(model.parameters())
+    flat = any(hasattr(parameter, "_fsdp_flattened") for parameter in parameters)
+    if flat or (fsdp is not None and any(isinstance(module, fsdp) for module in modules)):
         raise ValueError(
             "the model is in FSDP 1 (FullyShardedDataParallel), whose flat parameters hide the "
             "weights of the layers; expected FSDP 2: fully_shard, or fsdp_version=2 of accelerate"
         )
-    parameters = list(model.parameters())
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         raise ValueError(
             "the model is divided by DeepSpeed's ZeRO-3, which fetches weights for a forward "
@@ -256,7 +260,7 @@ def check_division(model: Any) -> None:
         )
     sharded = [parameter for parameter in parameters if is_sharded(parameter)]
     of_fsdp = {id(p) for root in _roots(units(model)) for p in root.parameters()}
-    tensor_parallel = (getattr(model.base_model.model, "_tp_size", None) or 1) > 1
+    tensor_parallel = any((vars(module).get("_tp_size") or 1) > 1 for module in modules)
     for parameter in sharded:
         divided = [each for each in parameter.placements if not each.is_replicate()]
         tensor_parallel |= len(divided) > 1 or id(parameter) not in of_fsdp

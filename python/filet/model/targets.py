@@ -15,13 +15,22 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from filet.model.factors import StartedFactor, plain_class
-from filet.model.sharded import check_division, is_sharded, local, resharded
+from filet.model.sharded import (
+    check_division,
+    columns_in_use,
+    is_sharded,
+    local,
+    over_shards,
+    resharded,
+)
 from filet.model.values import LORA_LAYERS, Unreadable, Values, dtype_of_model, values_of
 from filet.system.text import some
+from filet.system.transfer import values
 
 __all__ = [
     "Target",
     "adapted",
+    "candidates",
     "check_init",
     "check_peft_model",
     "check_targets",
@@ -280,6 +289,13 @@ def check_targets(
     for other, config in peft_model.peft_config.items():
         if any(other in target.layer.lora_A for target in targets.values()):
             check_init(config, f"adapter {other!r}")
+
+
+def candidates(targets: Mapping[str, Target]) -> list[int]:
+    """How many directions each target has to choose from: W's non-zero columns. Collective."""
+    used = over_shards([target.weight for target in targets.values()], columns_in_use)
+    found: list[int] = values([torch.count_nonzero(columns) for columns in used])
+    return found
 
 
 def check_unmerged(targets: Mapping[str, Target]) -> None:
