@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from filet.adapter.state import describe, made_by, set_rank, started
 from filet.model.factors import StartedFactor, StartedLayer, plain_class, started_class
-from filet.model.sharded import by_rows, is_sharded, local, local_rows, write
+from filet.model.sharded import by_rows, check_division, is_sharded, local, local_rows, write
 from filet.model.targets import Target, check_unmerged
 from filet.select import Layer
 from filet_kernels import residual_weight_
@@ -133,6 +133,7 @@ def write_residual(peft_model: PeftModel, adapter_name: str = "default") -> None
     say) the layers that are done are done, each with its function; the same call goes on.
     """
     targets = started(peft_model, adapter_name)
+    check_division(peft_model)
     check_unmerged(targets)
     _check_plain(targets)
     _check_sole_user(peft_model, targets, adapter_name)

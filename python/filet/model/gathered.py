@@ -68,3 +68,4 @@ def _gathered(
                     mine[name] = dataclasses.replace(targets[name], values=values)
                 del weight
         yield mine
+        mine.clear()  # whoever took the part still has the dict

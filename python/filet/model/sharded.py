@@ -219,13 +219,16 @@ def running(model: nn.Module) -> Iterator[None]:
     the training: so that is done here, before anything is frozen.
     """
     roots = _roots(units(model))
-    for root in roots:
-        root._get_fsdp_state()._lazy_init()
+    states = [root._get_fsdp_state() for root in roots]
+    for state in states:
+        state._lazy_init()
     try:
         yield
     except BaseException:
-        for root in roots:  # a forward may have ended halfway; before torch 2.13 there is no way
-            getattr(root, "reset_iter_state", bool)()
+        for root, state in zip(roots, states, strict=True):
+            # A forward may have ended halfway. Before torch 2.13 there was nothing against it.
+            if state._is_root and hasattr(root, "reset_iter_state"):
+                root.reset_iter_state()
         raise
     finally:
         resharded(model)

@@ -154,8 +154,6 @@ def _check_names(lora_config: LoraConfig, modules: dict[str, nn.Module], model: 
 
 def check_peft_model(peft_model: object, adapter_name: str) -> PeftModel:
     """The model, if it is a PeftModel with a LoRA adapter of that name; an error otherwise."""
-    if isinstance(peft_model, nn.Module):
-        check_division(peft_model)
     if not isinstance(peft_model, PeftModel):
         raise TypeError(
             f"peft_model is a {type(peft_model).__name__}; expected the PeftModel that "
@@ -175,6 +173,8 @@ def checked_targets(
     peft_model: PeftModel, adapter_name: str
 ) -> tuple[dict[str, Target], dict[str, str]]:
     """What :func:`find_targets` finds in a model that can be initialised; an error for another."""
+    if isinstance(peft_model, nn.Module):
+        check_division(peft_model)
     peft_model = check_peft_model(peft_model, adapter_name)
     targets, unsupported = find_targets(peft_model, adapter_name)
     check_targets(peft_model, targets, unsupported, adapter_name)
