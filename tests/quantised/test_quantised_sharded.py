@@ -1,4 +1,4 @@
-"""A quantised base in a model that FSDP2 shards: whole on every process, as accelerate leaves it."""
+"""A quantised base under FSDP2: whole on every process, as accelerate leaves it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quantised_bases
 import torch
 from peft import LoraConfig, get_peft_model
+from quantised_bases import TARGETS, kinds, quantised
 
-import quantised_bases
 from alike import assert_as_one
 from fsdp_models import initialised, sharded
-from quantised_bases import TARGETS, kinds, quantised
 from ranks import run, values
 
 

@@ -83,15 +83,14 @@ def _put(
     _write(linear, "weight", value, undo)
     if linear.bias is not None:
         _write(linear, "bias", value.new_zeros(linear.bias.shape), undo)
-    was = isinstance(linear, StartedFactor)
     if isinstance(linear, StartedFactor):
         undo.append(partial(StartedFactor.begin, linear, linear.start, dim, linear.base))
     else:
         undo.append(partial(StartedFactor.end, linear))
-    if start is not None:
-        StartedFactor.begin(linear, start, dim, base)
-    elif was:
+    if start is None:
         StartedFactor.end(linear)
+    else:
+        StartedFactor.begin(linear, start, dim, base)
 
 
 def _settle(layer: LoraLayer) -> None:

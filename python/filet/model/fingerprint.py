@@ -25,7 +25,7 @@ def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:
     2⁶⁴: integer sums do not depend on their order, so it is computed where a weight lies, or its
     rows do, without copying or gathering it. All of a device are waited for together.
     """
-    totals = values(over_shards(list(weights.values()), _hash))
+    totals = values(over_shards(weights.values(), _hash))
     return {
         name: _written(_name(weight.dtype), weight.shape, total)
         for (name, weight), total in zip(weights.items(), totals, strict=True)
@@ -34,12 +34,19 @@ def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:
 
 def fingerprints_of(of: Mapping[str, Values]) -> dict[str, str]:
     """Those of base weights. Of quantised ones: of what they are stored as, to the bit."""
-    parts = {name: _rows(each) for name, each in of.items()}
-    numbers = iter(values(over_shards([rows for its in parts.values() for rows in its], _hash)))
+    lengths: dict[str, int] = {}
+
+    def parts() -> Iterator[Tensor]:
+        for name, its in of.items():
+            rows = _rows(its)
+            lengths[name] = len(rows)
+            yield from rows
+
+    numbers = iter(values(over_shards(parts(), _hash)))
     found = {}
-    for name, its in parts.items():
+    for name, length in lengths.items():
         total = 0
-        for _ in its:  # in their order
+        for _ in range(length):  # in their order
             total = total * _FACTOR + next(numbers)
         found[name] = _written(of[name].kind, of[name].shape, total)
     return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -131,45 +131,47 @@ def as_rows(tensor: Any) -> Tensor:
     )  # fmt: skip
 
 
-def over_shards(tensors: Sequence[Any], function: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
+def over_shards(tensors: Iterable[Any], function: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
     """``function(rows, first)`` of each matrix; of a sharded one added up over its rows.
 
     Collective. Of all that lie alike it goes over the network once.
 
     Args:
+        tensors: none is kept: they may be made as they are asked for.
         function: integers, of one shape whatever rows there are, also none; ``first`` is the place
             of the first one in the whole.
     """
-    with gathering(any(map(is_sharded, tensors))):
-        return _over_shards(tensors, function)
-
-
-def _over_shards(tensors: Sequence[Any], function: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
     found: list[Tensor] = []
     alike: dict[Any, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        if not is_sharded(tensor):
-            found.append(function(tensor, 0))
-        elif not by_rows(tensor):
-            found.append(function(whole(tensor).detach(), 0))
-        else:
-            found.append(function(local(tensor), _first_row(tensor)))
-            alike.setdefault((tensor.device_mesh, tensor.placements), []).append(index)
-    for (mesh, placements), indices in alike.items():
-        total = _sum(torch.cat([found[i].reshape(-1) for i in indices]), mesh, placements)
-        parts = total.split([found[i].numel() for i in indices])
-        for index, part in zip(indices, parts, strict=True):
-            found[index] = part.view(found[index].shape)
+    waiting = False
+    with contextlib.ExitStack() as stack:
+        for index, tensor in enumerate(tensors):
+            if not is_sharded(tensor):
+                found.append(function(tensor, 0))
+                continue
+            if not waiting:
+                stack.enter_context(gathering())
+                waiting = True
+            if by_rows(tensor):
+                found.append(function(local(tensor), _first_row(tensor)))
+                alike.setdefault((tensor.device_mesh, tensor.placements), []).append(index)
+            else:
+                found.append(function(whole(tensor).detach(), 0))
+        for (mesh, placements), indices in alike.items():
+            total = _sum(torch.cat([found[i].reshape(-1) for i in indices]), mesh, placements)
+            parts = total.split([found[i].numel() for i in indices])
+            for index, part in zip(indices, parts, strict=True):
+                found[index] = part.view(found[index].shape)
     return found
 
 
 @contextlib.contextmanager
-def gathering(sharded: bool = True) -> Iterator[None]:
+def gathering() -> Iterator[None]:
     """Inside, the processes wait for each other's parts of a sharded model. Collective.
 
     Who failed before says so here; who fails inside cannot (:meth:`Group.untold`).
     """
-    group = current() if sharded else None
+    group = current()
     if group is None:
         yield
         return

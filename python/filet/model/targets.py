@@ -293,7 +293,7 @@ def check_targets(
 
 def candidates(targets: Mapping[str, Target]) -> list[int]:
     """How many directions each target has to choose from: W's non-zero columns. Collective."""
-    used = over_shards([target.weight for target in targets.values()], columns_in_use)
+    used = over_shards((target.weight for target in targets.values()), columns_in_use)
     found: list[int] = values([torch.count_nonzero(columns) for columns in used])
     return found
 
