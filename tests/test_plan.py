@@ -537,7 +537,7 @@ def test_a_shortage_after_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("fails", "place"),
     [
-        ("filet.initialize.values", "the checks of the weights"),
+        ("filet.model.targets.values", "the checks of the weights"),
         ("filet.collect.statistics.fingerprints_of", "the hashing of the weights"),
     ],
 )

@@ -25,7 +25,7 @@ from filet.config import FiletConfig, checked_config, resolved
 from filet.distributed.group import Group, current, joined
 from filet.loss.batch import ForwardFn
 from filet.model.folder import load_adapted
-from filet.model.targets import Target, checked_targets
+from filet.model.targets import Target, candidates, checked_targets
 from filet.report.report import FiletReport
 from filet.select import (
     Choice,
@@ -37,7 +37,6 @@ from filet.select import (
 )
 from filet.system.files import staged
 from filet.system.memory import named_shortage, peak_memory
-from filet.system.transfer import values
 
 __all__ = [
     "apply_statistics",
@@ -180,14 +179,8 @@ def check_applicable(
 ) -> tuple[dict[str, Target], dict[str, str]]:
     """The adapter's targets, after every check that needs no data, and why the others are none."""
     targets, unsupported = checked_targets(peft_model, adapter_name)
-    counts = values(
-        [
-            torch.count_nonzero(torch.linalg.vector_norm(target.weight, torch.inf, dim=0))
-            for target in targets.values()
-        ]
-    )
-    for target, candidates in zip(targets.values(), counts, strict=True):
-        check_rank(target, candidates)
+    for target, number in zip(targets.values(), candidates(targets), strict=True):
+        check_rank(target, number)
     return targets, unsupported
 
 

@@ -18,6 +18,7 @@ from filet.config import FiletConfig
 from filet.distributed.exchange import spread
 from filet.distributed.group import Group
 from filet.model.blocks import blocks
+from filet.model.gathered import with_weights
 from filet.model.targets import Target
 from filet.report.modules import ModuleReport
 from filet.system.text import some
@@ -75,6 +76,8 @@ def choose(
     fingerprints: Mapping[str, str],
     config: FiletConfig,
     keep: Mapping[str, SecondMoment] | None = None,
+    owners: Mapping[str, int] | None = None,
+    rank: int = 0,
 ) -> Choice:
     """The r directions of every target, and A0, B0; no B0 for ``config.start="zero"``.
 
@@ -88,10 +91,31 @@ def choose(
         config: uses ``start``, ``normalization``, ``gamma``, ``select`` (no "auto" any more),
             ``scaling``, ``orthogonal``, ``damping`` and ``seed``.
         keep: of "contrast", the input moments of data to keep.
+        owners, rank: the targets that this rank owns are chosen for, by default all. Of a sharded
+            model, whose weights are gathered, collective.
 
     Returns:
         :class:`Choice`; A0 and B0 on the weights' devices, energies and indices on the CPU.
     """
+    choice = Choice()
+    everyone = dict.fromkeys(targets, rank) if owners is None else owners
+    for mine in with_weights(targets, everyone, rank):
+        part = _chosen(mine, moments, shared_input, fingerprints, config, keep)
+        choice.layers |= part.layers
+        choice.reports |= part.reports
+        choice.left_default |= part.left_default
+    return choice
+
+
+def _chosen(
+    targets: Mapping[str, Target],
+    moments: Mapping[str, Moments],
+    shared_input: Mapping[str, str],
+    fingerprints: Mapping[str, str],
+    config: FiletConfig,
+    keep: Mapping[str, SecondMoment] | None,
+) -> Choice:
+    """:func:`choose` for targets whose weights are whole."""
     choice = Choice()
     tokens = _tokens(targets, moments)
     choice.left_default = {name: why for name, both in tokens.items() if (why := _unseen(*both))}
@@ -137,8 +161,7 @@ def choose_together(
 
     ``owners``: module → its rank. The rest as in :func:`choose`.
     """
-    mine = {name: target for name, target in targets.items() if owners[name] == group.rank}
-    choice = choose(mine, moments, shared_input, fingerprints, config, keep)
+    choice = choose(targets, moments, shared_input, fingerprints, config, keep, owners, group.rank)
     said = group.exchanged((choice.reports, choice.left_default))
     reports = {name: report for reports, _ in said for name, report in reports.items()}
     left = {name: why for _, left in said for name, why in left.items()}
@@ -147,7 +170,8 @@ def choose_together(
         for owner in sorted({owners[name] for name in names}):
             its = [name for name in names if owners[name] == owner]
             described = [form for name in its for form in _forms(targets[name], config)]
-            tensors = [f for name in its if name in mine for f in _factors(choice.layers[name])]
+            layers = [choice.layers[name] for name in its] if owner == group.rank else []
+            tensors = [factor for layer in layers for factor in _factors(layer)]
             units.append(its)
             work.append((owner, described, tensors))
     factors: dict[str, list[Tensor]] = {}

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 import filet
+from alike import assert_as_one, assert_same
 from filet import FiletConfig
 from filet.distributed.triangles import pack, packed_size, unpack
 from models import Case, Experts, case, collate, linears, loader, peft_of, randomised, truth
@@ -71,32 +71,6 @@ def on_rank(rank: int, folder: Path, kind: str, size: int, kept: bool, config: A
     if kept:  # the other way round: who has no sample of the task has some to keep
         config = {**config, "keep": batches_of(kind, size - 1 - rank, size)}
     return initialised(kind, batches, wrapped=size == 2 and not kept, **config)
-
-
-def assert_same(one: Any, two: Any, where: str) -> None:
-    """To the bit."""
-    if isinstance(one, dict):
-        assert list(one) == list(two), where
-        for key in one:
-            assert_same(one[key], two[key], f"{where}: {key}")
-    elif isinstance(one, Tensor):
-        assert one.dtype == two.dtype and torch.equal(one, two), where
-    else:
-        assert one == two, where
-
-
-def assert_as_one(many: list[Any], one: Any) -> None:
-    """Ranks alike to the bit; of one process, energies to 1e-5 and the same choices."""
-    for rank, each in enumerate(many[1:], start=1):
-        assert_same(each, many[0], f"rank {rank}")
-    got = many[0]
-    for key in ("left", "counts", "tokens", "shared"):
-        assert got[key] == one[key], key
-    assert_same(got["indices"], one["indices"], "indices")
-    for name, energies in one["energies"].items():
-        torch.testing.assert_close(got["energies"][name], energies, rtol=1e-5, atol=0)
-    for name, factor in one["factors"].items():
-        torch.testing.assert_close(got["factors"][name], factor, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -17,13 +17,19 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils import (
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from filet.adapter.state import FORMAT, MARK, describe, factors_of, key_of, set_rank, starts_of
+from filet.distributed.group import current
 from filet.model.factors import StartedFactor, started_class
 from filet.model.fingerprint import check_weights
+from filet.model.sharded import gathering, resharded, units, whole
 from filet.model.targets import check_init, check_peft_model, find_targets
 from filet.model.values import Unreadable, dtype_of_model, values_of
 from filet.report.names import CONFIG_FILE, FILET_FILE, PLOT_FILE, WEIGHTS_FILE, can_draw
@@ -50,16 +56,41 @@ def save_as_lora(
     All files are in place, or on an exception those that were there before. Killed while they are
     renamed, the folder has no ``adapter_config.json``, so nothing loads what belongs to two saves.
 
+    Of a model that FSDP2 has sharded, all processes call this, and the first one writes.
+
     Raises ValueError for an adapter for whose initialisation PEFT changed the base weights.
     """
     config = check_peft_model(peft_model, adapter_name).peft_config[adapter_name]
     check_init(config, f"adapter {adapter_name!r}")
-    folder = Path(folder)
+    if not units(peft_model):
+        _save(peft_model, Path(folder), adapter_name)
+        return
+    with current() or contextlib.nullcontext() as group:
+        state = _gathered(peft_model, adapter_name)
+        if group is None or group.rank == 0:
+            _save(peft_model, Path(folder), adapter_name, state)
+
+
+def _gathered(peft_model: PeftModel, adapter_name: str) -> dict[str, Any]:
+    """What PEFT saves of an adapter, of a model that FSDP has sharded, whole. Collective."""
+    resharded(peft_model)
+    with gathering():
+        state = peft_model.state_dict()
+        saved = get_peft_model_state_dict(peft_model, state_dict=state, adapter_name=adapter_name)
+        its = {id(value) for value in saved.values()}
+        return {name: whole(value).cpu() for name, value in state.items() if id(value) in its}
+
+
+def _save(
+    peft_model: PeftModel, folder: Path, adapter_name: str, state: dict[str, Any] | None = None
+) -> None:
+    """``state``: what ``state_dict`` would have of the adapter, where that has parts."""
+    config = peft_model.peft_config[adapter_name]
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".filet.", dir=folder) as beside:
         try:
             describe(peft_model, adapter_name)  # with scalings that somebody changed, for now
-            peft_model.save_pretrained(beside, selected_adapters=[adapter_name])
+            peft_model.save_pretrained(beside, selected_adapters=[adapter_name], state_dict=state)
         finally:
             peft_model.peft_config[adapter_name] = config
         place = Path(beside) / ("" if adapter_name == "default" else adapter_name)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from filet.adapter.state import describe, made_by, set_rank, started
 from filet.model.factors import StartedFactor, StartedLayer, plain_class, started_class
+from filet.model.sharded import by_rows, check_division, is_sharded, local, local_rows, write
 from filet.model.targets import Target, check_unmerged
 from filet.select import Layer
 from filet_kernels import residual_weight_
@@ -81,7 +82,7 @@ def _put(
     """Write a factor's value, and give it this frozen half, or none."""
     _write(linear, "weight", value, undo)
     if linear.bias is not None:
-        _write(linear, "bias", torch.zeros_like(linear.bias, device=value.device), undo)
+        _write(linear, "bias", value.new_zeros(linear.bias.shape), undo)
     if isinstance(linear, StartedFactor):
         undo.append(partial(StartedFactor.begin, linear, linear.start, dim, linear.base))
     else:
@@ -110,8 +111,7 @@ def _write(linear: nn.Linear, name: str, value: Tensor, undo: list[Any]) -> None
         written = nn.Parameter(value.clone(), requires_grad=parameter.requires_grad)
         linear._parameters[name] = written
     else:
-        undo.append(partial(parameter.data.copy_, parameter.detach().clone()))
-        parameter.data.copy_(value)
+        undo.append(write(parameter, value))
 
 
 def write_residual(peft_model: PeftModel, adapter_name: str = "default") -> None:
@@ -132,6 +132,7 @@ def write_residual(peft_model: PeftModel, adapter_name: str = "default") -> None
     say) the layers that are done are done, each with its function; the same call goes on.
     """
     targets = started(peft_model, adapter_name)
+    check_division(peft_model)
     check_unmerged(targets)
     _check_plain(targets)
     _check_sole_user(peft_model, targets, adapter_name)
@@ -141,7 +142,11 @@ def write_residual(peft_model: PeftModel, adapter_name: str = "default") -> None
             A, B = target.A, target.B
             assert isinstance(A, StartedFactor) and isinstance(B, StartedFactor)
             dtype = target.dtype
-            residual_weight_(target.weight, A.start.to(dtype), -B.start.to(dtype), target.scaling)
+            A0, B0, W = A.start.to(dtype), -B.start.to(dtype), target.weight
+            if is_sharded(W):
+                B0, W = local_rows(B0, W), local(W)
+            if len(W):
+                residual_weight_(W, A0, B0, target.scaling)
             StartedFactor.end(A)
             StartedFactor.end(B)
             _settle(target.layer)
@@ -162,6 +167,11 @@ def _check_plain(targets: Mapping[str, Target]) -> None:
                 f"the weight of {name} is quantised ({target.values.kind}): its residual would be "
                 "quantised anew, whose error (9% of W in NF4) is larger than what is taken out; "
                 "expected the frozen half left beside it, as it is"
+            )
+        if is_sharded(target.weight) and not by_rows(target.weight):
+            raise ValueError(
+                f"{name}: of its weight each process has columns, not rows; expected the residual "
+                "written before FSDP shards the model"
             )
 
 

@@ -25,11 +25,12 @@ from filet.model.batch import samples_in, tensors_in
 from filet.model.blocks import blocks
 from filet.model.inputs import Inputs, check_batch
 from filet.model.isolation import preserved
+from filet.model.sharded import units
 from filet.model.targets import Target, check_peft_model, checked_targets
 from filet.system.memory import ADVICE, OutOfMemoryError, available
 from filet.system.text import readable
 
-__all__ = ["CPU_TOKENS", "FEW_TOKENS", "estimate", "passes_that_fit"]
+__all__ = ["CPU_TOKENS", "FEW_TOKENS", "estimate", "passes_by_size", "passes_that_fit"]
 
 # With fewer, another pass is preferred: moments are read and written once a batch. Those of an 8B
 # model, 19.6 GB, take 13 ms at 3 TB/s, and 512 tokens forward and backward about 33 (an H100 at its
@@ -85,6 +86,11 @@ def estimate(
     check_batch(batch, forward_fn)
     batch = Inputs(peft_model.base_model.model, forward_fn).checked(batch, 0)
     targets, _ = checked_targets(peft_model, adapter_name)
+    if units(peft_model):
+        raise ValueError(
+            "FSDP has sharded the model, and a batch that is too large for one process would leave "
+            "the others waiting; expected an estimate of the model before it is sharded"
+        )
     with preserved(peft_model, adapter_name, targets):
         return _plan(peft_model, targets, batch, config, forward_fn, batch_size, tokens, keep)
 
@@ -126,6 +132,26 @@ def passes_that_fit(
     if not plan.fits:
         warnings.warn(plan.advice, stacklevel=5)
     return plan.passes
+
+
+def passes_by_size(
+    peft_model: PeftModel, targets: dict[str, Target], config: FiletConfig, keep: bool
+) -> int:
+    """The smallest number of passes whose moments are small beside the free memory, or the most.
+
+    For a sharded model: of a batch that is too large for one process, the others would not hear.
+    """
+    gpus = gpus_of(peft_model)
+    if not gpus:
+        return 1
+    moments = moment_bytes(targets, {}, keep)
+    free = sum(available(device) for device in gpus)
+    choices = _choices(targets, config)
+    for passes in choices:
+        parts = groups(targets, passes)
+        if max(sum(sum(moments[name]) for name in part) for part in parts) <= _SMALL * free:
+            return passes
+    return choices[-1]
 
 
 def _plan(

@@ -133,6 +133,11 @@ class MomentHooks:
         self.unrounded.finish()
         self.rows.finish()
 
+    def leave_uncounted(self) -> None:
+        """Forget the modules of which nothing was counted, only run."""
+        for name in [n for n, its in self.moments.items() if its.output.sum.is_meta]:
+            del self.moments[name]
+
     def start_batch(self, masks: dict[str, Tensor | None]) -> None:
         """``masks`` (B, T) of the tokens to count: "encoder" and "decoder"; None counts all."""
         self.rows.start_batch(masks)

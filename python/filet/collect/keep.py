@@ -20,6 +20,7 @@ from filet.distributed.samples import share
 from filet.loss.batch import ForwardFn
 from filet.loss.text import check_samples_text, sampled_text
 from filet.model.inputs import Prepared, check_dataloader
+from filet.model.sharded import units
 from filet.model.targets import Target
 from filet.system.transfer import values
 from filet_kernels import Moments, SecondMoment
@@ -111,7 +112,7 @@ def collect_keep(
         title = "FILet, data to keep"
         title += f", pass {number} of {len(parts)}" if len(parts) > 1 else ""
         hooks = hooks_to_keep(targets, part, config, moments, shared_input)
-        run = _Run(peft_model, config, forward_fn, hooks)
+        run = _Run(peft_model, config, forward_fn, hooks, together)
         data = Unlabelled(batches, batches.dataset) if run.drops_labels else batches
         counts = over_batches(
             run, hooks, data, config, title, show_progress_bar, "data to keep", together
@@ -136,7 +137,8 @@ def _data(
     if isinstance(keep, str):
         if group is None:
             return sampled_text(peft_model, config), config
-        batches = sampled_text(peft_model, config, group.rank, group.size)
+        in_step = bool(units(peft_model))
+        batches = sampled_text(peft_model, config, group.rank, group.size, in_step)
         return batches, replace(config, samples=None)
     if group is None:
         return keep, config

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from filet.collect.batches import PreparedBatches
 from filet.collect.hooks import MomentHooks
+from filet.collect.in_step import InStep
 from filet.collect.padding import warn_of_padding, with_padding
 from filet.collect.scale import backward, loss_scale
 from filet.collect.together import Together
@@ -49,12 +50,14 @@ def collect_moments(
     base_model = peft_model.base_model.model
     _check_outputs(base_model, forward_fn)
     hooks = MomentHooks(targets, config, counted)
-    run = _Run(peft_model, config, forward_fn, hooks, gradient_scale)
+    run = _Run(peft_model, config, forward_fn, hooks, together, gradient_scale)
     counts = over_batches(
         run, hooks, dataloader, config, title, show_progress_bar, together=together
     )
     check_terms(counts["samples"], counts["loss_terms"])
     hooks.finish()
+    if together is not None:
+        hooks.leave_uncounted()
     for moments in hooks.moments.values():
         # Of the whole run, also for a module (an expert) that only later batches reached.
         moments.loss_terms.fill_(counts["loss_terms"])
@@ -69,6 +72,7 @@ class BatchRun(ABC):
         inputs: what the model takes.
         loss: what becomes of a batch.
         hooks: that count it.
+        in_step: of several processes, has them run a sharded model equally often.
         batch: that is under way, or was last.
     """
 
@@ -78,11 +82,13 @@ class BatchRun(ABC):
         config: FiletConfig,
         forward_fn: ForwardFn | None,
         hooks: MomentHooks,
+        together: Together | None,
     ) -> None:
         base_model = peft_model.base_model.model
         self.inputs = Inputs(base_model, forward_fn)
         self.loss = BatchLoss(config, peft_model, self.inputs, forward_fn)
         self.hooks = hooks
+        self.in_step = InStep() if together is None else together.in_step
         self.batch: Prepared | None = None
         self._token_mask = config.token_mask
         self._device = _input_device(base_model)
@@ -125,9 +131,14 @@ def over_batches(
         hooks,
         named_shortage("pass", lambda: _place(hooks, batches.index, run.batch)),
     ):
-        for batch in batches:
-            terms = run.through(batch)
-            hooks.finish_batch(batch.index, partial(run.through, batch))
+        hooks.unrounded.most = run.in_step.most
+        for batch, mine in run.in_step.batches(batches):
+            through = partial(run.in_step.run, run.through, batch)
+            hooks.counting = mine
+            terms = through()
+            hooks.finish_batch(batch.index, through)
+            if not mine:
+                continue
             counts["samples"] += batch.samples
             counts["tokens"] += batch.tokens
             counts["loss_terms"] += terms
@@ -154,9 +165,10 @@ class _Run(BatchRun):
         config: FiletConfig,
         forward_fn: ForwardFn | None,
         hooks: MomentHooks,
+        together: Together | None,
         scale: float | None,
     ) -> None:
-        super().__init__(peft_model, config, forward_fn, hooks)
+        super().__init__(peft_model, config, forward_fn, hooks, together)
         self.scale = scale
 
     def shift(self) -> bool:
@@ -166,8 +178,8 @@ class _Run(BatchRun):
         hooks, index = self.hooks, prepared.index
         batch, given = self.begin(prepared)
         loss = self.loss(given, prepared.batch, batch, self._counted_already)
-        if self.scale is None and loss.terms:
-            self.scale = loss_scale(hooks, loss, index) if hooks.half else 1.0
+        if self.scale is None and self.in_step.most(loss.terms):
+            self.scale = loss_scale(hooks, loss, index, self.in_step) if hooks.half else 1.0
         hooks.phase = "backward"
         hooks.gradient_scale = self.scale or 1.0  # none yet: no term, and every gradient is zero
         backward(loss, hooks.gradient_scale, index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from filet.collect.hooks import MomentHooks
+from filet.collect.in_step import InStep
 from filet.loss.chunked import ChunkedLoss
 from filet.loss.summed import ModelLoss
 
@@ -30,17 +31,21 @@ def backward(
     loss.backward(scale, retain_graph)
 
 
-def loss_scale(hooks: MomentHooks, loss: ChunkedLoss | ModelLoss, index: int) -> float:
+def loss_scale(
+    hooks: MomentHooks, loss: ChunkedLoss | ModelLoss, index: int, in_step: InStep
+) -> float:
     """The power of two that keeps float16 gradients away from underflow and overflow.
 
     Found by going backward through this batch's graph, which stays for the backward that counts.
+    Processes that run a model together have it in common.
     """
     hooks.phase = "probe"
     scale, ceiling = 1.0, math.inf
     for _ in range(12):
         hooks.peaks = []
         backward(loss, scale, index, retain_graph=True)
-        peak = max((float(peak) for peak in hooks.peaks), default=0.0, key=_nan_last)
+        peak = max((_nan_last(float(peak)) for peak in hooks.peaks), default=0.0)
+        peak = in_step.most(peak)
         if not math.isfinite(peak):
             ceiling = scale = scale / _FP16_ROOM
             continue

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from filet.collect.batches import Batches
-from filet.collect.estimate import passes_that_fit
+from filet.collect.estimate import passes_by_size, passes_that_fit
 from filet.collect.groups import collect_in_passes
 from filet.collect.hooks import empty_moments
 from filet.collect.keep import Keep, check_keep, collect_keep
@@ -32,6 +32,7 @@ from filet.distributed.samples import share
 from filet.loss.batch import ForwardFn
 from filet.model.fingerprint import check_fingerprint, check_weights, fingerprints_of
 from filet.model.isolation import preserved
+from filet.model.sharded import units
 from filet.model.targets import Target, checked_targets
 from filet.system.memory import named_shortage, peak_memory
 from filet.system.tensorfile import write_tensors
@@ -402,7 +403,7 @@ def statistics_of(
     if group is not None:
         kind = keep if isinstance(keep, str) else None if keep is None else "batches"
         check_same_model(group, peft_model, targets, weights, config, keep=kind)
-        together = Together(group, targets)
+        together = Together(group, targets, sharded=bool(units(peft_model)))
         show_progress_bar = show_progress_bar and group.rank == 0
     devices = set(gpus_of(peft_model))
     for device in devices:
@@ -460,7 +461,9 @@ def _passes(
 ) -> int:
     """Over how many groups of blocks the moments are taken: what fits on every process."""
     passes = config.passes
-    if passes == "auto":
+    if passes == "auto" and gpus and units(peft_model):
+        passes = passes_by_size(peft_model, targets, config, keep)
+    elif passes == "auto":
         first = batches.first() if gpus else None
         passes = (
             1

@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from filet.collect.hooks import empty_moments
+from filet.collect.in_step import InStep
 from filet.config import FiletConfig
 from filet.distributed.exchange import Square, balanced, reduced
 from filet.distributed.group import Group
 from filet.model.blocks import blocks
 from filet.model.fingerprint import fingerprints
+from filet.model.sharded import as_rows, local
 from filet.model.targets import Target
 from filet.system.transfer import values
 from filet_kernels import Moments, SecondMoment
@@ -77,12 +79,12 @@ def _others(peft_model: PeftModel, targets: Mapping[str, Target]) -> dict[str, T
     """
     known = {id(p) for t in targets.values() for n, p in t.base.named_parameters() if n != "bias"}
     return {
-        name: parameter.detach().reshape(len(parameter) if parameter.dim() else 1, -1)
+        name: as_rows(parameter)
         for name, parameter in peft_model.base_model.model.named_parameters()
         if id(parameter) not in known
         and "lora_" not in name
         and parameter.numel()
-        and not is_traceable_wrapper_subclass(parameter)
+        and not is_traceable_wrapper_subclass(local(parameter))
     }
 
 
@@ -154,18 +156,25 @@ class Together:
 
     Attributes:
         group: the processes.
+        in_step: has them run a sharded model equally often.
         owners: module → the rank that has its sums, as far as they were taken. A moment that
             several modules share is with the owners of all of them.
     """
 
     def __init__(
-        self, group: Group, targets: Mapping[str, Target], owners: Owners | None = None
+        self,
+        group: Group,
+        targets: Mapping[str, Target],
+        owners: Owners | None = None,
+        sharded: bool = False,
     ) -> None:
         """``owners``: who owns modules of ``targets``, given whose input each shares.
 
-        By default :func:`owners_by_block`, the load of earlier passes counted.
+        By default :func:`owners_by_block`, the load of earlier passes counted. ``sharded``: the
+        processes run one model together, whose weights are divided.
         """
         self.group = group
+        self.in_step = InStep(group if sharded else None)
         self.owners: dict[str, int] = {}
         self._targets = targets
         self._owners = owners or partial(owners_by_block, group, loads=[0] * group.size)

@@ -69,11 +69,13 @@ class Unrounded:
 
     Attributes:
         runs: the batches that went through and whose left-out rows have not been looked at.
+        most: the largest of a number in all processes that run the model together.
     """
 
     def __init__(self, rows: Rows, slots: int) -> None:
         """``slots``: moments that there may be on a device."""
         self.runs: list[_Run] = []
+        self.most: Callable[[int], int] = int
         self._rows = rows
         self._slots_a_device = slots
         self._scales: dict[int, tuple[SecondMoment, Tensor]] = {}  # of the columns of y and h
@@ -81,6 +83,7 @@ class Unrounded:
         self._flags: dict[torch.device, Tensor] = {}  # of this batch: a moment lacks rows of it
         self._left_out: dict[int, list[Tensor]] = {}
         self._missing: dict[int, list[Tensor]] | None = None  # in a second run: what to add
+        self._again: Callable[[], object] | None = None  # the last batch
 
     def start_batch(self) -> None:
         self._flags, self._left_out = {}, {}
@@ -118,6 +121,7 @@ class Unrounded:
 
     def note_run(self, again: Callable[[], object]) -> None:
         """Keep, of the batch that just went through, which rows its moments lack."""
+        self._again = again
         if self._left_out:
             flags = [OnHost.of(flags) for flags in self._flags.values()]
             self.runs.append(_Run(self._left_out, flags, again))
@@ -129,21 +133,30 @@ class Unrounded:
         them alone, the moments and they scaled down by powers of two, which changes no bit.
         """
         settled, self.runs = self.runs[:runs], self.runs[len(self.runs[:runs]) :]
-        for run in settled:
-            flagged: set[int] = set()
-            for flags in run.flags:
-                flagged.update(flags.arrived().nonzero().flatten().tolist())
-            missing = {k: rows for k, rows in run.left_out.items() if self._slots[k] in flagged}
-            if missing:
-                self._rows.counting, self._missing = False, missing
-                run.again()
-                self._rows.counting, self._missing = True, None
+        behind = [(run.again, missing) for run in settled if (missing := self._missing_of(run))]
+        counting = self._rows.counting
+        for number in range(self.most(len(behind))):
+            # Whoever lacks nothing takes part in the runs of the others.
+            mine = number < len(behind)
+            again = behind[number][0] if mine else self._again
+            assert again is not None
+            self._rows.counting, self._missing = False, behind[number][1] if mine else None
+            again()
+            self._rows.counting, self._missing = counting, None
+
+    def _missing_of(self, run: _Run) -> dict[int, list[Tensor]]:
+        """The rows of a batch that each moment lacks (by id), call by call."""
+        flagged: set[int] = set()
+        for flags in run.flags:
+            flagged.update(flags.arrived().nonzero().flatten().tolist())
+        return {k: rows for k, rows in run.left_out.items() if self._slots[k] in flagged}
 
     def finish(self) -> None:
         """Take the scales back out of the moments."""
         for moment, scale in self._scales.values():
             moment.sum.div_(scale).div_(scale.unsqueeze(1))
         self._scales.clear()
+        self._again = None
 
     def _flag(self, moment: SecondMoment, device: torch.device) -> Tensor:
         """Where it is noted that this moment lacks a row of the batch."""

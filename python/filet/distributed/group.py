@@ -85,12 +85,13 @@ class Group:
         self._depth = 0
         self._known: BaseException | None = None  # a failure that all have heard of
         self._broken = False  # nobody can be told anything any more
+        self._untold = False  # nor of what this call raised
         self._warned: dict[str, type[Warning]] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Group:
         if self._depth == 0:
-            self._warned = {}
+            self._warned, self._untold = {}, False
             self._stack.enter_context(self._noted_warnings())
         self._depth += 1
         return self
@@ -114,11 +115,24 @@ class Group:
         at: BaseException | None = error
         while at is not None and at is not self._known:
             at = at.__cause__
-        if self._broken or at is not None:
+        if self._broken or self._untold or at is not None:
             return
         self._known = error
         with contextlib.suppress(ConnectionError):  # the exception itself is what is raised
             self._gathered(_Failure.of(error), None)
+
+    @contextlib.contextmanager
+    def untold(self) -> Iterator[None]:
+        """Inside, the others may wait for this process elsewhere: what is raised is not told.
+
+        It ends the call at once, and the process as a rule. Then the others lose its connection,
+        or their launcher ends them.
+        """
+        try:
+            yield
+        except BaseException:
+            self._untold = True
+            raise
 
     def exchanged(self, value: T) -> list[T]:
         """What every process gave, in the order of ranks. Collective.

@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from filet.config import FiletConfig
 from filet.loss.sampling import drawn, uniform
 from filet.model.batch import IGNORED, labels_of
-from filet.model.fused import has_hooks
-from filet.model.overrides import own_forward
+from filet.model.fused import why_kept
 from filet_kernels import cross_entropy_
 
 __all__ = ["CHUNK_BYTES", "CHUNK_ROWS", "ChunkedLoss", "HeadLoss", "StandIn"]
@@ -159,11 +158,8 @@ def _head_of(peft_model: PeftModel) -> _HeadPlace | str:
         head = head.modules_to_save[head.active_adapters[0]]  # the one that trains
     if type(head) is not nn.Linear:
         return f"its head is a {type(head).__name__}; expected nn.Linear without an adapter"
-    if has_hooks(head):
-        return "its head has hooks"
-    # A device map's moves the input to the weight, as is done here.
-    if own_forward(head) is None:
-        return "its head has a forward of its own"
+    if (why := why_kept(peft_model, head)) is not None:
+        return f"its head {why}"
     if type(head.weight) is not nn.Parameter:
         return f"the weight of its head is a {type(head.weight).__name__}"
     if head.weight.device.type == "meta":

@@ -46,7 +46,11 @@ def check_samples_text(model: Any) -> int:
 
 @torch.no_grad()
 def sampled_text(
-    peft_model: Any, config: FiletConfig, rank: int = 0, size: int = 1
+    peft_model: Any,
+    config: FiletConfig,
+    rank: int = 0,
+    size: int = 1,
+    in_step: bool = False,
 ) -> list[dict[str, Tensor]]:
     """``config.samples`` samples of :data:`SELF_TOKENS` tokens, as batches on the CPU.
 
@@ -55,7 +59,7 @@ def sampled_text(
     ``config.seed``: no random state of the process is read or changed. The model is run as it is:
     inside :func:`filet.model.isolation.preserved` in evaluation, without what the adapter adds.
     Of ``size`` processes each draws every ``size``-th batch, one of ``rank`` beginning there; all
-    together have what one would draw.
+    together have what one would draw. ``in_step``: they run the model together, equally often.
     """
     model = peft_model.base_model.model
     first = check_samples_text(model)
@@ -63,26 +67,33 @@ def sampled_text(
     generator = torch.Generator().manual_seed(config.seed)
     samples = config.samples or _DEFAULT_SAMPLES
     device = model.get_input_embeddings().weight.device
-    batches = []
+    batches: list[dict[str, Tensor]] = []
+    total = -(-samples // _TOGETHER)
     for start in range(0, samples, _TOGETHER):
         number = min(_TOGETHER, samples - start)
         shares = torch.rand(number, longest - 1, generator=generator, dtype=torch.float64)
-        if start // _TOGETHER % size != rank:
+        index = start // _TOGETHER
+        mine = index % size == rank
+        idle = in_step and index % size == 0 and index + rank >= total  # the last round is shorter
+        if not mine and not idle:
             continue
-        ids = _continued(model, torch.full((number, 1), first, device=device), shares).cpu()
-        batches.append({"input_ids": ids, "labels": ids})
+        begun = torch.full((number, 1), first, device=device)
+        ids = _continued(peft_model, begun, shares).cpu()
+        if mine:
+            batches.append({"input_ids": ids, "labels": ids})
     return batches
 
 
-def _continued(model: Any, ids: Tensor, shares: Tensor) -> Tensor:
+def _continued(peft_model: Any, ids: Tensor, shares: Tensor) -> Tensor:
     """ids (B, 1) and a token for each column of ``shares`` (B, T), in [0, 1), by which it falls."""
+    model = peft_model.base_model.model
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None) or model.config.get_text_config().eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     cache: dict[str, Any] = {}
     for share in shares.to(ids.device).split(1, dim=1):
         # A model without a cache (or whose checkpointing forbids one) is given all of it anew.
-        output = model(input_ids=ids[:, -1:] if cache else ids, use_cache=True, **cache)
+        output = peft_model(input_ids=ids[:, -1:] if cache else ids, use_cache=True, **cache)
         cache = next(({name: output[name]} for name in _CACHES if output.get(name)), {})
         logits = output.logits[:, -1].float()
         if ends:

@@ -21,6 +21,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from filet.model.sharded import divided, is_sharded, whole, write
+
 __all__ = ["OF_ADAPTER", "StartedFactor", "StartedLayer", "plain_class", "started_class"]
 
 OF_ADAPTER = "_filet_adapter"
@@ -118,9 +120,7 @@ class StartedFactor(nn.Linear):
         return nn.functional.linear(input, self._whole(), self.bias)
 
     def _whole(self) -> Tensor:
-        trained = self.trained
-        if hasattr(trained, "full_tensor"):  # FSDP 2 has shards, except in a forward
-            trained = trained.full_tensor()
+        trained = whole(self.trained)  # FSDP 2 has shards, except in a forward
         if trained.shape != self.start.shape:
             # accelerate's dispatch_model puts what it reads as the weight in the parameter's place.
             raise RuntimeError(
@@ -130,23 +130,16 @@ class StartedFactor(nn.Linear):
             )
         return torch.cat([trained, self.start.to(trained)], self.dim)
 
-    def take(self, whole: Tensor) -> None:
+    def take(self, both: Tensor) -> None:
         """Take both halves from a weight, (2r, n) or (m, 2r). Mutates ``trained`` and ``start``."""
-        if whole.shape != (self.out_features, self.in_features):
+        if both.shape != (self.out_features, self.in_features):
             raise RuntimeError(
-                f"the weight of a FILet factor is set to one of shape {tuple(whole.shape)}; "
+                f"the weight of a FILet factor is set to one of shape {tuple(both.shape)}; "
                 f"expected {(self.out_features, self.in_features)}, both halves"
             )
         with torch.no_grad():
-            trained, start = whole.detach().tensor_split([self.rank], self.dim)
-            old: Any = self.trained
-            if hasattr(old, "full_tensor"):  # FSDP 2's; every rank has the whole
-                from torch.distributed.tensor import distribute_tensor
-
-                trained = distribute_tensor(
-                    trained, old.device_mesh, old.placements, src_data_rank=None
-                )
-            old.copy_(trained)
+            trained, start = both.detach().tensor_split([self.rank], self.dim)
+            write(self.trained, trained)
             self.start.copy_(start)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StartedFactor:
@@ -159,9 +152,9 @@ class StartedFactor(nn.Linear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        whole = self._whole()
-        whole = whole if keep_vars else whole.detach()
-        destination[f"{prefix}weight"] = _Whole.of(whole, self)
+        both = self._whole()
+        both = both if keep_vars else both.detach()
+        destination[f"{prefix}weight"] = _Whole.of(both, self)
 
     def _load_from_state_dict(
         self,
@@ -174,17 +167,19 @@ class StartedFactor(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         key, shape = f"{prefix}weight", (self.out_features, self.in_features)
-        whole = state_dict.get(key)
-        if whole is not None and whole.shape != shape:
+        both = state_dict.get(key)
+        if both is not None and both.shape != shape:
             # Also of the shape of what trains: it would run with a start that is not its own.
             error_msgs.append(
-                f"size mismatch for {key}: {tuple(whole.shape)} in the checkpoint; expected "
+                f"size mismatch for {key}: {tuple(both.shape)} in the checkpoint; expected "
                 f"{shape}, the trained and the frozen half that FILet's adapters are saved with"
             )
             return
-        if whole is not None:
-            whole = whole.as_subclass(Tensor)  # of another model's state_dict it is one of these
-            trained, start = whole.tensor_split([self.rank], self.dim)
+        if both is not None:
+            # Of another model's state_dict it is one of these.
+            both = whole(both) if is_sharded(both) else both.as_subclass(Tensor)
+            trained, start = both.tensor_split([self.rank], self.dim)
+            trained = divided(trained, self.trained)
             if local_metadata.get("assign_to_params_buffers", False):
                 trained, self.start = trained.contiguous(), start.detach().contiguous()
             else:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from filet.model.sharded import over_shards
 from filet.model.values import Values
 from filet.system.transfer import values
 
@@ -20,10 +22,10 @@ def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:
     """Hashes of the exact bits, shapes and dtypes of weights (m, n), the same on every machine.
 
     A position-weighted sum of the rows' 4-byte words (the last one filled up with zeros), modulo
-    2⁶⁴: integer sums do not depend on their order, so it is computed where a weight lies, without
-    copying it to the host. All of a device are waited for together.
+    2⁶⁴: integer sums do not depend on their order, so it is computed where a weight lies, or its
+    rows do, without copying or gathering it. All of a device are waited for together.
     """
-    totals = values([_hash(weight) for weight in weights.values()])
+    totals = values(over_shards(weights.values(), _hash))
     return {
         name: _written(_name(weight.dtype), weight.shape, total)
         for (name, weight), total in zip(weights.items(), totals, strict=True)
@@ -32,12 +34,19 @@ def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:
 
 def fingerprints_of(of: Mapping[str, Values]) -> dict[str, str]:
     """Those of base weights. Of quantised ones: of what they are stored as, to the bit."""
-    hashes = {name: [_hash(rows) for rows in _rows(each)] for name, each in of.items()}
-    numbers = iter(values([each for its in hashes.values() for each in its]))
+    lengths: dict[str, int] = {}
+
+    def parts() -> Iterator[Tensor]:
+        for name, its in of.items():
+            rows = _rows(its)
+            lengths[name] = len(rows)
+            yield from rows
+
+    numbers = iter(values(over_shards(parts(), _hash)))
     found = {}
-    for name, its in hashes.items():
+    for name, length in lengths.items():
         total = 0
-        for _ in its:  # in their order
+        for _ in range(length):  # in their order
             total = total * _FACTOR + next(numbers)
         found[name] = _written(of[name].kind, of[name].shape, total)
     return found
@@ -83,10 +92,11 @@ def check_weights(
         dtype = getattr(torch, kind, None)
         if isinstance(dtype, torch.dtype) and not its.quantised and kind != its.kind:
             cast[name] = its.weight(), dtype
-    hashes = values([_hash(weight, dtype) for weight, dtype in cast.values()])
-    exact = values([_survives(weight, dtype) for weight, dtype in cast.values()])
-    for (name, (weight, dtype)), total, same in zip(cast.items(), hashes, exact, strict=True):
-        if same and _written(_name(dtype), weight.shape, total) == recorded[name]:
+    for name, (weight, dtype) in cast.items():
+        hashed = over_shards([weight], partial(_hash, dtype=dtype))
+        lost = over_shards([weight], partial(_lost, dtype=dtype))
+        total, number = values([*hashed, *lost])
+        if not number and _written(_name(dtype), weight.shape, total) == recorded[name]:
             here[name] = recorded[name]
     for name, found in here.items():
         check_fingerprint(name, found, recorded[name], subject, model)
@@ -128,13 +138,13 @@ def check_fingerprint(
     )
 
 
-def _survives(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Whether a cast to ``dtype`` loses nothing of a weight."""
-    same = torch.ones((), dtype=torch.bool, device=weight.device)
+def _lost(weight: Tensor, _: int, dtype: torch.dtype) -> Tensor:
+    """How many numbers of a weight a cast to ``dtype`` changes."""
+    lost = torch.zeros((), dtype=torch.int64, device=weight.device)
     for start, stop in _pieces(weight):
         rows = weight[start:stop]
-        same &= (rows.to(dtype).to(rows.dtype) == rows).all()
-    return same
+        lost += (rows.to(dtype).to(rows.dtype) != rows).sum()
+    return lost
 
 
 def _pieces(weight: Tensor) -> Iterator[tuple[int, int]]:
@@ -145,8 +155,8 @@ def _pieces(weight: Tensor) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, m)
 
 
-def _hash(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``dtype``: in which it is hashed, its own by default."""
+def _hash(weight: Tensor, first: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Of rows from the ``first`` of a weight on; ``dtype``: in which, its own by default."""
     dtype = dtype or weight.dtype
     n = weight.shape[1]
     a_word = max(1, 4 // dtype.itemsize)
@@ -158,7 +168,7 @@ def _hash(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         words = rows.view(torch.int32)
         columns, index = (
             torch.arange(begin, begin + size, device=weight.device, dtype=torch.int64) * 2 + 1
-            for begin, size in ((0, words.shape[1]), (start, words.shape[0]))
+            for begin, size in ((0, words.shape[1]), (first + start, words.shape[0]))
         )
         # Odd multipliers are invertible, so no single change goes unseen.
         total += ((words * columns).sum(1) * index * _FACTOR).sum()

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from filet.model.overrides import own_forward, replaced
+from filet.model.sharded import units
 from filet_kernels.dispatch import runs_triton
 from filet_kernels.elementwise.rms_norm import WIDEST, rms_norm, rms_norm_reference
 from filet_kernels.elementwise.rotary import rotary, rotary_reference, unfit
 from filet_kernels.elementwise.swiglu import swiglu, swiglu_reference
 
-__all__ = ["FUSES_ON", "fused", "has_hooks"]
+__all__ = ["FUSES_ON", "fused", "has_hooks", "why_kept"]
 
 # Where the kernels run.
 FUSES_ON = {"cuda"}
@@ -56,6 +57,16 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(nn.modules.module._has_any_global_hook()) or any(
         hooks for name, hooks in vars(module).items() if _HOOKS.fullmatch(name)
     )
+
+
+def why_kept(model: nn.Module, module: nn.Module) -> str | None:
+    """Why a module of a model has to be called itself, as it is, or None."""
+    if units(model):
+        return "is in a model that FSDP has sharded"
+    if has_hooks(module):
+        return "has hooks"
+    # A device map's moves its input to the weight, as whoever replaces it will do.
+    return "has a forward of its own" if own_forward(module) is None else None
 
 
 @contextlib.contextmanager

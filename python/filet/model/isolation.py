@@ -20,6 +20,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from filet.model.fused import fused
+from filet.model.sharded import over_shards, running
 from filet.model.targets import Target
 from filet.model.values import as_trained
 from filet.system.transfer import values
@@ -51,6 +52,7 @@ def preserved(
     base_model = peft_model.base_model.model
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(running(peft_model))
         stack.enter_context(_random_states())
         # Before the adapter is switched: PEFT has what it switches on trained.
         stack.enter_context(gradients_put_back(peft_model))
@@ -229,7 +231,7 @@ def _adding_nothing(modules: Iterable[nn.Module]) -> set[tuple[int, str]]:
     That of fused experts is a copy of all their weights, kept for the backward.
     """
     nothing: set[tuple[int, str]] = set()
-    flags: dict[tuple[int, str], Tensor] = {}
+    found: dict[tuple[int, str], tuple[list[Tensor], list[Tensor]]] = {}
     for layer in modules:
         if not isinstance(layer, LoraLayer):
             continue
@@ -242,11 +244,18 @@ def _adding_nothing(modules: Iterable[nn.Module]) -> set[tuple[int, str]]:
             if any(factor.device.type == "meta" for factor in factors):
                 nothing.add((id(layer), name))
                 continue
-            zero = torch.stack([~factor.any() for factor in factors]).any()
-            biases = [x.bias.any() for x in linears if x.bias is not None]
-            flags[id(layer), name] = zero & ~torch.stack(biases).any() if biases else zero
-    zeros = values(list(flags.values()))
-    return nothing | {place for place, zero in zip(flags, zeros, strict=True) if zero}
+            found[id(layer), name] = factors, [x.bias for x in linears if x.bias is not None]
+    tensors = [tensor.detach() for sides in found.values() for side in sides for tensor in side]
+    numbers = iter(values(over_shards(tensors, _not_zero)))
+    for place, (factors, biases) in found.items():
+        zero = 0 in [next(numbers) for _ in factors]
+        if not any([next(numbers) for _ in biases]) and zero:
+            nothing.add(place)
+    return nothing
+
+
+def _not_zero(part: Tensor, _: int) -> Tensor:
+    return torch.count_nonzero(part)
 
 
 @contextlib.contextmanager

@@ -15,12 +15,22 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from filet.model.factors import StartedFactor, plain_class
+from filet.model.sharded import (
+    check_division,
+    columns_in_use,
+    is_sharded,
+    local,
+    over_shards,
+    resharded,
+)
 from filet.model.values import LORA_LAYERS, Unreadable, Values, dtype_of_model, values_of
 from filet.system.text import some
+from filet.system.transfer import values
 
 __all__ = [
     "Target",
     "adapted",
+    "candidates",
     "check_init",
     "check_peft_model",
     "check_targets",
@@ -169,6 +179,8 @@ def checked_targets(
     peft_model: PeftModel, adapter_name: str
 ) -> tuple[dict[str, Target], dict[str, str]]:
     """What :func:`find_targets` finds in a model that can be initialised; an error for another."""
+    if isinstance(peft_model, nn.Module):
+        check_division(peft_model)
     peft_model = check_peft_model(peft_model, adapter_name)
     targets, unsupported = find_targets(peft_model, adapter_name)
     check_targets(peft_model, targets, unsupported, adapter_name)
@@ -182,6 +194,7 @@ def find_targets(
 
     ``loaded=False`` takes weights on the meta device as well: they come later.
     """
+    resharded(peft_model)
     targets: dict[str, Target] = {}
     unsupported: dict[str, str] = {}
     wrapped: list[str] = []  # whose inner layers PEFT handles as parts of them
@@ -219,7 +232,7 @@ def layers_of(peft_model: PeftModel, adapter_name: str) -> list[tuple[str, LoraL
 def _embedding_storages(peft_model: PeftModel, adapter_name: str) -> set[int]:
     """Where the factors of embeddings lie: those of a tied head are views of them."""
     return {
-        factors[adapter_name].untyped_storage().data_ptr()
+        local(factors[adapter_name]).untyped_storage().data_ptr()
         for _, layer in layers_of(peft_model, adapter_name)
         for factors in (layer.lora_embedding_A, layer.lora_embedding_B)
         if adapter_name in factors and factors[adapter_name].device.type != "meta"
@@ -244,6 +257,11 @@ def _checked_values(
             "nn.MultiheadAttention multiplies by its weights itself, no layer of it is called"
         )
     values = values_of(base, dtype)
+    if values.quantised and is_sharded(getattr(base, "weight", None)):
+        raise Unreadable(
+            f"this {kind} is quantised and FSDP has sharded it; expected it whole, as accelerate "
+            "leaves it with bnb_4bit_quant_storage=torch.uint8"
+        )
     its_class = plain_class(type(layer))
     ours = its_class.__module__.startswith("peft.tuners.lora.")
     if not ours or its_class.__name__ not in LORA_LAYERS:
@@ -251,7 +269,7 @@ def _checked_values(
     factor = layer.lora_A[adapter_name]
     if type(factor) not in (nn.Linear, StartedFactor):
         raise Unreadable(f"its A is a {type(factor).__name__}; expected nn.Linear")
-    if next(factor.parameters()).untyped_storage().data_ptr() in tied - {0}:
+    if local(next(factor.parameters())).untyped_storage().data_ptr() in tied - {0}:
         raise Unreadable("its adapter is tied to that of the embedding")
     return values
 
@@ -277,6 +295,13 @@ def check_targets(
     for other, config in peft_model.peft_config.items():
         if any(other in target.layer.lora_A for target in targets.values()):
             check_init(config, f"adapter {other!r}")
+
+
+def candidates(targets: Mapping[str, Target]) -> list[int]:
+    """How many directions each target has to choose from: W's non-zero columns. Collective."""
+    used = over_shards((target.weight for target in targets.values()), columns_in_use)
+    found: list[int] = values([torch.count_nonzero(columns) for columns in used])
+    return found
 
 
 def check_unmerged(targets: Mapping[str, Target]) -> None:

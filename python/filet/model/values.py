@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from filet.model.sharded import local
+
 __all__ = ["LORA_LAYERS", "Unreadable", "Values", "as_trained", "dtype_of_model", "values_of"]
 
 LORA_LAYERS = frozenset(
@@ -505,8 +507,8 @@ def _refuse(module: Any, kind: str) -> None:
         raise Unreadable(f"{kind} is not a linear module (or is quantised); {_READABLE}")
     if not isinstance(getattr(module, "weight", None), Tensor):
         raise Unreadable(f"{kind} has no weight; {_READABLE}")
-    weight = type(module.weight)
-    if not weight.__module__.startswith("torch."):
+    weight = type(local(module.weight))
+    if weight.__module__.partition(".")[0] != "torch":
         raise Unreadable(
             f"the weight of this {kind} is a {weight.__module__}.{weight.__name__}, which FILet "
             f"does not read; {_READABLE}"
