@@ -87,10 +87,10 @@ def _put(
         undo.append(partial(StartedFactor.begin, linear, linear.start, dim, linear.base))
     else:
         undo.append(partial(StartedFactor.end, linear))
-    if start is None:
-        StartedFactor.end(linear)
-    else:
+    if start is not None:
         StartedFactor.begin(linear, start, dim, base)
+    elif isinstance(linear, StartedFactor):
+        StartedFactor.end(linear)
 
 
 def _settle(layer: LoraLayer) -> None:

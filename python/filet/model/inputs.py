@@ -349,11 +349,11 @@ def _rows(model: Any, getter: str) -> int | None:
     if isinstance(module, AuxiliaryTrainingWrapper):
         # Trained ones are copies. PEFT 0.18 fails at reading a wrapper that has no active one.
         module = module.original_module
-    rows = getattr(module, "out_features", None)  # the weight of a quantised head may be flat
-    if isinstance(rows, int):
-        return rows
     weight = getattr(module, "weight", None)
-    return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else None
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        return weight.shape[0] if weight.dim() == 2 else None
+    rows = getattr(module, "out_features", None)  # of a quantised head, whose weight may be flat
+    return rows if isinstance(rows, int) else None
 
 
 def _labels(model: Any) -> int | None:
