@@ -87,7 +87,7 @@ def _basis(A: Tensor) -> Tensor:
 
 
 def compare_adapters(first: Path, second: Path) -> list[Alike]:
-    """The modules that both folders' adapters have, in the first one's order.
+    """The modules that both folders' adapters have, in the order of the model.
 
     Raises FileNotFoundError for a folder without an adapter, ValueError where no module is in both
     or one is of another width.
@@ -95,8 +95,8 @@ def compare_adapters(first: Path, second: Path) -> list[Alike]:
     factors = [_factors(folder) for folder in (first, second)]
     reports = [_report(folder) for folder in (first, second)]
     found = []
-    for name, A in factors[0].items():
-        other = factors[1].get(name)
+    for name in _in_order(factors[0], reports):
+        A, other = factors[0][name], factors[1].get(name)
         if other is None:
             continue
         if other.shape[1] != A.shape[1]:
@@ -126,6 +126,18 @@ def compare_adapters(first: Path, second: Path) -> list[Alike]:
     if not found:
         raise ValueError(f"{first} and {second} have no module in common")
     return found
+
+
+def _in_order(names: Iterable[str], reports: Iterable[FiletReport | None]) -> list[str]:
+    """As a report has them; a file sorts them by their letters."""
+    known = [name for report in reports if report is not None for name in report.modules]
+    places = {name: place for place, name in reversed(list(enumerate(known)))}
+
+    def key(name: str) -> tuple[int, list[tuple[int, str]]]:
+        parts = [(int(p), "") if p.isdecimal() else (-1, p) for p in name.split(".")]
+        return places.get(name, len(known)), parts
+
+    return sorted(names, key=key)
 
 
 def _factors(folder: Path) -> dict[str, Tensor]:
