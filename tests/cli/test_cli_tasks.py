@@ -282,6 +282,24 @@ def test_rows_that_do_not_fit(
     assert said in message and "row 1" in message
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("bart", ["--count-prompt"], "--count-prompt is for --task causal-lm, and"),
+        ("bert masked", ["--chat-template", "x"], "--chat-template is for --task causal-lm, and"),
+        ("bert class", ["--prompt-field", "a"], "--prompt-field does nothing for --task seq-cls"),
+        ("bert tokens", ["--side", "rejected"], "--side does nothing for --task token-cls"),
+        ("vit", ["--text-field", "a"], "--text-field does nothing for --task image-cls"),
+    ],
+)
+def test_options_of_other_data(
+    kind: str, options: list[str], said: str, init: list[str], data: Path, tokenizer: Any,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = folder_of(case(kind).model, tokenizer, tmp_path / "model")
+    assert said in error_of(capsys, arguments(*init, "--model", folder, *options))
+
+
 @pytest.mark.parametrize("form", ["folder", "parquet"])
 def test_images(form: str, init: list[str], tmp_path: Path) -> None:
     """By the model's processor; a folder's classes are those of config.json, by their names."""

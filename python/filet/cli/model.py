@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filet.model.tasks import CAUSAL, TASKS, task_of
+from filet.model.tasks import CAUSAL, IMAGES, TASKS, task_of
 
 __all__ = [
     "check_model",
@@ -57,6 +57,16 @@ def _check_task(args: argparse.Namespace) -> None:
         if getattr(args, name):
             option = name.replace("_", "-")
             raise ValueError(f"--{option} is for --task {CAUSAL}, and this is {args.task}")
+    # How other data are read than this task's; --response-field needs --prompt-field.
+    unread: dict[str, Any] = {}
+    if TASKS[args.task].classifies:
+        unread["--prompt-field"] = args.prompt_field
+        unread["--side"] = args.side != "chosen"  # the default
+    if args.task == IMAGES:
+        unread["--text-field"] = args.text_field
+    for option, given in unread.items():
+        if given:
+            raise ValueError(f"{option} does nothing for --task {args.task}; expected it left out")
 
 
 def _fetched(args: argparse.Namespace) -> Path:
