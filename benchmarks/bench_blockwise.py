@@ -346,9 +346,9 @@ def show_sweeps(run: Blockwise) -> None:
     total = sum(planned.values())
     off = 100 * (total / whole - 1)
     print(f"planned          {total:8.3f} s, took {whole:.3f} s: {off:+.1f} % (within 15 wanted)")
-    notes = {"weights": "", "memory": " (page-locking, once)", "disk": ""}
+    notes = {"memory": " (page-locking, once)"}
     for what, value in waited.items():
-        print(f"waited: {what:<9}{value:8.3f} s, {100 * value / whole:.1f} %{notes[what]}")
+        print(f"waited: {what:<9}{value:8.3f} s, {100 * value / whole:.1f} %{notes.get(what, '')}")
     both = waited["weights"] + waited["disk"]
     print(f"bus and disk     {both:8.3f} s, {100 * both / whole:.1f} % (the goal is 5)")
 

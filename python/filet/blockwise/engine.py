@@ -153,6 +153,7 @@ class Blockwise:
 
     def __exit__(self, kind: object = None, *exception: object) -> None:
         if kind is not None and self._channel is not None:
+            self.journal.settle()  # before the others hear of it: their run ends with that
             self._channel.stop()  # the others wait for no weights of this process
         self._stack.close()
         if kind is None and self._channel is not None:

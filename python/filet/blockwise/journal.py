@@ -110,7 +110,10 @@ class Journal:
 
     def _leave(self) -> None:
         complete = self._gradients.complete()
-        if not self._needed or not self._finished_before(self._next_block(complete), complete):
+        begun = self._finished_before(self._next_block(complete), complete)
+        if self._group is not None:  # another process may be about to complete what is there
+            begun = begun or bool(self._gradients.blocks())
+        if not self._needed or not begun:
             self._lock.remove()  # there is nothing to go on from
 
     # What is there.
