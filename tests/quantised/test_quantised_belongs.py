@@ -9,8 +9,18 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
-from quantised_bases import batches, initialised, kinds, logits, peft_of, plain, quantised, values
-from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
+from quantised_bases import (
+    batches,
+    initialised,
+    kinds,
+    logits,
+    peft_of,
+    plain,
+    quantised,
+    trainer_of,
+    values,
+)
+from transformers import BitsAndBytesConfig
 
 import filet
 from filet import FiletConfig, Statistics, apply_statistics, collect_statistics
@@ -138,17 +148,9 @@ def test_codes_after_a_merge_are_refused_by_their_cause(kind: str, tmp_path: Pat
 def trained(base: Any, folder: Path, steps: int, resume: bool, **how: Any) -> tuple[Any, Any]:
     """A run of a script that is started: the model, and the callback's report."""
     config, lora = how.pop("config", LOUD), how.pop("lora", {})
-    args = TrainingArguments(
-        str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=2,
-        learning_rate=1e-2, lr_scheduler_type="constant", report_to="none", disable_tqdm=True,
-        use_cpu=True,
-    )  # fmt: skip
-    rows = [{k: v[0] for k, v in batch.items()} for batch in batches()]
     callback = filet.FiletInitCallback(FiletConfig(**config, samples=None))
     peft_model = peft_of(base, **lora)
-    Trainer(peft_model, args, train_dataset=rows, callbacks=[callback]).train(
-        resume_from_checkpoint=resume
-    )
+    trainer_of(peft_model, folder, steps, callbacks=[callback]).train(resume_from_checkpoint=resume)
     assert "load_adapter" not in vars(peft_model)
     return peft_model.eval(), callback.report
 

@@ -24,9 +24,9 @@ from quantised_bases import (
     quantised,
     stored,
     trained,
+    trainer_of,
     values,
 )
-from transformers import Trainer, TrainingArguments
 
 import filet
 from filet import FiletConfig, Statistics, apply_statistics, collect_statistics
@@ -188,16 +188,6 @@ def test_a_deep_copy(kind: str) -> None:
     assert torch.equal(logits(twin), logits(peft_model))
     trained(twin.train(), rate=1e-3)
     assert not torch.equal(logits(twin.eval()), logits(peft_model))
-
-
-def trainer_of(peft_model: PeftModel, folder: Path, steps: int) -> Trainer:
-    args = TrainingArguments(
-        str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=2,
-        learning_rate=1e-2, lr_scheduler_type="constant", report_to="none", disable_tqdm=True,
-        use_cpu=True,
-    )  # fmt: skip
-    rows = [{k: v[0] for k, v in batch.items()} for batch in batches()]
-    return Trainer(peft_model, args, train_dataset=rows)
 
 
 @pytest.mark.parametrize("config", [{}, LOUD], ids=["zero", "untouched"])
