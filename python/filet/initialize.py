@@ -21,6 +21,7 @@ from filet.blockwise.folder import Engine, checked_folder_arguments, choose_engi
 from filet.collect.keep import Keep, check_keep_used
 from filet.collect.statistics import Statistics, check_statistics, collect_statistics, statistics_of
 from filet.collect.together import check_same_model, owners_by_block
+from filet.collect.written import check_shared
 from filet.config import FiletConfig, checked_config, resolved
 from filet.distributed.group import Group, current, joined
 from filet.loss.batch import ForwardFn
@@ -35,7 +36,6 @@ from filet.select import (
     choose_together,
     warn_of,
 )
-from filet.system.files import staged
 from filet.system.memory import named_shortage, peak_memory
 
 __all__ = [
@@ -332,11 +332,13 @@ def _by_blocks(*what: Any, **how: Any) -> FiletReport:
 
 
 def save_whole(statistics: Statistics, path: Path) -> None:
-    """Write the statistics of all processes, by the first of them. Collective."""
-    whole = statistics.whole()
-    if whole is not None:
-        with staged(path) as place:
-            whole.save(place)
+    """Write the statistics of all processes: what they took together each its part. Collective.
+
+    What every process has, merged files say, the first one writes.
+    """
+    with current() or contextlib.nullcontext() as group:
+        if group is None or group.rank == 0 or statistics.owners is not None:
+            statistics.save(path)
 
 
 def _in_memory(
@@ -369,6 +371,7 @@ def _in_memory(
         report = initialize_lora_filet_weights(peft_model, batches, config, **more)
     else:
         check_before_pass(peft_model, config, "default", keep)
+        check_shared(save_statistics)
         statistics = collect_statistics(peft_model, batches, config, **more)
         save_whole(statistics, save_statistics)
         report = apply_statistics(peft_model, statistics, config)

@@ -59,7 +59,6 @@ from filet.distributed.group import Group
 from filet.model.isolation import preserved
 from filet.report.report import FiletReport
 from filet.select import Choice, check_contrast_rank, warn_of
-from filet.system.files import staged
 from filet.system.memory import available_on_host, named_shortage, peak_memory
 
 __all__ = ["Blockwise", "blockwise_run"]
@@ -299,8 +298,7 @@ class Blockwise:
         most = self.memory.most if self.device.type == "cuda" else peak_memory(set())
         if self.save_statistics is not None:
             parts, seconds = self.journal.statistics(), sum(self.times.seconds.values())
-            with staged(self.save_statistics) as place:
-                Statistics.joined(parts, seconds, most).save(place)
+            Statistics.joined(parts, seconds, most).save(self.save_statistics)
         # In the model's order.
         layers = {name: whole.layers[name] for name in model.targets if name in whole.layers}
         order = [*model.unsupported, *model.targets]

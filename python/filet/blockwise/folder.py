@@ -20,7 +20,7 @@ from filet.model.checkpoint import entries, shard_files, understood
 from filet.model.folder import outline, settings_of
 from filet.model.inputs import check_dataloader
 from filet.model.targets import adapted, check_init, find_targets
-from filet.system.files import check_place, inside
+from filet.system.files import check_place, index_of, inside
 from filet.system.memory import available_on_host
 
 __all__ = [
@@ -87,9 +87,10 @@ def _check_file(path: Path, model: Path, output: Path, overwrite: bool) -> None:
     check_place(path)
     if path.is_dir() or inside(path, output):
         raise ValueError(f"{given} is a folder, or lies in output; expected a file beside it")
-    if path.exists() and not overwrite:
+    exists = path.exists() or index_of(path).exists()
+    if exists and not overwrite:
         raise ValueError(f"{given} exists; expected overwrite=True to replace it")
-    if path.exists() and inside(path, model):
+    if exists and inside(path, model):
         raise ValueError(f"{given} is a file of the model; expected one outside {model}")
 
 

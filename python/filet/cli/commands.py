@@ -96,6 +96,7 @@ def _init_in_memory(args: argparse.Namespace, encoded: Any, keep: Any, config: A
     """The report of an adapter that was made of a whole model and is written."""
     import filet
     from filet.adapter.saved import write_folder
+    from filet.collect.written import check_shared
     from filet.initialize import check_before_pass, save_whole
 
     statistics = None if args.statistics is None else filet.Statistics.load(args.statistics)
@@ -107,6 +108,7 @@ def _init_in_memory(args: argparse.Namespace, encoded: Any, keep: Any, config: A
         assert statistics is not None  # --data or --statistics, says the parser
         report = filet.apply_statistics(peft_model, statistics, config=config)
     elif args.save_statistics is not None:
+        check_shared(args.save_statistics)
         statistics = _run(args, peft_model, encoded, keep, config, filet.collect_statistics)
         # Before they are applied: an error in that does not cost the pass.
         save_whole(statistics, args.save_statistics)
@@ -125,7 +127,7 @@ def stats(args: argparse.Namespace) -> None:
         raise ValueError(f"--output must be a .safetensors file, got {args.output}")
     check_file_output(args.output, args.overwrite, inputs, option="--output")
     statistics = _collected(args) if args.merge is None else _merged(args.merge)
-    from filet.initialize import save_whole  # after the checks: it brings torch
+    from filet.initialize import save_whole
 
     save_whole(statistics, args.output)
     say_entry("written", args.output)
@@ -133,6 +135,9 @@ def stats(args: argparse.Namespace) -> None:
 
 def _collected(args: argparse.Namespace) -> Any:
     check_model(args)
+    from filet.collect.written import check_shared  # after the checks: it brings torch
+
+    check_shared(args.output)
     encoded, keep = load_data(args), load_keep(args)
     shards = None
     if args.shard is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filet.system.files import check_place, inside
+from filet.system.files import check_place, index_of, inside
 
 __all__ = [
     "check_file_output",
@@ -43,12 +43,14 @@ def check_file_output(
     if output.is_dir():
         raise ValueError(f"{option}: {output} is a folder, not a file")
     check_place(output)
-    if not output.exists():
+    index = index_of(output)  # of statistics in several files
+    there = next((path for path in (output, index) if path.exists()), None)
+    if there is None:
         return
     if not overwrite:
-        raise ValueError(f"{option}: {output} exists; --overwrite replaces it")
+        raise ValueError(f"{option}: {there} exists; --overwrite replaces it")
     for path in inputs:
-        if path is not None and inside(output, path):
+        if path is not None and (inside(output, path) or inside(index, path)):
             where = "is" if path.is_file() else f"lies in {path}, which is"
             raise ValueError(f"{option}: {output} {where} also read")
 

@@ -9,12 +9,12 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from filet.collect.batches import Batches
@@ -25,6 +25,7 @@ from filet.collect.keep import Keep, check_keep, collect_keep
 from filet.collect.probe import gpus_of
 from filet.collect.shards import Shards
 from filet.collect.together import Together, check_same_model
+from filet.collect.written import write_alone, write_together
 from filet.config import FiletConfig, checked_config
 from filet.distributed.exchange import gathered
 from filet.distributed.group import Group, current, joined
@@ -35,7 +36,7 @@ from filet.model.isolation import preserved
 from filet.model.sharded import units
 from filet.model.targets import Target, checked_targets
 from filet.system.memory import named_shortage, peak_memory
-from filet.system.tensorfile import write_tensors
+from filet.system.tensorset import metadata_of, opened
 from filet_kernels import Moments, SecondMoment
 
 __all__ = [
@@ -103,36 +104,56 @@ class Statistics:
         A moment that several modules share is stored once. Sums keep their dtype; above the
         diagonal there are zeros. A copy is made of one moment at a time, in host memory.
 
-        Statistics that several processes took together: all of them call this, and the first one
-        writes, in whose host memory all moments are for that time.
+        Statistics that several processes took together: all of them call this, and each writes
+        what it owns, to name-00001-of-0000N.safetensors and so on; the first also
+        name.safetensors.index.json. All or none are there, on a disk that all share. What ``path``
+        was before, one file or several, is replaced.
+
+        ValueError where the disk is not shared, or something of another kind has one of the names.
         """
-        if self.owners is not None:
-            with current() or contextlib.nullcontext():
-                whole = self.whole()
-                if whole is not None:
-                    whole.save(path)
+        path = Path(path)
+        if path.name.endswith(".index.json"):
+            raise ValueError(f"{path}: expected the name of the statistics, not of their index")
+        if self.owners is None:
+            tensors, header = self._content(None)
+            write_alone(path, tensors, header, _lower)
             return
+        group = current()
+        self.check_owners(group)
+        with group or contextlib.nullcontext():
+            tensors, header = self._content(0 if group is None else group.rank)
+            if group is None:
+                write_alone(path, tensors, header, _lower)
+            else:
+                write_together(group, path, tensors, header, _lower)
+
+    def _content(self, rank: int | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors of a file (those that ``rank`` owns) and the text beside them (of all)."""
         tensors: dict[str, Tensor] = {}
-        modules = {}
+        modules: dict[str, Any] = {}
+        known: set[str] = set()
         for name, moments in self.moments.items():
+            mine = rank is None or self.owners is None or self.owners[name] == rank
             keys = {}
             for side in ("input", "output"):
                 moment: SecondMoment = getattr(moments, side)
-                owner = self.shared_input.get(name, name) if side == "input" else name
-                keys[side] = f"{owner}.{moment.space}"
-                tensors |= _parts(keys[side], moment)
+                leader = self.shared_input.get(name, name) if side == "input" else name
+                keys[side] = f"{leader}.{moment.space}"
+                parts = [(keys[side], moment)]
+                if side == "input" and self.keep is not None:
+                    parts.append((f"{_KEEP}{keys[side]}", self.keep[name]))
+                for key, part in parts:
+                    if mine and key not in known:
+                        tensors |= {f"{key}.sum": part.sum, f"{key}.count": part.count}
+                    known.add(key)  # what several own is the first one's to write
             modules[name] = {**keys, "shape": moments.shape, "weight": self.fingerprints[name]}
-            if self.keep is not None:
-                kept = self.keep[name]
-                tensors |= _parts(f"{_KEEP}{keys['input']}", kept)
         header = {
             "modules": modules,
             "shared_input": self.shared_input,
             **{key: getattr(self, key) for key in (*_COUNTS, *_OF_KEEP)},
             "shards": self.shards and self.shards.as_json(),
         }
-        metadata = {"format": _FORMAT, "statistics": json.dumps(header)}
-        write_tensors(path, tensors, metadata, _lower)
+        return tensors, {"format": _FORMAT, "statistics": json.dumps(header)}
 
     def whole(self) -> Statistics | None:
         """All of them, for a file, in the first process; None in the others.
@@ -179,18 +200,19 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Statistics:
-        """Read what :meth:`save` wrote. ValueError where the file is something else."""
-        try:
-            with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(
-                        f"{path}: format {metadata.get('format')!r}; expected {_FORMAT!r}, a file "
-                        "that Statistics.save wrote"
-                    )
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        """Read what :meth:`save` wrote, in one process or by each of several.
+
+        Of several files ``path`` is the name that they were saved by, or their index. ValueError,
+        naming the file, where one is something else, missing, cut short, or of another run.
+        """
+        metadata = metadata_of(path)
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(
+                f"{path}: format {metadata.get('format')!r}; expected {_FORMAT!r}, a file that "
+                "Statistics.save wrote"
+            )
+        with opened(path, device) as stored:
+            tensors = dict(stored)
         header = json.loads(metadata["statistics"])
         loaded: dict[str, SecondMoment] = {}
         moments = {}
@@ -306,11 +328,6 @@ _SUMS = ("samples", "tokens", "loss_terms", "seconds")
 _COUNTS = (*_SUMS, "fisher", "peak_memory")
 _OF_KEEP = ("keep_samples", "keep_tokens")
 _KEEP = "keep:"  # before the name of a moment in a file: no module's begins so
-
-
-def _parts(key: str, moment: SecondMoment) -> dict[str, Tensor]:
-    """What a file has of a moment."""
-    return {f"{key}.sum": moment.sum, f"{key}.count": moment.count}
 
 
 def collect_statistics(

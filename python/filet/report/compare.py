@@ -25,6 +25,7 @@ from filet.report.names import FILET_FILE, REPORT_FILE, WEIGHTS_FILE
 from filet.report.page import page
 from filet.report.report import FiletReport
 from filet.report.table import lines_of, scientific, summary
+from filet.system.tensorset import find_index, metadata_of, opened
 from filet.system.text import plural
 
 __all__ = [
@@ -168,27 +169,24 @@ def _report(folder: Path) -> FiletReport | None:
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether a file is one that :meth:`filet.Statistics.save` wrote."""
-    if not path.is_file():
+    """Whether it is a file, or the name of several, that :meth:`filet.Statistics.save` wrote."""
+    if not path.is_file() and find_index(path) is None:
         return False
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return str((file.metadata() or {}).get("format")).startswith(_STATISTICS)
-    except SafetensorError:
+        return str(metadata_of(path).get("format")).startswith(_STATISTICS)
+    except ValueError:
         return False
 
 
 def compare_statistics(first: Path, second: Path) -> list[Alike]:
     """The modules that both files have, in the first one's order; one moment in memory at a time.
 
-    Moments in two spaces are not compared. ValueError where no module is in both.
+    Moments in two spaces are not compared. ValueError where no module is in both, and
+    as :meth:`filet.Statistics.load`.
     """
     found: list[Alike] = []
-    with (
-        safe_open(str(first), framework="pt", device="cpu") as one,
-        safe_open(str(second), framework="pt", device="cpu") as two,
-    ):
-        modules = [json.loads(f.metadata()["statistics"])["modules"] for f in (one, two)]
+    with opened(first) as one, opened(second) as two:
+        modules = [json.loads(f.metadata["statistics"])["modules"] for f in (one, two)]
         cosines: dict[tuple[str, str], float | None] = {}
         for name, mine in modules[0].items():
             theirs = modules[1].get(name)
@@ -198,10 +196,7 @@ def compare_statistics(first: Path, second: Path) -> list[Alike]:
                 keys = mine[side], theirs[side]
                 if keys not in cosines:
                     spaces = [key.rpartition(".")[2] for key in keys]
-                    sums = [
-                        file.get_tensor(f"{key}.sum")
-                        for file, key in zip((one, two), keys, strict=True)
-                    ]
+                    sums = [file[f"{key}.sum"] for file, key in zip((one, two), keys, strict=True)]
                     alike = spaces[0] == spaces[1] and sums[0].shape == sums[1].shape
                     cosines[keys] = _cosine(*sums) if alike else None
             spaces = [each["input"].rpartition(".")[2] for each in (mine, theirs)]

@@ -10,7 +10,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-__all__ = ["check_place", "inside", "read_at", "replaced", "replaced_together", "staged"]
+__all__ = [
+    "check_place",
+    "index_of",
+    "inside",
+    "named",
+    "read_at",
+    "replaced",
+    "replaced_together",
+    "staged",
+]
 
 
 def read_at(file: int, path: Path, goal: memoryview, offset: int) -> None:
@@ -20,6 +29,26 @@ def read_at(file: int, path: Path, goal: memoryview, offset: int) -> None:
         if not count:
             raise ValueError(f"{path} ends at {offset} bytes; it was longer at first")
         goal, offset = goal[count:], offset + count
+
+
+def index_of(path: str | os.PathLike[str]) -> Path:
+    """The index beside ``path``, where its content is in several files (:mod:`.tensorset`)."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.index.json")
+
+
+@contextlib.contextmanager
+def named(output: Path, workspace: Path) -> Iterator[None]:
+    """Inside, an OSError of a file in ``workspace``, or of none, is one of ``output``.
+
+    Of a full disk, say, the user hears the destination, not the temporary name.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.strerror and (error.filename is None or inside(error.filename, workspace)):
+            raise OSError(error.errno, error.strerror, str(output)) from error
+        raise
 
 
 @contextlib.contextmanager
@@ -35,7 +64,8 @@ def replaced(path: str | os.PathLike[str], *, durable: bool = False) -> Iterator
     os.close(handle)
     beside = Path(name)
     try:
-        yield beside
+        with named(path, beside):
+            yield beside
         os.chmod(beside, 0o666 & ~_umask())  # mkstemp makes it private
         if durable:
             _sync(beside)
@@ -115,13 +145,8 @@ def staged(output: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(output)) from error
     try:
         place = workspace / output.name
-        try:
+        with named(output, workspace):
             yield place
-        except OSError as error:
-            if error.strerror and (error.filename is None or inside(error.filename, workspace)):
-                # A full disk, say: name the destination, not the temporary folder.
-                raise OSError(error.errno, error.strerror, str(output)) from error
-            raise
         if output.is_dir():
             aside = workspace / f"{output.name}.old"
             os.rename(output, aside)
