@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cli_cases import adapter_weights, sentence
+from cli_cases import adapter_weights, arguments, error_of, sentence
 
 import filet
 from filet import FiletReport
@@ -186,3 +186,71 @@ def test_all_start_again_in_smaller_batches(init: list[str], tmp_path: Path, por
 
 def command_alone(rank: int, folder: Path, argv: list[str], port: int) -> Any:
     return command(rank, folder, argv, port, die=True)
+
+
+def test_a_set_of_statistics(stats: list[str], data: Path, tmp_path: Path, port: int) -> None:
+    """Written by two processes; taken wherever a file of statistics is."""
+    many, one = tmp_path / "many.safetensors", tmp_path / "one.safetensors"
+    argv = [*stats, "--data", str(data), "--output"]
+    ranks = values(run(2, command, tmp_path, [*argv, str(many)], port, join=False))
+    assert [status for status, *_ in ranks] == [0, 0]
+    index = tmp_path / "many.safetensors.index.json"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert index.name in names and many.name not in names
+    assert main([*argv, str(one)]) == 0
+    model = argv[argv.index("--model") + 1]
+    sources = (many, index, one)
+    folders = [tmp_path / f"adapter{number}" for number in range(3)]
+    for source, folder in zip(sources, folders, strict=True):
+        applied = ["init", "--model", model, "--statistics", str(source), "--output", str(folder)]
+        assert main([*applied, "--rank", "2", "--no-progress"]) == 0
+    again = [*applied[:3], "--statistics", str(many), "--output", str(tmp_path / "again")]
+    ranks = values(run(2, command, tmp_path, [*again, "--rank", "2"], port, join=False))
+    assert [status for status, *_ in ranks] == [0, 0]
+    reports = [FiletReport.load(folder) for folder in (*folders, tmp_path / "again")]
+    for name, module in reports[0].modules.items():
+        assert all(torch.equal(its.modules[name].indices, module.indices) for its in reports)
+    assert main(["inspect", str(many), str(index)]) == 0
+    merged = tmp_path / "merged.safetensors"
+    assert main(["stats", "--merge", str(many), str(one), "--output", str(merged)]) == 0
+    assert filet.Statistics.load(merged).samples == 48
+
+
+def test_a_set_of_statistics_is_kept_unless_told(
+    stats: list[str],
+    data: Path,
+    tmp_path: Path,
+    port: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "s.safetensors"
+    index = tmp_path / "s.safetensors.index.json"
+    index.write_text("precious")
+    argv = [*stats, "--data", str(data), "--output", str(output)]
+    assert f"{index} exists; --overwrite replaces it" in error_of(capsys, argv)
+    merge = arguments("stats", "--merge", output, index, "--output", output, "--overwrite")
+    assert "is also read" in error_of(capsys, merge)
+    assert index.read_text() == "precious"
+
+
+def command_without_a_disk(rank: int, folder: Path, argv: list[str], port: int) -> Any:
+    """The second process does not see what the first one writes, and no model is run."""
+    is_dir = Path.is_dir
+    if rank:
+        Path.is_dir = lambda self: not self.name.startswith(".s") and is_dir(self)  # type: ignore
+    filet.collect_statistics = None  # type: ignore
+    return command(rank, folder, argv, port)
+
+
+@pytest.mark.parametrize("name", ["stats", "init"])
+def test_disks_that_are_not_shared_are_found_before_the_pass(
+    name: str, init: list[str], stats: list[str], data: Path, tmp_path: Path, port: int
+) -> None:
+    path = tmp_path / "new" / "s.safetensors"
+    argv = [*stats, "--data", str(data), "--output", str(path)]
+    if name == "init":
+        argv = [*init, "--save-statistics", str(path)]
+    ranks = values(run(2, command_without_a_disk, tmp_path, argv, port, join=False))
+    for status, _, said, _ in ranks:
+        assert status == 1 and "rank 1 does not see what rank 0 writes beside it" in said
+    assert not path.parent.exists() and not [*tmp_path.glob(".s*")]

@@ -79,8 +79,8 @@ def _add_init(init: argparse.ArgumentParser) -> None:
         "--statistics",
         type=Path,
         metavar="FILE",
-        help="use statistics that 'filet stats' or --save-statistics wrote: the model is loaded "
-        "for its weights and not run",
+        help="use statistics that 'filet stats' or --save-statistics wrote, by the name given there: "
+        "the model is loaded for its weights and not run",
     )
     adapter = init.add_argument_group("adapter")
     adapter.add_argument(
@@ -104,7 +104,11 @@ def _add_init(init: argparse.ArgumentParser) -> None:
 
 def _add_stats(stats: argparse.ArgumentParser) -> None:
     stats.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="a .safetensors file to create"
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a .safetensors file to create; of several processes, a file of each, and an index",
     )
     stats.add_argument(
         "--merge",
