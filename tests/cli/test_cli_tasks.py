@@ -32,6 +32,7 @@ from transformers import (
 
 from filet import FiletReport
 from filet.cli.main import main
+from filet.data.images import images_of
 from filet.data.samples import Fields
 from filet.data.sources import Source
 from filet.data.tasks import encoded_for
@@ -249,7 +250,6 @@ def test_heads_that_do_not_fit(
     assert "expected no --new-head" in error_of(capsys, [*command, "--new-head", "1"])
     message = error_of(capsys, [*command, "--engine", "blockwise"])
     assert "--engine blockwise is for --task causal-lm, and this is seq-cls" in message
-    assert "--keep is for --task causal-lm" in error_of(capsys, [*command, "--keep", str(data)])
     message = error_of(capsys, [*command, "--task", "seq2seq-lm"])
     assert "transformers has no model for --task seq2seq-lm" in message
     # A pooler that is not there is no head.
@@ -285,11 +285,13 @@ def test_rows_that_do_not_fit(
 @pytest.mark.parametrize(
     ("kind", "options", "said"),
     [
-        ("bart", ["--count-prompt"], "--count-prompt is for --task causal-lm, and"),
-        ("bert masked", ["--chat-template", "x"], "--chat-template is for --task causal-lm, and"),
-        ("bert class", ["--prompt-field", "a"], "--prompt-field does nothing for --task seq-cls"),
-        ("bert tokens", ["--side", "rejected"], "--side does nothing for --task token-cls"),
-        ("vit", ["--text-field", "a"], "--text-field does nothing for --task image-cls"),
+        ("bart", ["--count-prompt"], "--count-prompt is not for --task seq2seq-lm"),
+        ("bert masked", ["--chat-template", "x"], "--chat-template is not for --task masked-lm"),
+        ("bert class", ["--prompt-field", "a"], "--prompt-field is not for --task seq-cls"),
+        ("bert tokens", ["--side", "rejected"], "--side is not for --task token-cls"),
+        ("vit", ["--text-field", "a"], "--text-field is not for --task image-cls"),
+        ("bart", ["--keep", "self"], "--keep self is not for --task seq2seq-lm"),
+        ("vit", ["--keep", "self"], "--keep self is not for --task image-cls"),
     ],
 )
 def test_options_of_other_data(
@@ -348,9 +350,43 @@ def test_images_that_do_not_fit(
     assert "no image processor can be loaded" in error_of(capsys, command)
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
     assert main([*command, "--batch-size", "auto"]) == 0  # by their numbers
-    assert "unheard: no data in it" in error_of(
-        capsys, [*command, "--data", str(data / "unheard"), "--overwrite"]
-    )
+    message = error_of(capsys, [*command, "--data", str(data / "unheard"), "--overwrite"])
+    assert "row 1: the image has no class; expected a column label or" in message
+    (data / "of" / "deeper").mkdir()
+    Image.new("RGB", (9, 9)).save(data / "of" / "deeper" / "b.png")
+    message = error_of(capsys, [*command, "--overwrite"])
+    assert "in folders that have the names of the classes, all equally deep" in message
     text = write_jsonl(tmp_path / "text.jsonl", {"image": "a.png", "label": 1})
     message = error_of(capsys, [*command, "--data", str(text), "--overwrite"])
     assert "row 1: the image is a str; expected an image" in message
+
+
+@pytest.mark.parametrize("where", [".", "train", "train/nested"])
+def test_a_folder_of_one_class(where: str, tmp_path: Path) -> None:
+    """It is read with its label, as folders of several classes are."""
+    data = tmp_path / "images"
+    (data / where / "dog").mkdir(parents=True)
+    for number in range(2):
+        Image.new("RGB", (9, 9)).save(data / where / "dog" / f"{number}.png")
+    rows = Source(data).rows()
+    assert rows.features["label"].names == ["dog"] and rows["label"] == [0, 0]
+
+
+def test_a_folder_of_a_split_is_no_class(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "train" / "a.png")
+    assert list(Source(tmp_path).rows().features) == ["image"]
+
+
+def test_a_folder_of_one_class_by_its_name(tmp_path: Path) -> None:
+    """Its number is the model's, of the name in config.json, not the data set's own 0."""
+    model = copy.deepcopy(case("vit").model)
+    names = ["red", "blue", "dog", "ant", "cat"]
+    model.config.label2id = {name: number for number, name in enumerate(names)}
+    model.config.id2label = dict(enumerate(names))
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    image = Image.fromarray(numpy.full((9, 9, 3), 70, dtype=numpy.uint8))
+    (tmp_path / "images" / "ant").mkdir(parents=True)
+    image.save(tmp_path / "images" / "ant" / "a.png")
+    found = images_of(Source(tmp_path / "images"), processor, model.config, samples=None, seed=0)
+    assert [label for _, label in found.rows] == [3]

@@ -79,8 +79,8 @@ def _add_init(init: argparse.ArgumentParser) -> None:
         "--statistics",
         type=Path,
         metavar="FILE",
-        help="use statistics that 'filet stats' or --save-statistics wrote, by the name given there: "
-        "the model is loaded for its weights and not run",
+        help="use statistics that 'filet stats' or --save-statistics wrote, by the name given "
+        "there: the model is loaded for its weights and not run",
     )
     adapter = init.add_argument_group("adapter")
     adapter.add_argument(

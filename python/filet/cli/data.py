@@ -54,10 +54,17 @@ def _texts(args: argparse.Namespace, source: Any) -> Any:
 def _images(args: argparse.Namespace, source: Any) -> Any:
     from filet.data.images import images_of
 
-    settings = _settings(args)
+    settings, processor = _settings(args), _processor(args)
+    encoded = images_of(source, processor, settings, samples=args.samples, seed=args.seed)
+    shape = " x ".join(map(str, encoded.rows[0][0].shape))
+    say_entry("predicted", f"classes of {len(encoded)} images of {shape}")
+    return encoded
+
+
+def _processor(args: argparse.Namespace) -> Any:
     transformers = quiet_transformers(args)
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(
+        return transformers.AutoImageProcessor.from_pretrained(
             str(args.model), local_files_only=True, trust_remote_code=args.trust_remote_code
         )
     except Exception as error:  # of as many kinds as there are files
@@ -65,10 +72,6 @@ def _images(args: argparse.Namespace, source: Any) -> Any:
             f"--model: no image processor can be loaded from {args.model}; expected "
             f"preprocessor_config.json beside the weights ({type(error).__name__}: {error})"
         ) from error
-    encoded = images_of(source, processor, settings, samples=args.samples, seed=args.seed)
-    shape = " x ".join(map(str, encoded.rows[0][0].shape))
-    say_entry("predicted", f"classes of {len(encoded)} images of {shape}")
-    return encoded
 
 
 def _settings(args: argparse.Namespace) -> Any:
@@ -84,20 +87,45 @@ def _settings(args: argparse.Namespace) -> Any:
 
 
 def load_keep(args: argparse.Namespace) -> Any:
-    """The data to keep, read and tokenised; "self" as it is, and None where there are none."""
+    """The data to keep, read for the model; "self" as it is, and None where there are none."""
     if args.keep is None or args.keep == "self":
         return args.keep
-    from filet.data.samples import read_samples
     from filet.data.sources import Source
-    from filet.data.tokens import encode
 
     _quiet_datasets(args)
-    samples = read_samples(Source(args.keep), samples=args.samples, seed=args.seed)
-    with own_code(args):
-        tokenizer = _tokenizer(args)
-    encoded = encode(samples, tokenizer, max_length=args.max_length)
+    source = Source(args.keep)
+    if args.task == CAUSAL:
+        encoded = _causal_keep(args, source)
+    else:
+        encoded = _keep_of_task(args, source)
     check_same("the hash of what was drawn of --keep", encoded.digest())
     return encoded
+
+
+def _causal_keep(args: argparse.Namespace, source: Any) -> Any:
+    from filet.data.samples import read_samples
+    from filet.data.tokens import encode
+
+    samples = read_samples(source, samples=args.samples, seed=args.seed)
+    with own_code(args):
+        tokenizer = _tokenizer(args)
+    return encode(samples, tokenizer, max_length=args.max_length)
+
+
+def _keep_of_task(args: argparse.Namespace, source: Any) -> Any:
+    """What is read as the data of the task, without their classes."""
+    from filet.data.images import images_of
+    from filet.data.samples import Fields
+    from filet.data.tasks import encoded_for
+
+    settings = _settings(args)
+    drawn: dict[str, Any] = {"samples": args.samples, "seed": args.seed, "labelled": False}
+    if args.task == IMAGES:
+        return images_of(source, _processor(args), settings, **drawn)
+    with own_code(args):
+        tokenizer = _tokenizer(args)
+    drawn |= {"fields": Fields(), "max_length": args.max_length}
+    return encoded_for(args.task, source, tokenizer, settings, **drawn)
 
 
 def _tokenizer(args: argparse.Namespace) -> Any:

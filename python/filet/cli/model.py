@@ -53,20 +53,21 @@ def _check_task(args: argparse.Namespace) -> None:
         raise ValueError(f"--new-head: --task {args.task} has no head of classes")
     if args.task == CAUSAL:
         return
-    for name in ("count_prompt", "chat_template", "keep"):
-        if getattr(args, name):
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} is for --task {CAUSAL}, and this is {args.task}")
-    # How other data are read than this task's; --response-field needs --prompt-field.
-    unread: dict[str, Any] = {}
+    # What is for causal models, and how other data are read than this task's (--response-field
+    # needs --prompt-field).
+    given: dict[str, Any] = {
+        "--count-prompt": args.count_prompt,
+        "--chat-template": args.chat_template,
+        "--keep self": args.keep == "self",
+    }
     if TASKS[args.task].classifies:
-        unread["--prompt-field"] = args.prompt_field
-        unread["--side"] = args.side != "chosen"  # the default
+        given["--prompt-field"] = args.prompt_field
+        given["--side"] = args.side != "chosen"  # the default
     if args.task == IMAGES:
-        unread["--text-field"] = args.text_field
-    for option, given in unread.items():
-        if given:
-            raise ValueError(f"{option} does nothing for --task {args.task}; expected it left out")
+        given["--text-field"] = args.text_field
+    for option, value in given.items():
+        if value:
+            raise ValueError(f"{option} is not for --task {args.task}; expected it left out")
 
 
 def _fetched(args: argparse.Namespace) -> Path:

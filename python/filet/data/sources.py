@@ -33,6 +33,9 @@ KINDS = {
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
+# Folders of these names are splits to ``datasets``.
+_SPLITS = set("train training validation valid dev val test testing eval evaluation".split())
+
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 # Of a streamed data set on the Hub: rows among which the next one is drawn.
@@ -111,13 +114,24 @@ class Source:
             return getattr(Dataset, f"from_{kind}")(names, streaming=streaming, **more)
 
     def _images(self, folder: Path) -> Any:
-        """A folder of folders of images, each with the name of its class; None for another one."""
+        """A folder of images or of folders with the names of their classes; None for another."""
         from datasets import load_dataset
 
-        if not any(path.suffix.lower() in _IMAGES for path in folder.glob("*/**/*")):
+        there = {path.parent for path in folder.rglob("*") if path.suffix.lower() in _IMAGES}
+        if not there - {folder} and any(_kind(path) for path in folder.iterdir()):
+            return None  # files of data, and pictures beside them
+        if not there:
             return None
+        # Of one class datasets makes no label by itself: it might be the name of a split.
+        alike = folder not in there and len({len(path.parts) for path in there}) == 1
+        classes = alike and not {path.name for path in there} <= _SPLITS
         with _understood(folder):
-            return load_dataset("imagefolder", data_dir=str(folder), split=self.split)
+            return load_dataset(
+                "imagefolder",
+                data_dir=str(folder),
+                split=self.split,
+                drop_labels=False if classes else None,
+            )
 
     def _downloaded(self) -> Any:
         from datasets import load_dataset

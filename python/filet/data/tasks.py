@@ -44,6 +44,7 @@ def encoded_for(
     samples: int | None,
     seed: int,
     max_length: int,
+    labelled: bool = True,
 ) -> Encoded:
     """The drawn samples of a data set for a task of texts that is not causal.
 
@@ -57,10 +58,18 @@ def encoded_for(
     - "token-cls": ``tokens`` or ``words``, and a list of as many in ``labels``, ``tags``,
       ``ner_tags`` or ``pos_tags``. A word's first token has its class, the others have none.
 
+    ``labelled=False``, for data to keep: classes are neither needed nor read, and either of the
+    last two takes the other's column, so that any text will do.
     Samples longer than ``max_length`` lose their end. Raises ValueError, naming the row, for what
     has not these columns or another label, and where nothing is left.
     """
-    if task in _COLUMNS:
+    if task in _COLUMNS and not labelled:
+        rows = [
+            _unlabelled(where, row, tokenizer, max_length)
+            for where, row in draw(source, samples, seed)
+        ]
+        form = "none"
+    elif task in _COLUMNS:
         names = _COLUMNS[task]
         chosen = _labelled(source, names, fields, samples, seed)
         make = _one_class if task == "seq-cls" else _classes
@@ -78,8 +87,12 @@ def encoded_for(
             ]
             form = "own"
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    kept = [row for row in rows if row[0] and any(label != IGNORED for label in row[1])]
-    why = f"nothing to predict within max_length={max_length}"
+    kept = [
+        row
+        for row in rows
+        if row[0] and (form == "none" or any(label != IGNORED for label in row[1]))
+    ]
+    why = f"nothing to {'read' if form == 'none' else 'predict'} within max_length={max_length}"
     return Encoded(usable(kept, len(rows), why), pad, form)  # type: ignore[arg-type]
 
 
@@ -147,6 +160,15 @@ def column_of(where: str, row: Mapping[str, Any], names: Sequence[str]) -> Any:
         if row.get(name) is not None:
             return row[name]
     raise ValueError(f"{where}: no column {' or '.join(names)}; found {', '.join(sorted(row))}")
+
+
+def _unlabelled(where: str, row: Mapping[str, Any], tokenizer: Any, max_length: int) -> Row:
+    """A text, or words, without a class."""
+    text = column_of(where, row, [name for names, _ in _COLUMNS.values() for name in names])
+    words = isinstance(text, list)
+    if not all(isinstance(each, str) for each in (text if words else [text])):
+        raise ValueError(f"{where}: expected a text, or a list of words")
+    return list(_ids(tokenizer, max_length, text, is_split_into_words=words)["input_ids"]), []
 
 
 def _one_class(sample: _Labelled, tokenizer: Any, settings: Any, max_length: int) -> Row:

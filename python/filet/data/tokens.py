@@ -32,11 +32,12 @@ class Encoded:
         pad: the id that padding gets.
         form: of the labels. "next": one for each token, predicted by the one before it. "own": one
             for each token, predicted there. "other": a sequence of its own. "one": a single one.
+            "none": there are none, and batches have none.
     """
 
     rows: list[Row]
     pad: int
-    form: Literal["next", "own", "other", "one"] = "next"
+    form: Literal["next", "own", "other", "one", "none"] = "next"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -103,13 +104,12 @@ class Encoded:
     def _padded(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         ids, labels = ([row[side] for row in rows] for side in (0, 1))
         counted = [[1] * len(row) for row in ids]
-        return {
-            "input_ids": _stacked(ids, self.pad),
-            "attention_mask": _stacked(counted, 0),
-            "labels": torch.tensor([label for (label,) in labels])
-            if self.form == "one"
-            else _stacked(labels, IGNORED),
-        }
+        batch = {"input_ids": _stacked(ids, self.pad), "attention_mask": _stacked(counted, 0)}
+        if self.form == "one":
+            batch["labels"] = torch.tensor([label for (label,) in labels])
+        elif self.form != "none":
+            batch["labels"] = _stacked(labels, IGNORED)
+        return batch
 
 
 def encode(
