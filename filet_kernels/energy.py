@@ -40,6 +40,8 @@ _ROWS_A_SUM = 4096
 # launches that a slow host does not keep up (docs/kernels.md).
 _LEAST = 1024
 
+_ALL = slice(None)
+
 
 def fisher_energies(
     W: Tensor,
@@ -47,6 +49,7 @@ def fisher_energies(
     *,
     normalization: Normalization = "mean",
     precision: Precision = "accurate",
+    columns: slice = _ALL,
 ) -> Tensor:
     """Fisher energy E_i of every candidate direction i of a layer.
 
@@ -57,11 +60,14 @@ def fisher_energies(
             terms that the moments saw; "sum": of the summed loss. They differ by the factor
             ``loss_terms²``, so the ranking is the same.
         precision: of the moments' quadratic forms, see :func:`filet_kernels.quadform_diag`.
+        columns: of these candidates alone, one to a column of W, by default of all. A candidate's
+            energy does not depend on the others but for rounding; every part takes the Gram matrix
+            of W anew, which is a small part of the whole (docs/kernels.md).
 
     Returns:
-        (n,) float64, non-negative (a rounding below 0 becomes 0). NaN marks what is no candidate:
-        a zero column of W has no direction. A layer that saw no token has energy 0 everywhere.
-        Nothing is mutated; deterministic on the same device.
+        (n,) float64, or as many as ``columns``; non-negative (a rounding below 0 becomes 0). NaN
+        marks what is no candidate: a zero column of W has no direction. A layer that saw no token
+        has energy 0 everywhere. Nothing is mutated; deterministic on the same device.
 
     Computed in float64, except on a GPU from a W and moments of at most float32: there in products
     of float32's precision on the tensor cores, of which no temporary is larger than a moment of the
@@ -79,9 +85,9 @@ def fisher_energies(
     W = W.detach()
     dtypes = {W.dtype, moments.input.sum.dtype, moments.output.sum.dtype}
     if W.is_cuda and torch.float64 not in dtypes:
-        factors = _factors_float32(W, moments, precision)
+        factors = _factors_float32(W, moments, precision, columns=columns)
     else:
-        factors = _factors_float64(W, moments, precision)
+        factors = _factors_float64(W, moments, precision, columns)
     (input_form, squares), (output_form, cubes) = factors
     energies = input_form.clamp_min_(0) / squares  # 0 / 0 of a zero column is NaN
     energies *= output_form.clamp_min_(0) / cubes
@@ -99,28 +105,34 @@ def fisher_energies(
 _Factors = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def _factors_float64(W: Tensor, moments: Moments, precision: Precision) -> _Factors:
+def _factors_float64(W: Tensor, moments: Moments, precision: Precision, columns: slice) -> _Factors:
     m, n = W.shape
     W = W.double()
+    V = W[:, columns]
     # W G = K W, through the smaller of the two Gram matrices.
     gram = W.T @ W if n <= m else W @ W.T
-    WG = W @ gram if n <= m else gram @ W
-    directions = {"x": gram, "h": gram, "y": W, "g": WG}
+    WG = W @ gram[:, columns] if n <= m else gram @ V
+    G = gram[:, columns]  # of n <= m; else nobody asks for it
+    directions = {"x": G, "h": G, "y": V, "g": WG}
 
     def form(moment: SecondMoment) -> Tensor:
-        S, V = moment.sum, directions[moment.space]
+        S, of = moment.sum, directions[moment.space]
         if m < n and moment.space in ("x", "h"):
-            S, V = congruence(W, S, _floats(m, n) // m), W
-        return quadform_diag(S, V, precision=precision)
+            S, of = congruence(W, S, _floats(m, n) // m), V
+        return quadform_diag(S, of, precision=precision)
 
     return (
-        (form(moments.input), (W * WG).sum(0)),  # diag(G²) = diag(Wᵀ K W)
+        (form(moments.input), (V * WG).sum(0)),  # diag(G²) = diag(Wᵀ K W)
         (form(moments.output), (WG * WG).sum(0)),  # diag(G³)
     )
 
 
 def _factors_float32(
-    W: Tensor, moments: Moments, precision: Precision, backend: str | None = None
+    W: Tensor,
+    moments: Moments,
+    precision: Precision,
+    backend: str | None = None,
+    columns: slice = _ALL,
 ) -> _Factors:
     """The same in products of float32's precision, with ``backend``'s quadratic forms."""
     m, n = W.shape
@@ -132,34 +144,37 @@ def _factors_float32(
         q: Tensor = torch.ops.filet_kernels.quadform_diag(S, V, precision, backend, 4 * floats)
         return q
 
+    V = W[:, columns]
     if n <= m:
-        left, right = W, _gram(W)
-        squares = column_sums(right)[0]
+        gram = _gram(W)
+        left, right = W, gram[:, columns]
+        squares = column_sums(gram)[0][columns]
         if "g" not in S:
-            cubes = form(right, right, "accurate")
+            cubes = form(gram, right, "accurate")
+        del gram  # a view of it is left
     else:
-        left, right = _gram(W.T), W
+        left, right = _gram(W.T), V
     small = m < n and m <= _LEAST
     if small:
-        squares, cubes = form(left, W, "accurate"), form(_gram(left), W, "accurate")
+        squares, cubes = form(left, V, "accurate"), form(_gram(left), V, "accurate")
         if "g" in S:
-            forms["g"] = form(congruence(left, S["g"], m, backend), W)
+            forms["g"] = form(congruence(left, S["g"], m, backend), V)
     for space in S.keys() & {"x", "h"}:
         smaller = S[space] if n <= m else congruence(W, S[space], floats // m, backend)
         forms[space] = form(smaller, right)
     if "y" in S:
-        forms["y"] = form(S["y"], W)
+        forms["y"] = form(S["y"], V)
     if not small and (m < n or "g" in S):  # WG = KW
         of_g: list[Tensor] = []
         of_cubes: list[Tensor] = []
         of_squares: list[Tensor] = []
         a = split(left)
         del left
-        for columns in slices(n, max(floats // m // 128, 1) * 128):  # whole tiles
-            V, scale = product(a, split(right[:, columns], columns=True))
-            norms, products = column_sums(V, W[:, columns] if m < n else None)
-            if "g" in S:  # both of V as it is scaled
-                of_g.append(form(S["g"], V))
+        for part in slices(right.shape[1], max(floats // m // 128, 1) * 128):  # whole tiles
+            WG, scale = product(a, split(right[:, part], columns=True))
+            norms, products = column_sums(WG, right[:, part] if m < n else None)
+            if "g" in S:  # both of WG as it is scaled
+                of_g.append(form(S["g"], WG))
                 of_cubes.append(norms)
             else:
                 of_cubes.append(norms / scale**2)

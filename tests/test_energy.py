@@ -84,6 +84,26 @@ def test_larger_than_one_part(shape, device):
         torch.testing.assert_close(found, oracle.fisher_energies(W, x, g), rtol=2e-5, atol=0)
 
 
+@pytest.mark.usefixtures("least")
+@pytest.mark.parametrize("spaces", ["xg", "xh", "yg", "yh"])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (33, 33)], ids=str)
+def test_columns_apart(shape, spaces, device):
+    """Of some candidates alone, as processes divide them: what they have among all."""
+    W, x, g = batch(shape, 200, torch.float32, device)
+    moments = moments_of(W, x, g, spaces)
+    parts = [slice(0, 7), slice(7, 8), slice(8, shape[1])]
+    close = {"rtol": 1e-6 if device.type == "cuda" else 1e-12, "atol": 0}
+    apart = [fisher_energies(W, moments, columns=columns) for columns in parts]
+    assert [len(part) for part in apart] == [7, 1, shape[1] - 8]
+    torch.testing.assert_close(torch.cat(apart), fisher_energies(W, moments), **close)
+    whole = energy._factors_float32(W, moments, "accurate")
+    for columns in parts:
+        part = energy._factors_float32(W, moments, "accurate", columns=columns)
+        for side, its in zip(whole, part, strict=True):
+            for found, one in zip(side, its, strict=True):
+                torch.testing.assert_close(one, found[columns], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("spaces", ["xg", "yg", "xh", "yh"])
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)], ids=str)
 def test_no_matrix_of_the_larger_space_is_made(shape, spaces, device, monkeypatch):

@@ -34,6 +34,7 @@ from filet_kernels import (
 
 __all__ = [
     "Choice",
+    "Divided",
     "Layer",
     "check_contrast_rank",
     "check_rank",
@@ -69,6 +70,34 @@ class Choice:
     left_default: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Divided:
+    """Modules whose energies several processes compute, each of some columns of W.
+
+    Attributes:
+        group: the processes.
+        targets: the modules, with their weights on every rank.
+        columns: module → rank → its columns. These ranks have the sums; the first one chooses.
+    """
+
+    group: Group
+    targets: Mapping[str, Target]
+    columns: Mapping[str, Mapping[int, slice]]
+
+    @property
+    def mine(self) -> dict[str, slice]:
+        rank = self.group.rank
+        return {name: its[rank] for name, its in self.columns.items() if rank in its}
+
+    def joined(self, energies: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The energies of all columns, given this rank's, on the CPU. Collective."""
+        said = self.group.exchanged(dict(energies))
+        return {
+            name: torch.cat([said[rank][name] for rank in its])
+            for name, its in self.columns.items()
+        }
+
+
 def choose(
     targets: Mapping[str, Target],
     moments: Mapping[str, Moments],
@@ -78,6 +107,7 @@ def choose(
     keep: Mapping[str, SecondMoment] | None = None,
     owners: Mapping[str, int] | None = None,
     rank: int = 0,
+    divided: Divided | None = None,
 ) -> Choice:
     """The r directions of every target, and A0, B0; no B0 for ``config.start="zero"``.
 
@@ -93,6 +123,8 @@ def choose(
         keep: of "contrast", the input moments of data to keep.
         owners, rank: the targets that this rank owns are chosen for, by default all. Of a sharded
             model, whose weights are gathered, collective.
+        divided: of which modules the energies are computed with others: then collective as well,
+            for a model that is not sharded.
 
     Returns:
         :class:`Choice`; A0 and B0 on the weights' devices, energies and indices on the CPU.
@@ -100,7 +132,7 @@ def choose(
     choice = Choice()
     everyone = dict.fromkeys(targets, rank) if owners is None else owners
     for mine in with_weights(targets, everyone, rank):
-        part = _chosen(mine, moments, shared_input, fingerprints, config, keep)
+        part = _chosen(mine, moments, shared_input, fingerprints, config, keep, divided)
         choice.layers |= part.layers
         choice.reports |= part.reports
         choice.left_default |= part.left_default
@@ -114,6 +146,7 @@ def _chosen(
     fingerprints: Mapping[str, str],
     config: FiletConfig,
     keep: Mapping[str, SecondMoment] | None,
+    divided: Divided | None,
 ) -> Choice:
     """:func:`choose` for targets whose weights are whole."""
     choice = Choice()
@@ -124,7 +157,7 @@ def _chosen(
         assert keep is not None  # said by resolved()
         chosen = _by_contrast(seen, moments, keep, config)
     else:
-        chosen = _by_energy(seen, moments, config)
+        chosen = _by_energy(seen, moments, config, divided)
     for name, energies, indices, A0, B0 in chosen:
         target, its = targets[name], moments[name]
         choice.layers[name] = Layer(A0, B0, fingerprints[name])
@@ -208,11 +241,14 @@ _Chosen = tuple[str, Tensor, Tensor, Tensor, Tensor | None]
 
 
 def _by_energy(
-    targets: Mapping[str, Target], moments: Mapping[str, Moments], config: FiletConfig
+    targets: Mapping[str, Target],
+    moments: Mapping[str, Moments],
+    config: FiletConfig,
+    divided: Divided | None,
 ) -> Iterator[_Chosen]:
     """The candidate directions of W by their Fisher energies."""
     assert config.select != "auto" and config.select != "contrast"
-    for name, energies, weight in _energies(targets, moments, config):
+    for name, energies, weight in _energies(targets, moments, config, divided):
         target = targets[name]
         indices = select(energies, target.rank, config.select, seed=config.seed)
         A0, B0 = lora_factors(
@@ -285,45 +321,84 @@ def _unseen(inputs: int, outputs: int) -> str | None:
 
 
 def _energies(
-    targets: Mapping[str, Target], moments: Mapping[str, Moments], config: FiletConfig
+    targets: Mapping[str, Target],
+    moments: Mapping[str, Moments],
+    config: FiletConfig,
+    divided: Divided | None,
 ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Each module's energies, on the CPU; a GPU computes the next modules' in the meantime.
 
-    And its weight, if that is a view: one that was dequantised is not held so long.
+    And its weight, if that is a view: one that was dequantised is not held so long. What several
+    processes compute is exchanged when the GPU has been given everything else.
     """
-    under_way: deque[tuple[str, Tensor, torch.cuda.Event | None, Tensor | None]] = deque()
-    sizes = {name: target.shape[1] for name, target in targets.items()}
+    under_way: deque[_Energies] = deque()
+    wholes = dict(targets)
+    parts: dict[str, slice] = {}
+    if divided is not None:
+        wholes = {name: its for name, its in targets.items() if name not in divided.columns}
+        parts = divided.mine
+    sizes = {name: target.shape[1] for name, target in wholes.items()}
+    sizes |= {name: columns.stop - columns.start for name, columns in parts.items()}
     places: dict[str, Tensor] = {}
     if torch.cuda.is_initialized():
         # In one piece: an allocation of pinned memory may wait for all that a GPU does.
         pinned = torch.empty(sum(sizes.values()), dtype=torch.float64, pin_memory=True)
         places = dict(zip(sizes, pinned.split(list(sizes.values())), strict=True))
 
-    def arrived() -> tuple[str, Tensor, Tensor | None]:
-        name, energies, event, view = under_way.popleft()
-        if event is not None:
-            event.synchronize()
-            energies = energies.clone()  # the report's, without the pinned piece around it
-        return name, energies, view
+    def begun(name: str, target: Target, columns: slice) -> _Energies:
+        return _begun(target, moments[name], config, columns, places.get(name))
 
-    for name, target in targets.items():
-        weight = target.weight
-        energies = fisher_energies(
-            weight,
-            _moved(moments[name], weight.device),
-            normalization="sum" if config.normalization == "sum" else "mean",
-        )
-        event = None
-        if energies.is_cuda:
-            with torch.cuda.device(energies.device):
-                energies = places[name].copy_(energies, non_blocking=True)
-                event = torch.cuda.Event(blocking=True)
-                event.record()
-        under_way.append((name, energies, event, None if target.values.quantised else weight))
-        if len(under_way) > _AHEAD:
-            yield arrived()
+    of_parts = {}
+    if divided is not None:  # the others wait for these
+        of_parts = {name: begun(name, divided.targets[name], its) for name, its in parts.items()}
+    for name, target in wholes.items():
+        under_way.append(begun(name, target, slice(None)))
+        if divided is None and len(under_way) > _AHEAD:
+            yield under_way.popleft().arrived()
+    if divided is not None:
+        known = divided.joined({name: its.arrived()[1] for name, its in of_parts.items()})
+        for name, its in of_parts.items():
+            if name in targets:
+                yield name, known[name], its.view
     while under_way:
-        yield arrived()
+        yield under_way.popleft().arrived()
+
+
+@dataclass(eq=False)
+class _Energies:
+    """Energies of a module on their way to the CPU."""
+
+    name: str
+    energies: Tensor
+    event: torch.cuda.Event | None
+    view: Tensor | None
+
+    def arrived(self) -> tuple[str, Tensor, Tensor | None]:
+        energies = self.energies
+        if self.event is not None:
+            self.event.synchronize()
+            energies = energies.clone()  # the report's, without the pinned piece around it
+        return self.name, energies, self.view
+
+
+def _begun(
+    target: Target, moments: Moments, config: FiletConfig, columns: slice, place: Tensor | None
+) -> _Energies:
+    weight = target.weight
+    energies = fisher_energies(
+        weight,
+        _moved(moments, weight.device),
+        normalization="sum" if config.normalization == "sum" else "mean",
+        columns=columns,
+    )
+    event = None
+    if energies.is_cuda:
+        assert place is not None
+        with torch.cuda.device(energies.device):
+            energies = place.copy_(energies, non_blocking=True)
+            event = torch.cuda.Event(blocking=True)
+            event.record()
+    return _Energies(target.name, energies, event, None if target.values.quantised else weight)
 
 
 def _moved(moments: Moments, device: torch.device) -> Moments:

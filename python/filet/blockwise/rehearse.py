@@ -163,7 +163,7 @@ class Rehearsal:
             kept = work.taken_to_keep(taken, of_keep)
             del of_keep
         times.append(self._clock())
-        work.finished(block, work.statistics(block, taken, kept), ())
+        work.finished(block, taken, work.statistics(block, taken, kept), ())
         del hooks, taken, kept
         times.append(self._clock())
         return times, forward_bytes

@@ -169,7 +169,7 @@ class Reverse:
         if journal.with_statistics:
             with self.work.times.waiting("disk"):
                 journal.save_statistics(block, statistics)
-        finished = self.work.finished(block, statistics, unmasked)
+        finished = self.work.finished(block, taken, statistics, unmasked)
         with self.work.times.waiting("processes"):
             journal.save_block(finished)
         journal.release(gradient.arena, boundaries.pool.put)

@@ -21,14 +21,14 @@ from filet.blockwise.stream import WeightStream
 from filet.collect.hooks import MomentHooks
 from filet.collect.keep import hooks_to_keep, with_unseen
 from filet.collect.statistics import Statistics, moments_of_all
-from filet.collect.together import Together, owners_by_cost
+from filet.collect.together import Together, columns_of, holders_by_cost
 from filet.collect.unrounded import hands_on
 from filet.config import FiletConfig
 from filet.distributed.group import Group
 from filet.model.chain import Calls
 from filet.model.fingerprint import fingerprints_of
 from filet.model.targets import Target
-from filet.select import choose
+from filet.select import Divided, choose
 from filet_kernels import Moments, SecondMoment
 
 __all__ = ["Taken", "Work"]
@@ -197,9 +197,10 @@ class Work:
         targets, terms = self.model.of_block[block], self.counts["loss_terms"]
         moments, shared, together = dict(hooks.moments), hooks.shared_input, None
         if self.group is not None:
-            owners = partial(owners_by_cost, self.group, contrast=self.config.select == "contrast")
+            contrast = self.config.select == "contrast"
+            holders = partial(holders_by_cost, self.group, contrast=contrast)
             with self.times.waiting("processes"):
-                together = Together(self.group, targets, owners)
+                together = Together(self.group, targets, holders)
                 moments, shared = together.moments(targets, moments, shared, terms)
         for its in moments.values():
             its.loss_terms.fill_(terms)
@@ -241,7 +242,18 @@ class Work:
             return targets
         return {name: t for name, t in targets.items() if owners[name] == self.group.rank}
 
-    def finished(self, block: int, statistics: Statistics, unmasked: Iterable[str]) -> Finished:
+    def _divided(self, block: int, together: Together | None) -> Divided | None:
+        """The modules of a block whose energies more processes than their owner compute."""
+        if together is None:
+            return None
+        targets = self.model.of_block[block]
+        several = {name: its for name, its in together.holders.items() if its[1:]}
+        columns = {name: columns_of(its, targets[name].shape[1]) for name, its in several.items()}
+        return Divided(together.group, targets, columns) if several else None
+
+    def finished(
+        self, block: int, taken: Taken, statistics: Statistics, unmasked: Iterable[str]
+    ) -> Finished:
         """A, B, energies and choices of a block; those that are this process's."""
         choice = choose(
             self._mine(block, statistics.owners),
@@ -250,6 +262,7 @@ class Work:
             statistics.fingerprints,
             self.config,
             statistics.keep,
+            divided=self._divided(block, taken.together),
         )
         for layer in choice.layers.values():
             layer.A0 = layer.A0.cpu()

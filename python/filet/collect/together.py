@@ -1,6 +1,6 @@
 """The moments of several processes, each over its own samples, made those of all samples.
 
-Who owns a block has its sums afterwards; on the others they are on the meta device.
+Who holds a block or module has its sums afterwards; on the others they are on the meta device.
 """
 
 from __future__ import annotations
@@ -28,13 +28,33 @@ from filet.system.transfer import values
 from filet_kernels import Moments, SecondMoment
 from filet_kernels.moments import Space
 
-__all__ = ["Owners", "Together", "check_same_model", "owners_by_block", "owners_by_cost"]
+__all__ = [
+    "Holders",
+    "Together",
+    "check_same_model",
+    "columns_of",
+    "holders_by_cost",
+    "owners_by_block",
+]
 
 
-class Owners(Protocol):
+class Holders(Protocol):
+    """Module → the ranks that have its sums. The first one owns the module: it chooses."""
+
     def __call__(
         self, targets: Mapping[str, Target], *, shared_input: Mapping[str, str]
-    ) -> dict[str, int]: ...
+    ) -> dict[str, tuple[int, ...]]: ...
+
+
+# A product in float32's precision on tensor cores, as the forms of energies take, beside one of
+# bf16, as the Gram matrix of W takes: by the times of Llama-3-70B's layers (docs/kernels.md).
+_FORM = 12
+
+# How much larger than an even share of a block a module's energies have to be to be divided: for
+# each part another process has to have its moments.
+_DIVIDED = 1.25
+
+_TILE = 128  # columns of a kernel's tile
 
 
 def check_same_model(
@@ -128,14 +148,16 @@ def _joined(units: list[list[str]], shared_input: Mapping[str, str]) -> list[lis
     return [names for names in units if names]
 
 
-def owners_by_cost(
+def holders_by_cost(
     group: Group, targets: Mapping[str, Target], shared_input: Mapping[str, str], contrast: bool
-) -> dict[str, int]:
-    """Module → the rank that chooses for it, of one block whose modules are spread over all ranks.
+) -> dict[str, tuple[int, ...]]:
+    """Module → the ranks that take its energies, of one block whose modules are spread over all.
 
-    The same on every rank. Balanced by the products that energies take: with p = min(m, n) a Gram
-    matrix, p² max(m, n), and forms with it, p³; where m < n the forms are of p² n. ``contrast``: by
-    a decomposition for each input moment, whose modules have one owner.
+    The same on every rank; the first one chooses. Balanced by the products that energies take: with
+    p = min(m, n) a Gram matrix, p² max(m, n), and three forms or products with it, p² n. A module
+    of more than an even share of the block goes to several ranks, each of which takes the energies
+    of some columns of W (:func:`columns_of`) and the Gram matrix anew. ``contrast``: by a
+    decomposition for each input moment, whose modules have one owner.
     """
     units = [[name] for name in targets]
     if contrast:
@@ -143,12 +165,38 @@ def owners_by_cost(
     costs = []
     for names in units:
         m, n = targets[names[0]].shape
+        p = min(m, n)
         if contrast:
-            costs.append((n if names[1:] else min(m, n)) ** 3)
+            costs.append((n if names[1:] else p) ** 3)
         else:
-            costs.append(n * n * (m + 3 * n) if n <= m else 5 * m * m * n)
-    owners = balanced(costs, [0] * group.size)
-    return {name: owner for names, owner in zip(units, owners, strict=True) for name in names}
+            costs.append(p * p * (max(m, n) + 3 * _FORM * n))
+    share = sum(costs) / group.size
+    parts = []  # which unit, and the cost
+    for index, (names, cost) in enumerate(zip(units, costs, strict=True)):
+        m, n = targets[names[0]].shape
+        divided = not contrast and cost > _DIVIDED * share
+        count = len(_slices(n, min(-int(-cost // share), group.size))) if divided else 1
+        gram = min(m, n) ** 2 * max(m, n)
+        parts += count * [(index, gram + (cost - gram) // count if divided else cost)]
+    ranks = balanced([cost for _, cost in parts], [0] * group.size)
+    of_unit: list[list[int]] = [[] for _ in units]
+    for (index, _), rank in zip(parts, ranks, strict=True):
+        if rank not in of_unit[index]:
+            of_unit[index].append(rank)
+    return {name: tuple(of_unit[i]) for i, names in enumerate(units) for name in names}
+
+
+def columns_of(holders: Sequence[int], n: int) -> dict[int, slice]:
+    """Rank → the columns of W, of n, whose energies it takes."""
+    return dict(zip(holders, _slices(n, len(holders)), strict=False))
+
+
+def _slices(n: int, count: int) -> list[slice]:
+    """``count`` parts of n columns, or fewer: as equal as tiles are, where there are so many."""
+    step = -(-n // count)
+    if n >= _TILE * count:
+        step = -(-step // _TILE) * _TILE
+    return [slice(start, min(n, start + step)) for start in range(0, n, step)]
 
 
 class Together:
@@ -157,27 +205,32 @@ class Together:
     Attributes:
         group: the processes.
         in_step: has them run a sharded model equally often.
-        owners: module → the rank that has its sums, as far as they were taken. A moment that
-            several modules share is with the owners of all of them.
+        owners: module → the rank that chooses for it, as far as its sums were taken.
+        holders: module → the ranks that have its sums, the owner first. A moment that several
+            modules share is with the holders of all of them.
     """
 
     def __init__(
         self,
         group: Group,
         targets: Mapping[str, Target],
-        owners: Owners | None = None,
+        holders: Holders | None = None,
         sharded: bool = False,
     ) -> None:
-        """``owners``: who owns modules of ``targets``, given whose input each shares.
+        """``holders``: who has the sums of modules of ``targets``, given whose input each shares.
 
-        By default :func:`owners_by_block`, the load of earlier passes counted. ``sharded``: the
-        processes run one model together, whose weights are divided.
+        By default one rank each, by :func:`owners_by_block`, the load of earlier passes counted.
+        ``sharded``: the processes run one model together, whose weights are divided.
         """
         self.group = group
         self.in_step = InStep(group if sharded else None)
-        self.owners: dict[str, int] = {}
+        self.holders: dict[str, tuple[int, ...]] = {}
         self._targets = targets
-        self._owners = owners or partial(owners_by_block, group, loads=[0] * group.size)
+        self._holders = holders or partial(_alone, group, [0] * group.size)
+
+    @property
+    def owners(self) -> dict[str, int]:
+        return {name: ranks[0] for name, ranks in self.holders.items()}
 
     def moments(
         self,
@@ -204,7 +257,7 @@ class Together:
         known = _agreed([forms for forms, _ in said])
         mine = {name: self._targets[name] for name in names}
         shared = {name: form.leader for name, form in known.items() if form.leader is not None}
-        self.owners |= self._owners(mine, shared_input=shared)
+        self.holders |= self._holders(mine, shared_input=shared)
         for name in mine:
             if name not in known:
                 known[name] = _Form.of(empty_moments(mine[name], device="meta"), None)
@@ -282,29 +335,40 @@ class Together:
             users = [part.name]
             if not part.side:
                 users += [name for name, leader in shared_input.items() if leader == part.name]
-            owners = {self.owners[name] for name in users if name in self.owners}
-            for owner in sorted(owners):
+            ranks = {rank for name in users for rank in self.holders.get(name, ())}
+            for rank in sorted(ranks):
                 size, dtype, device, tensor = part.square
-                # What an owner adds to must not be what the others' sums are packed from.
-                if tensor is not None and owner == self.group.rank and len(owners) > 1:
+                # What a holder adds to must not be what the others' sums are packed from.
+                if tensor is not None and rank == self.group.rank and len(ranks) > 1:
                     tensor = tensor.clone()
                 square = size, dtype, device, tensor
-                work.setdefault((block_of[part.name], owner), []).append((part, square))
+                work.setdefault((block_of[part.name], rank), []).append((part, square))
         sums = reduced(
             self.group,
-            [(owner, [square for _, square in its]) for (_, owner), its in work.items()],
+            [(rank, [square for _, square in its]) for (_, rank), its in work.items()],
         )
         sides: dict[tuple[str, int], SecondMoment] = {}
         for owned, found in zip(work.values(), sums, strict=True):
             for (part, _), sum_ in zip(owned, found, strict=True):
                 key = part.name, part.side
                 if key in sides and sum_.is_meta:
-                    continue  # it is another owner's as well, perhaps this process's
+                    continue  # it is another holder's as well, perhaps this process's
                 # A count is there on every rank, beside a sum that is not.
                 place = torch.device("cpu") if sum_.is_meta else sum_.device
                 count = torch.tensor(counts[part.name][part.side], device=place)
                 sides[key] = SecondMoment(part.space, sum_, count)
         return sides
+
+
+def _alone(
+    group: Group,
+    loads: list[int],
+    targets: Mapping[str, Target],
+    *,
+    shared_input: Mapping[str, str],
+) -> dict[str, tuple[int, ...]]:
+    owners = owners_by_block(group, targets, shared_input, loads)
+    return {name: (owner,) for name, owner in owners.items()}
 
 
 @dataclasses.dataclass(frozen=True)
