@@ -68,6 +68,8 @@ def encoded_for(
             _unlabelled(where, row, tokenizer, max_length)
             for where, row in draw(source, samples, seed)
         ]
+        if not rows:
+            raise ValueError(f"{source.path}: no sample in it")
         form = "none"
     elif task in _COLUMNS:
         names = _COLUMNS[task]
