@@ -454,12 +454,18 @@ def peft_of(
 # The truth.
 
 
+def _alone(sample: Sample) -> Sample:
+    """A batch of one."""
+    return {key: value.unsqueeze(0) for key, value in sample.items()}
+
+
 def observe(
     model: nn.Module,
     names: Iterable[str],
     samples: list[Sample],
     shift: bool = False,
     dtype: torch.dtype = torch.float64,
+    batch_of: Callable[[Sample], Sample] = _alone,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
     """x (T, n) and g (T, m) of every module, and the number of terms of the summed loss."""
     model = copy.deepcopy(model).to(dtype).eval().requires_grad_(True)
@@ -480,7 +486,7 @@ def observe(
         model.get_submodule(name).register_forward_hook(watch(name))
     terms = 0
     for sample in samples:
-        batch = {key: value.unsqueeze(0).to(device) for key, value in sample.items()}
+        batch = {key: value.to(device) for key, value in batch_of(sample).items()}
         batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
         output = model(**batch)
         logits, labels = getattr(output, "logits", output), batch["labels"]
@@ -509,9 +515,10 @@ def true_energies(
     samples: list[Sample],
     shift: bool = False,
     dtype: torch.dtype = torch.float64,
+    batch_of: Callable[[Sample], Sample] = _alone,
 ) -> dict[str, Tensor]:
     """Energies of every module as Algorithm 1 has them, on the CPU."""
-    seen, terms = observe(model, names, samples, shift, dtype)
+    seen, terms = observe(model, names, samples, shift, dtype, batch_of)
     return {
         name: oracle.fisher_energies(weight_of(model, name), x, g.double() / terms).cpu()
         for name, (x, g) in seen.items()

@@ -61,7 +61,7 @@ class MomentHooks:
         self.targets = targets
         self.config = config
         self.counted = targets.keys() if counted is None else counted
-        self.rows = Rows()
+        self.rows = Rows({name for name, target in targets.items() if target.beside})
         self.unrounded = Unrounded(self.rows, 2 * len(targets))
         self.sharing = SharedInputs()
         self.moments: dict[str, Moments] = {}

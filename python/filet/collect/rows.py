@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
+from filet.model.beside import crosses, is_key_or_value
 from filet_kernels import SecondMoment, syrk_
 
-__all__ = ["Rows", "crosses", "is_key_or_value"]
+__all__ = ["Rows"]
 
 
 class Rows:
@@ -19,8 +22,10 @@ class Rows:
             sample.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Collection[str] = ()) -> None:
+        """``beside``: modules whose rows are no tokens, so that no mask is for them."""
         self.counting = True
+        self._beside = beside
         self.unmasked: dict[str, int] = {}
         self._masks: dict[str, Tensor | None] = {}
         self._mask_counts: dict[str, int] = {}
@@ -37,7 +42,7 @@ class Rows:
         rows = v.unsqueeze(0) if v.dim() == 1 else v if v.dim() <= 3 else v.flatten(0, -2)
         side = self._side(name)
         mask = self._masks.get(side)
-        if mask is None:
+        if mask is None or name in self._beside:
             return rows, None
         if mask.device != v.device:
             self._masks[side] = mask = mask.to(v.device, non_blocking=True)
@@ -78,12 +83,3 @@ class Rows:
         if crosses(parts):
             return "encoder" if is_key_or_value(parts) else "decoder"
         return "encoder" if "encoder" in parts and "decoder" not in parts else "decoder"
-
-
-def crosses(parts: list[str]) -> bool:
-    """Whether a module's path is one of cross-attention."""
-    return any(word in part for part in parts for word in ("EncDec", "encoder_attn", "cross"))
-
-
-def is_key_or_value(parts: list[str]) -> bool:
-    return parts[-1].lower()[:1] in ("k", "v")

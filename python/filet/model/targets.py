@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from filet.model.beside import is_beside
 from filet.model.factors import StartedFactor, plain_class
 from filet.model.sharded import (
     check_division,
@@ -61,6 +62,7 @@ class Target:
         rank: of what trains: PEFT counts the frozen half of an initialised layer as well.
         scaling: by which B A is added.
         dtype: in which A and B are stored.
+        beside: its rows are no tokens of the text (:func:`filet.model.beside.is_beside`).
     """
 
     name: str
@@ -74,9 +76,12 @@ class Target:
     rank: int
     scaling: float
     dtype: torch.dtype
+    beside: bool = False
 
     @classmethod
-    def of(cls, name: str, layer: LoraLayer, adapter: str, values: Values) -> Target:
+    def of(
+        cls, name: str, layer: LoraLayer, adapter: str, values: Values, beside: bool = False
+    ) -> Target:
         A = layer.lora_A[adapter]
         return cls(
             name=name,
@@ -90,6 +95,7 @@ class Target:
             rank=A.rank if isinstance(A, StartedFactor) else layer.r[adapter],
             scaling=layer.scaling[adapter],
             dtype=next(A.parameters()).dtype,
+            beside=beside,
         )
 
     @property
@@ -215,7 +221,8 @@ def find_targets(
                 "a base weight is on the meta device (not loaded, or offloaded by device_map); "
                 "load the model onto real devices before initialising it"
             )
-        targets[name] = Target.of(name, layer, adapter_name, values)
+        beside = is_beside(peft_model.base_model.model, name)
+        targets[name] = Target.of(name, layer, adapter_name, values, beside)
     return targets, unsupported
 
 
