@@ -263,6 +263,7 @@ def initialize_folder(
     keep: Keep | None = None,
     save_statistics: str | os.PathLike[str] | None = None,
     quantization_config: Any = None,
+    task: str = "causal-lm",
 ) -> FiletReport:
     """Initialise a LoRA adapter with FILet for the model in a folder, and write it to another.
 
@@ -272,9 +273,10 @@ def initialize_folder(
     run, called again, goes on at its last finished block (``<output>.filet-run``), bit for bit.
 
     Args:
-        model: local folder of a causal language model: config.json, and safetensors of all weights.
+        model: local folder of a language model: config.json, and safetensors of all weights.
         batches: dicts of CPU tensors (samples, tokens): ``input_ids``, ``labels``, and what else a
-            model takes (``position_ids``), up to ``config.samples``. A block runs a batch at once.
+            model takes (``position_ids``; ``pixel_values`` and what else its processor makes),
+            up to ``config.samples``. A block runs a batch at once.
         output: folder to create, with the adapter and ``filet_report.safetensors``.
         lora_config: its targets to be inside the blocks where the engine is "blockwise".
         config: as in :func:`filet.initialize_lora_filet_weights`. The blockwise engine has no use
@@ -291,6 +293,8 @@ def initialize_folder(
         keep: as in :func:`filet.initialize_lora_filet_weights`; blockwise batches only, no "self".
         save_statistics: a .safetensors file to write them to, for :func:`filet.apply_statistics`.
         quantization_config: transformers' ``BitsAndBytesConfig``, to quantise the model on loading.
+        task: "causal-lm", or "vlm" for a model that takes images as well
+            (AutoModelForImageTextToText), whose blocks are those of its text.
 
     Raises:
         TypeError, ValueError: an argument or a batch that does not fit; before any block is
@@ -304,9 +308,10 @@ def initialize_folder(
     with current() or contextlib.nullcontext() as group:
         config, device = checked_folder_arguments(
             folder, batches, output, lora_config, config, engine, _own_device(group, device),
-            host_memory, overwrite, saved,
+            host_memory, overwrite, saved, task,
         )  # fmt: skip
         how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        how["task"] = task
         how["quantization_config"] = quantization_config
         if engine == "auto":
             engine = choose_engine(folder, lora_config, keep=keep is not None, **how)
@@ -356,6 +361,7 @@ def _in_memory(
     device: torch.device,
     trust_remote_code: bool,
     quantization_config: Any,
+    task: str,
 ) -> FiletReport:
     peft_model = load_adapted(
         folder,
@@ -365,6 +371,7 @@ def _in_memory(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         quantization_config=quantization_config,
+        task=task,
     )
     more: Any = {"show_progress_bar": show_progress_bar, "keep": keep}
     if save_statistics is None:

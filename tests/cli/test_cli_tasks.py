@@ -249,7 +249,7 @@ def test_heads_that_do_not_fit(
     write_jsonl(data, {"text": "the cat", "label": "LABEL_1"}, {"text": "a dog", "label": 0})
     assert "expected no --new-head" in error_of(capsys, [*command, "--new-head", "1"])
     message = error_of(capsys, [*command, "--engine", "blockwise"])
-    assert "--engine blockwise is for --task causal-lm, and this is seq-cls" in message
+    assert "--engine blockwise is for --task causal-lm and vlm, and this is seq-cls" in message
     message = error_of(capsys, [*command, "--task", "seq2seq-lm"])
     assert "transformers has no model for --task seq2seq-lm" in message
     # A pooler that is not there is no head.

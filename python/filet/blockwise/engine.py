@@ -337,6 +337,7 @@ def blockwise_run(
     device: torch.device,
     trust_remote_code: bool,
     quantization_config: Any,
+    task: str,
     machine: Machine | None = None,
     group: Group | None = None,
 ) -> Blockwise:
@@ -346,6 +347,7 @@ def blockwise_run(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         quantization_config=quantization_config,
+        task=task,
     )
     run_folder = output.parent / f"{output.name}.filet-run"
     return Blockwise(

@@ -20,6 +20,7 @@ from filet.model.checkpoint import entries, shard_files, understood
 from filet.model.folder import outline, settings_of
 from filet.model.inputs import check_dataloader
 from filet.model.targets import adapted, check_init, find_targets
+from filet.model.tasks import CAUSAL, SEEING
 from filet.system.files import check_place, index_of, inside
 from filet.system.memory import available_on_host
 
@@ -48,6 +49,7 @@ def checked_folder_arguments(
     host_memory: int | None,
     overwrite: bool,
     save_statistics: Path | None,
+    task: str,
 ) -> tuple[FiletConfig, torch.device]:
     """The config and device that :func:`filet.initialize_folder` is to take.
 
@@ -55,6 +57,8 @@ def checked_folder_arguments(
     """
     config = checked_config(config)
     check_dataloader(batches, "batches")
+    if task not in (CAUSAL, SEEING):
+        raise ValueError(f"task={task!r}; expected {CAUSAL!r} or {SEEING!r}")
     if engine not in ("auto", "memory", "blockwise"):
         raise ValueError(f"engine={engine!r}; expected 'auto', 'memory' or 'blockwise'")
     if not isinstance(lora_config, LoraConfig):
@@ -125,17 +129,19 @@ def empty_model(
     dtype: torch.dtype | Literal["auto"] = "auto",
     trust_remote_code: bool = False,
     quantization_config: Any = None,
+    task: str = CAUSAL,
 ) -> Any:
-    """The causal language model of a folder without its weights: parameters on the meta device.
+    """The language model of a folder without its weights: parameters on the meta device.
 
-    Buffers are real (rotary frequencies, say). Packed weights say what they consist of; with
-    ``quantization_config``, transformers', weights that are to be quantised as well.
+    ``task``: what it is for, text alone or images too. Buffers are real (rotary frequencies, say).
+    Packed weights say what they consist of; with ``quantization_config``, transformers', weights
+    that are to be quantised as well.
     Raises :class:`Unsupported` for what the blockwise engine does not take, as far as config.json
     and the names of the files say it, and ValueError for what no engine does
     (:func:`filet.model.folder.settings_of`).
     """
     folder = Path(folder)
-    settings = settings_of(folder, trust_remote_code=trust_remote_code)
+    settings = settings_of(folder, trust_remote_code=trust_remote_code, task=task)
     quantizer = quantizer_of(folder, settings, quantization_config)
     try:
         files = shard_files(folder)
@@ -148,7 +154,8 @@ def empty_model(
     if quantizer is not None:
         given = quantizer.update_dtype(given)
     with understood(folder):
-        model = outline(settings, given, trust_remote_code=trust_remote_code, quantizer=quantizer)
+        how: Any = {"trust_remote_code": trust_remote_code, "task": task}
+        model = outline(settings, given, quantizer=quantizer, **how)
         begin_packed(folder, model, files, given)
     return model
 
@@ -173,6 +180,7 @@ def choose_engine(
     trust_remote_code: bool = False,
     quantization_config: Any = None,
     keep: bool = False,
+    task: str = CAUSAL,
 ) -> Literal["memory", "blockwise"]:
     """What "auto" is: "blockwise" where weights and second moments take more than 3/4 of a device.
 
@@ -187,6 +195,7 @@ def choose_engine(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             quantization_config=quantization_config,
+            task=task,
         )
     except Unsupported:
         return "memory"

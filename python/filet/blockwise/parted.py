@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from torch import nn
 
 from filet.blockwise.folder import ADAPTER, check_alone
+from filet.model.beside import text_path
 from filet.model.chain import Parts
 from filet.model.checkpoint import Entry, entries
 from filet.model.targets import Target, adapted, check_targets, find_targets
 from filet.select import check_rank
 from filet.system.names import split
+from filet.system.text import some
 
 __all__ = ["PartedModel"]
 
@@ -37,7 +43,7 @@ class PartedModel:
         """Raises ValueError for a model, adapter or targets that the engine does not take."""
         check_alone(lora_config)
         self.entries = entries(model)  # before PEFT renames them
-        self.peft_model = adapted(model, lora_config)
+        self.peft_model = adapted(model, _of_text(model, lora_config))
         self.base = self.peft_model.base_model.model
         self.targets, self.unsupported = find_targets(self.peft_model, ADAPTER, loaded=False)
         check_targets(self.peft_model, self.targets, self.unsupported, ADAPTER)
@@ -74,3 +80,56 @@ class PartedModel:
         """The block a module or weight lies in, -1 for none."""
         index = split(name, self.parts.path).index
         return -1 if index is None else index
+
+
+def _of_text(model: Any, lora_config: LoraConfig) -> LoraConfig:
+    """A config whose targets lie in the part of a model that goes on with the text.
+
+    That of images runs before the blocks, once, and is no chain of these. A warning says that its
+    layers are left out. Raises ValueError for names that only others than the text's layers have.
+    """
+    path = text_path(model)
+    if path is None:
+        return lora_config
+    names = lora_config.target_modules
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    inside = [name for name in linear if name.startswith(f"{path}.")]
+    wanted = {names} if isinstance(names, str) else set(names or ())
+    for name in sorted(wanted - {"all-linear"}):
+        if any(_matches(name, each, names) for each in linear) and not any(
+            _matches(name, each, names) for each in inside
+        ):
+            raise ValueError(
+                f"target_modules has {name!r}, of no layer in {path}; the blockwise engine takes "
+                "layers of the text's blocks only: expected target_modules without (or "
+                "engine='memory')"
+            )
+    every = wanted == {"all-linear"}
+    head = model.get_output_embeddings() if every else None  # it is none of all
+    left = [
+        name
+        for name in linear
+        if name not in inside
+        and model.get_submodule(name) is not head
+        and (every or any(_matches(each, name, names) for each in wanted))
+    ]
+    if not left:
+        return lora_config
+    warnings.warn(
+        f"{some(left)}: beside the text's blocks, whose layers alone the blockwise engine adapts "
+        "(engine='memory' adapts these as well)",
+        stacklevel=2,
+    )
+    config = copy.copy(lora_config)
+    others = lora_config.exclude_modules or "(?!)"
+    if not isinstance(others, str):
+        others = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(others)))})"
+    config.exclude_modules = rf"{others}|(?!{re.escape(path)}\.).*"
+    return config
+
+
+def _matches(name: str, path: str, names: Any) -> bool:
+    """Whether PEFT takes a module for one that ``name``, of ``names``, is of."""
+    if isinstance(names, str):
+        return re.fullmatch(name, path) is not None
+    return path == name or path.endswith(f".{name}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from filet.blockwise.batches import Batch
-from filet.model.batch import IGNORED
+from filet.model.batch import IGNORED, rows_may_be_samples
 
 __all__ = ["Sample", "digest_of", "samples_of"]
 
@@ -42,7 +42,9 @@ def _sample(own: Mapping[str, object], mask: Tensor, index: int) -> Sample:
     start, stop = there[0], there[-1] + 1
     digest = hashlib.blake2b(digest_size=12)
     for key, value in sorted(own.items()):
-        if isinstance(value, Tensor) and value.shape[:2] == mask.shape:
+        if not rows_may_be_samples(key, value, mask.shape):
+            pass  # images of any sample: all of them, for each
+        elif isinstance(value, Tensor) and value.shape[:2] == mask.shape:
             value = value[index, start:stop]
         elif isinstance(value, Tensor) and value.shape[:1] == mask.shape[:1]:
             value = value[index]

@@ -23,7 +23,7 @@ from filet.cli.model import (
 )
 from filet.cli.output import check_file_output, check_folder_output, one_line, say, say_entry
 from filet.cli.processes import agreed, rank_and_size
-from filet.model.tasks import CAUSAL
+from filet.model.tasks import CAUSAL, SEEING
 from filet.report.names import PLOT_FILE, can_draw
 from filet.system.files import inside, replaced
 
@@ -89,6 +89,7 @@ def _init_blockwise(args: argparse.Namespace, encoded: Any, keep: Any, config: A
             keep=_kept_batches(encoded, keep, size),
             save_statistics=args.save_statistics,
             quantization_config=quantization_config_of(args),
+            task=args.task,
         )
 
 
@@ -306,9 +307,11 @@ def _config(args: argparse.Namespace) -> Any:
 
 def _engine(args: argparse.Namespace) -> str:
     """The engine, chosen by what the device holds where it is left to us."""
-    if args.task != CAUSAL:
+    if args.task not in (CAUSAL, SEEING):
         if args.engine == "blockwise":
-            raise ValueError(f"--engine blockwise is for --task {CAUSAL}, and this is {args.task}")
+            raise ValueError(
+                f"--engine blockwise is for --task {CAUSAL} and {SEEING}, and this is {args.task}"
+            )
         return "memory"
     if args.engine != "auto" or (args.allow_pickle and not any(args.model.glob("*.safetensors"))):
         return "blockwise" if args.engine == "blockwise" else "memory"
@@ -326,4 +329,5 @@ def _engine(args: argparse.Namespace) -> str:
             trust_remote_code=args.trust_remote_code,
             quantization_config=quantization_config_of(args),
             keep=args.keep is not None,
+            task=args.task,
         )

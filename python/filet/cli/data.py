@@ -6,9 +6,9 @@ import argparse
 from typing import Any
 
 from filet.cli.model import own_code, quiet_transformers
-from filet.cli.output import say_entry
+from filet.cli.output import one_line, say_entry
 from filet.cli.processes import check_same
-from filet.model.tasks import CAUSAL, IMAGES
+from filet.model.tasks import CAUSAL, IMAGES, SEEING
 
 __all__ = ["load_data", "load_keep"]
 
@@ -19,19 +19,21 @@ def load_data(args: argparse.Namespace) -> Any:
 
     _quiet_datasets(args)
     source = Source(args.data, args.split, args.subset, args.data_revision, args.streaming)
-    encoded = _images(args, source) if args.task == IMAGES else _texts(args, source)
+    if args.task == SEEING:
+        encoded, tokenizer = _seen(args, source, _fields(args), args.count_prompt)
+        _show(encoded, tokenizer)
+    else:
+        encoded = _images(args, source) if args.task == IMAGES else _texts(args, source)
     check_same("the hash of what was drawn of --data", encoded.digest())
     return encoded
 
 
 def _texts(args: argparse.Namespace, source: Any) -> Any:
-    from filet.data.samples import Fields, read_samples
-    from filet.data.shown import MARKS, shown, shown_other
+    from filet.data.samples import read_samples
     from filet.data.tasks import encoded_for
     from filet.data.tokens import encode
 
-    fields = Fields(args.text_field, args.prompt_field, args.response_field, args.side)
-    drawn: dict[str, Any] = {"fields": fields, "samples": args.samples, "seed": args.seed}
+    drawn: dict[str, Any] = {"fields": _fields(args), "samples": args.samples, "seed": args.seed}
     # Read before anything else is: it is refused the soonest.
     samples = read_samples(source, **drawn) if args.task == CAUSAL else []
     settings = _settings(args)
@@ -42,13 +44,73 @@ def _texts(args: argparse.Namespace, source: Any) -> Any:
         encoded = encode(samples, tokenizer, max_length=length, count_prompt=args.count_prompt)
     else:
         encoded = encoded_for(args.task, source, tokenizer, settings, max_length=length, **drawn)
+    _show(encoded, tokenizer)
+    return encoded
+
+
+def _fields(args: argparse.Namespace) -> Any:
+    from filet.data.samples import Fields
+
+    return Fields(args.text_field, args.prompt_field, args.response_field, args.side)
+
+
+def _show(encoded: Any, tokenizer: Any) -> None:
+    """How much is predicted, and one sample."""
+    from filet.data.shown import MARKS, shown, shown_other
+
     marks = " and ".join(MARKS)
     apart = encoded.form in ("one", "other")
     counts = f"{encoded.terms} {'labels for' if apart else 'of'} {encoded.tokens} tokens"
     say_entry("predicted", f"{counts}; of one sample, in {marks}:")
     first = encoded.rows[0]
     say_entry("", shown_other(tokenizer, *first) if apart else shown(tokenizer, *first))
-    return encoded
+
+
+def _seen(
+    args: argparse.Namespace, source: Any, fields: Any, count_prompt: bool
+) -> tuple[Any, Any]:
+    """Texts with images, through the model's processor; and its tokenizer."""
+    from filet.data.seen import seen_of
+
+    settings, processor = _settings(args), _processor_of_both(args)
+    encoded = seen_of(
+        source,
+        processor,
+        settings,
+        fields=fields,
+        samples=args.samples,
+        seed=args.seed,
+        max_length=args.max_length,
+        count_prompt=count_prompt,
+    )
+    return encoded, processor.tokenizer
+
+
+def _processor_of_both(args: argparse.Namespace) -> Any:
+    from filet.data.chat import use_template
+
+    transformers = quiet_transformers(args)
+    try:
+        with own_code(args):
+            processor = transformers.AutoProcessor.from_pretrained(
+                str(args.model), local_files_only=True, trust_remote_code=args.trust_remote_code
+            )
+    except Exception as error:  # of as many kinds as there are files
+        if "trust_remote_code" in str(error) or "--trust-remote-code" in str(error):
+            raise
+        raise ValueError(
+            f"--model: no processor of images and text can be loaded from {args.model}; expected "
+            f"its files, preprocessor_config.json say, beside the weights, and what they need "
+            f"({one_line(error)})"
+        ) from error
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise ValueError(
+            f"--model: {args.model} has a {type(processor).__name__} and no processor of images "
+            "and text; expected preprocessor_config.json beside the weights"
+        )
+    if args.chat_template is not None:
+        use_template(processor, args.chat_template)
+    return processor
 
 
 def _images(args: argparse.Namespace, source: Any) -> Any:
@@ -90,11 +152,14 @@ def load_keep(args: argparse.Namespace) -> Any:
     """The data to keep, read for the model; "self" as it is, and None where there are none."""
     if args.keep is None or args.keep == "self":
         return args.keep
+    from filet.data.samples import Fields
     from filet.data.sources import Source
 
     _quiet_datasets(args)
     source = Source(args.keep)
-    if args.task == CAUSAL:
+    if args.task == SEEING:
+        encoded = _seen(args, source, Fields(), False)[0]
+    elif args.task == CAUSAL:
         encoded = _causal_keep(args, source)
     else:
         encoded = _keep_of_task(args, source)

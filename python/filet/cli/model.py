@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filet.model.tasks import CAUSAL, IMAGES, TASKS, task_of
+from filet.model.tasks import CAUSAL, IMAGES, SEEING, TASKS, task_of
 
 __all__ = [
     "check_model",
@@ -55,11 +55,10 @@ def _check_task(args: argparse.Namespace) -> None:
         return
     # What is for causal models, and how other data are read than this task's (--response-field
     # needs --prompt-field).
-    given: dict[str, Any] = {
-        "--count-prompt": args.count_prompt,
-        "--chat-template": args.chat_template,
-        "--keep self": args.keep == "self",
-    }
+    given: dict[str, Any] = {"--keep self": args.keep == "self"}
+    if args.task != SEEING:
+        given["--count-prompt"] = args.count_prompt
+        given["--chat-template"] = args.chat_template
     if TASKS[args.task].classifies:
         given["--prompt-field"] = args.prompt_field
         given["--side"] = args.side != "chosen"  # the default

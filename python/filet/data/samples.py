@@ -10,7 +10,16 @@ from typing import Any, Literal
 from filet.data.sources import Source, draw
 from filet.model.batch import IGNORED
 
-__all__ = ["FIELD_PAIRS", "AnySample", "Chat", "Fields", "Sample", "Tokens", "read_samples"]
+__all__ = [
+    "FIELD_PAIRS",
+    "AnySample",
+    "Chat",
+    "Fields",
+    "Sample",
+    "Tokens",
+    "read_samples",
+    "sample_of",
+]
 
 FIELD_PAIRS = (("question", "answer"), ("instruction", "output"))
 """Fields looked for beside those that TRL knows. A line break is put between the two."""
@@ -47,7 +56,8 @@ class Chat:
     """A conversation, for the tokenizer's chat template.
 
     Attributes:
-        messages: the turns, dicts with ``role`` and ``content`` or ``tool_calls``.
+        messages: the turns, dicts with ``role`` and ``content`` or ``tool_calls``; content is a
+            text, or the parts of one that has others than text (:mod:`filet.data.seen`).
         prompt: how many of them are a prompt, what follows being the completion; None: the
             assistant's turns are to be predicted, wherever they are.
         tools: descriptions of the tools that the template tells of, None for none.
@@ -121,13 +131,21 @@ def read_samples(
     if samples is not None and samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     chosen = fields or Fields()
-    found = [_sample(where, row, chosen) for where, row in draw(source, samples, seed)]
+    found = [sample_of(where, row, chosen) for where, row in draw(source, samples, seed)]
     if not found:
         raise ValueError(f"{source.path}: no sample in it")
+    for sample in found:
+        turns = sample.messages if isinstance(sample, Chat) else ()
+        if any(isinstance(turn.get("content"), list) for turn in turns):
+            raise ValueError(
+                f"{sample.where}: a turn has parts that are no text; expected text alone (images "
+                "are for --task vlm)"
+            )
     return found
 
 
-def _sample(where: str, row: Mapping[str, Any], fields: Fields) -> AnySample:
+def sample_of(where: str, row: Mapping[str, Any], fields: Fields) -> AnySample:
+    """What a row has, as :func:`read_samples` says; turns with images too, as they are."""
     if fields.text is not None:
         return Sample(_string(where, row, fields.text), where=where)
     if fields.prompt is not None:
@@ -246,9 +264,10 @@ def _turn(where: str, turn: Any) -> dict[str, Any]:
         )
     content = turn.get("content")
     if isinstance(content, (list, tuple)):
-        if any(not isinstance(part, Mapping) or part.get("type") != "text" for part in content):
-            raise ValueError(f"{where}: a turn has parts that are no text; expected text alone")
-        content = "".join(part["text"] for part in content)
+        if any(not isinstance(part, Mapping) or "type" not in part for part in content):
+            raise ValueError(f"{where}: a turn has parts without a type; expected text, say")
+        alone = all(part["type"] == "text" for part in content)
+        content = "".join(part["text"] for part in content) if alone else _without_none(content)
     # Arrow gives every turn the keys of all of them; templates ask which ones are there.
     rest = {key: value for key, value in turn.items() if key not in ("role", "content")}
     return {"role": turn["role"], "content": content, **_without_none(rest)}

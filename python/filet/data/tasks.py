@@ -10,7 +10,7 @@ import numpy
 
 from filet.data.samples import Fields, Sample, read_samples
 from filet.data.sources import Source, draw
-from filet.data.tokens import Encoded, Row, usable
+from filet.data.tokens import Encoded, Row, pad_of, usable
 from filet.model.batch import IGNORED
 
 __all__ = ["class_of", "column_of", "encoded_for"]
@@ -88,7 +88,7 @@ def encoded_for(
                 for n, text in enumerate(texts)
             ]
             form = "own"
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    pad = pad_of(tokenizer)
     kept = [
         row
         for row in rows

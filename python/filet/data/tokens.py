@@ -16,7 +16,7 @@ from filet.data.chat import encode_chat, shared_length
 from filet.data.samples import AnySample, Chat, Sample, Tokens
 from filet.model.batch import IGNORED
 
-__all__ = ["Encoded", "Row", "batches", "encode", "usable"]
+__all__ = ["Encoded", "Row", "batches", "encode", "pad_of", "row_of", "stacked", "usable"]
 
 
 Row = tuple[list[int], list[Any]]
@@ -87,28 +87,33 @@ class Encoded:
             predicted; those of "next" are the input ids (the model shifts them itself), of "one"
             they are (batch,). Padding goes to the right.
         """
+        return [self.padded(places) for places in self.places(batch_size, by_length)]
+
+    def places(self, batch_size: int, by_length: bool) -> list[list[int]]:
+        """Which rows are in each batch of :meth:`batches`."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        order = list(range(len(self)))
         if not by_length:
-            starts = range(0, len(self), batch_size)
-            return [self._padded(self.rows[start : start + batch_size]) for start in starts]
-        rows = sorted(self.rows, key=lambda row: -len(row[0]))
-        room = batch_size * len(rows[0][0]) if rows else 0
+            return [order[start : start + batch_size] for start in order[::batch_size]]
+        order.sort(key=lambda place: -len(self.rows[place][0]))
+        room = batch_size * len(self.rows[order[0]][0]) if order else 0
         found, start = [], 0
-        while start < len(rows):
-            stop = start + room // len(rows[start][0])
-            found.append(self._padded(rows[start:stop]))
+        while start < len(order):
+            stop = start + room // len(self.rows[order[start]][0])
+            found.append(order[start:stop])
             start = stop
         return found
 
-    def _padded(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        ids, labels = ([row[side] for row in rows] for side in (0, 1))
+    def padded(self, places: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The batch of these rows."""
+        ids, labels = ([self.rows[place][side] for place in places] for side in (0, 1))
         counted = [[1] * len(row) for row in ids]
-        batch = {"input_ids": _stacked(ids, self.pad), "attention_mask": _stacked(counted, 0)}
+        batch = {"input_ids": stacked(ids, self.pad), "attention_mask": stacked(counted, 0)}
         if self.form == "one":
             batch["labels"] = torch.tensor([label for (label,) in labels])
         elif self.form != "none":
-            batch["labels"] = _stacked(labels, IGNORED)
+            batch["labels"] = stacked(labels, IGNORED)
         return batch
 
 
@@ -140,26 +145,31 @@ def encode(
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, got {max_length}")
-    eos = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id
-    if pad is None:
-        pad = 0 if eos is None else eos
-
     rows: list[Row] = []
     for sample in samples:
-        if isinstance(sample, Tokens):
-            ids, labels = list(sample.ids), list(sample.labels)
-        elif isinstance(sample, Chat):
-            ids, labels = encode_chat(sample, tokenizer, count_prompt=count_prompt)
-        else:
-            ids, labels = _encode_text(sample, tokenizer, eos, count_prompt)
+        ids, labels = row_of(sample, tokenizer, count_prompt=count_prompt)
         ids, labels = ids[:max_length], labels[:max_length]
         # The model predicts labels[1:] from what stands before them.
         if any(label != IGNORED for label in labels[1:]):
             rows.append((ids, labels))
 
     why = f"fewer than 2 tokens, or nothing to predict within max_length={max_length}"
-    return Encoded(usable(rows, len(samples), why), pad)
+    return Encoded(usable(rows, len(samples), why), pad_of(tokenizer))
+
+
+def pad_of(tokenizer: Any) -> int:
+    """The id that padding gets."""
+    given = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((each for each in given if each is not None), 0)
+
+
+def row_of(sample: AnySample, tokenizer: Any, *, count_prompt: bool) -> Row:
+    """Token ids and labels of a sample, of any length; :func:`encode` says how."""
+    if isinstance(sample, Tokens):
+        return list(sample.ids), list(sample.labels)
+    if isinstance(sample, Chat):
+        return encode_chat(sample, tokenizer, count_prompt=count_prompt)
+    return _encode_text(sample, tokenizer, tokenizer.eos_token_id, count_prompt)
 
 
 def usable(rows: list[Row], samples: int, why: str) -> list[Row]:
@@ -203,7 +213,7 @@ def _encode_text(
     return ids, [IGNORED] * start + ids[start:]
 
 
-def _stacked(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+def stacked(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
     """(rows, longest) int64, filled up to the right."""
     found = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.int64)
     for line, row in zip(found, rows, strict=True):

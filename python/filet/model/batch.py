@@ -17,6 +17,7 @@ __all__ = [
     "is_divisible",
     "labels_of",
     "mapped",
+    "of_text",
     "on_host",
     "rows_may_be_samples",
     "samples_in",
@@ -54,6 +55,13 @@ def rows_may_be_samples(key: str, value: Any, ids: torch.Size | None) -> bool:
     if key == "position_ids" and isinstance(value, Tensor):
         return value.shape == ids
     return not key.startswith(_OF_IMAGES)
+
+
+def of_text(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of the same shape without its images; whatever the ids are, they are words."""
+    wanted = ("attention_mask", "position_ids")
+    found = {key: value for key, value in batch.items() if key in wanted}
+    return {**found, "input_ids": torch.zeros_like(batch["input_ids"])}
 
 
 def labels_of(batch: Any) -> Tensor | None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from filet.model.batch import of_text
+from filet.model.beside import text_path
 from filet.model.targets import Target
 from filet.system.names import split
 from filet.system.text import some
@@ -83,6 +85,7 @@ class Parts:
                 "model of its own below the head, as transformers has it"
             )
         self._tuples = False  # blocks return a tuple
+        self._sees = text_path(model) is not None
 
     @contextlib.contextmanager
     def _replaced(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
@@ -227,6 +230,8 @@ class Parts:
             raise _Captured(output)
 
         handle = self.parent.register_forward_hook(hook)
+        if self._sees:  # the images are in the blocks' inputs, and go through no second time
+            inputs = of_text(inputs)
         try:
             with self._replaced(stub):
                 self.model(**inputs, use_cache=False)
@@ -278,7 +283,10 @@ def _find_blocks(
 ) -> tuple[str, list[nn.Module]]:
     """The ModuleList that holds the most target weights, and the outermost one of those."""
     best: tuple[int, int, str] | None = None
+    text = text_path(model)
     for path, module in model.named_modules():
+        if text is not None and not path.startswith(f"{text}."):
+            continue  # of images, say
         if isinstance(module, nn.ModuleList) and len(module):
             held = sum(
                 math.prod(target.shape)

@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel
 
 from filet.model.checkpoint import check_shapes, missing_weight, understood, warn_of_unused
 from filet.model.targets import adapted
-from filet.model.tasks import CAUSAL, TASKS
+from filet.model.tasks import CAUSAL, SEEING, TASKS
 from filet.system.memory import named_shortage
 
 __all__ = [
@@ -64,6 +64,8 @@ def settings_of(
             f"{folder} is of model_type {settings.model_type!r} (in config.json), of which "
             f"transformers has no model for --task {task}"
         )
+    elif task == SEEING and getattr(settings, "is_encoder_decoder", False):
+        raise ValueError(f"{folder} is an encoder-decoder; --task {task} is for decoders that see")
     if getattr(settings, "return_dict", True) is False:
         raise ValueError(
             f"{folder} has return_dict false in config.json, by which its outputs have no names; "

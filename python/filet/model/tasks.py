@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CAUSAL", "IMAGES", "TASKS", "Task", "task_of"]
+__all__ = ["CAUSAL", "IMAGES", "SEEING", "TASKS", "Task", "task_of"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Task:
     classifies: bool = False
 
 
-CAUSAL, IMAGES = "causal-lm", "image-cls"
+CAUSAL, IMAGES, SEEING = "causal-lm", "image-cls", "vlm"
 
 _GENERATION = "ForConditionalGeneration"
 
@@ -43,7 +43,11 @@ TASKS = {
     ),
     "masked-lm": Task("AutoModelForMaskedLM", "ForMaskedLM", None),
     IMAGES: Task("AutoModelForImageClassification", "ForImageClassification", None, True),
+    SEEING: Task("AutoModelForImageTextToText", _GENERATION, "CAUSAL_LM"),
 }
+
+# What the config of a model that takes images beside text has, one or the other.
+_OF_IMAGES = {"vision_config", "image_token_id", "image_token_index"}
 
 
 def task_of(folder: Path) -> str:
@@ -57,9 +61,12 @@ def task_of(folder: Path) -> str:
         return CAUSAL  # transformers says what is wrong with it
     config = config if isinstance(config, Mapping) else {}
     for name in config.get("architectures") or ():
-        for task, its in TASKS.items():
+        if str(name).endswith(_GENERATION):
             # Models that see have the name of those that translate.
-            seeing = its.ending == _GENERATION and config.get("is_encoder_decoder") is not True
-            if str(name).endswith(its.ending) and not seeing:
+            if config.get("is_encoder_decoder") is True:
+                return "seq2seq-lm"
+            return SEEING if config.keys() & _OF_IMAGES else CAUSAL
+        for task, its in TASKS.items():
+            if str(name).endswith(its.ending):
                 return task
     return CAUSAL
