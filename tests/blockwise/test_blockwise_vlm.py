@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from torch import nn
 from transformers import AutoModelForImageTextToText
 
 import filet
 from filet import FiletConfig
-from models import Case, linears, randomised, worst
+from models import Case, worst
 from passes import FLOAT32
 from pictures import gemma3, llava, qwen2_5_vl, qwen2_vl, true_of, with_images
 
