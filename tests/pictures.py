@@ -16,6 +16,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from models import VOCAB, Case, linears, randomised, true_energies
@@ -83,6 +85,22 @@ def qwen2_5_vl() -> Case:
         image_token_id=_IMAGE, vision_start_token_id=_START, vision_end_token_id=_END,
     )  # fmt: skip
     model = _seeded(Qwen2_5_VLForConditionalGeneration, config)
+    return Case(model, _patched([[(4, 4)], [(2, 2), (2, 4)]]), linears(model, "lm_head"), True)
+
+
+@functools.cache
+def qwen3_vl() -> Case:
+    """What its first block makes gets images of a lower layer added."""
+    config = Qwen3VLConfig(
+        text_config={**_TEXT, "num_hidden_layers": 2, "head_dim": 8, "rope_parameters": _ROPE},
+        vision_config={
+            "depth": 2, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 24,
+            "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            "in_channels": 3, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+        },
+        image_token_id=_IMAGE, vision_start_token_id=_START, vision_end_token_id=_END,
+    )  # fmt: skip
+    model = _seeded(Qwen3VLForConditionalGeneration, config)
     return Case(model, _patched([[(4, 4)], [(2, 2), (2, 4)]]), linears(model, "lm_head"), True)
 
 

@@ -24,12 +24,15 @@ from transformers import (
 from models import Case, randomised
 from pictures import gemma3, llava, qwen2_5_vl, qwen2_vl
 
+_PARTS = (
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}PLACE{% else %}{{ c['text'] }}"
+    "{% endif %}{% endfor %}<|im_end|>"
+)
 PLAIN = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['role'] == 'assistant' %}OPEN{% endif %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}PLACE{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>"
-    "{% if m['role'] == 'assistant' %}CLOSE{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}{{ '\n' }}"
+    f"{{% if m['role'] == 'assistant' %}}OPEN{_PARTS}CLOSE{{% else %}}{_PARTS}{{% endif %}}"
+    "{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
 )
 
 CASES: dict[str, Callable[[], Case]] = {

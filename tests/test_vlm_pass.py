@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from models import Case, assert_energies, energies_of, peft_of
 from passes import FLOAT32
-from pictures import gemma3, llava, qwen2_5_vl, qwen2_vl, true_of, with_images
+from pictures import gemma3, llava, qwen2_5_vl, qwen2_vl, qwen3_vl, true_of, with_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KINDS = [qwen2_vl, qwen2_5_vl, gemma3, llava]
+KINDS = [qwen2_vl, qwen2_5_vl, gemma3, llava, qwen3_vl]
 
 
 @pytest.mark.parametrize("kind", KINDS)

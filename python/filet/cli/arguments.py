@@ -294,7 +294,8 @@ def _add_task(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--task",
         choices=TASKS,
-        help="what the model is for (default: what its config.json says, else causal-lm)",
+        help="what the model is for; vlm: chats with images (default: what its config.json says, "
+        "else causal-lm)",
     )
     group.add_argument(
         "--new-head",

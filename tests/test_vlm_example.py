@@ -1,0 +1,46 @@
+"""examples/vlm.py: a tiny Gemma 3 from a folder, trained on chats with images, and loaded again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+import filet
+from made_data import write_jsonl
+from seeing import chats, folder_of, images_in
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_the_example_trains_what_it_initialised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl", minversion="1.16")
+    import vlm
+
+    monkeypatch.setenv("CI", "1")  # TRL tells nobody of a run in CI
+    seen = []
+    initialise = filet.initialize_from_trainer
+
+    def watched(*args: object, **more: object) -> object:
+        seen.append(initialise(*args, **more))  # type: ignore[arg-type]
+        return seen[0]
+
+    monkeypatch.setattr(filet, "initialize_from_trainer", watched)
+    folder_of("gemma3", tmp_path / "model", marked=True)
+    data = write_jsonl(tmp_path / "chats.jsonl", *chats(images_in(tmp_path)))
+    output = tmp_path / "adapter"
+    given = {"model": tmp_path / "model", "data": data, "output": output, "rank": 2, "steps": 2}
+    vlm.main([part for key, value in given.items() for part in (f"--{key}", str(value))])
+    [report] = seen
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    loaded = PeftModel.from_pretrained(base, str(output))
+    factors = {n: p for n, p in loaded.named_parameters() if "lora_B" in n}
+    assert len(factors) == len(report.modules)
+    assert any("vision_tower" in name for name in factors)
+    assert all(bool(torch.isfinite(value).all()) for value in factors.values())
+    assert any(value.abs().max() > 0 for value in factors.values())
