@@ -188,6 +188,7 @@ def test_images_come_in_many_ways(tmp_path: Path) -> None:
         {**ROWS[0], "images": None, "image": "pictures/0.png"},
         {"messages": inside},
         {"messages": [turn("user", address, words), blue]},
+        {"messages": [turn("user", {**PLACE, "base64": data}, words), blue]},
         {"messages": plain, "images": FILES[:1]},
         {"conversations": marked, "image": FILES[0]},
     ]  # fmt: skip
@@ -251,12 +252,13 @@ HI = turn("assistant", text("hi"))
         ({"messages": ROWS[0]["messages"], "images": ["rows.jsonl"]}, "cannot be opened"),
         ({"messages": ROWS[0]["messages"], "images": ["https://a/b"]}, "is an address"),
         ({"messages": ROWS[0]["messages"], "images": [3]}, "the image is a int"),
+        ({"messages": ROWS[0]["messages"], "images": ["data:,a"]}, "cannot be opened"),
         ({"messages": ROWS[0]["messages"], "videos": ["a"]}, "'videos' is not read"),
         ({"messages": [turn("user", {"type": "video", "video": "a"}), HI]}, "of type 'video'"),
         ({"messages": [turn("user", {"no": "type"}), HI]}, "parts without a type"),
         ({"input_ids": [1, 2]}, "'input_ids' are for --task causal-lm"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_rows_that_are_refused(row: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said) as caught:

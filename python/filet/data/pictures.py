@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import dataclasses
 import io
 import re
@@ -84,8 +85,9 @@ class Pictures:
             raise ValueError(
                 f"{where}: a turn has a part of type {part['type']!r}; expected 'text' or 'image'"
             )
-        given = next((part[key] for key in _GIVEN if part.get(key) is not None), None)
-        if given is not None:
+        key = next((key for key in _GIVEN if part.get(key) is not None), None)
+        if key is not None:
+            given = f"data:,{part[key]}" if key == "base64" else part[key]
             return {"type": "image", "image": self._opened(where, given)}
         if not free:
             raise ValueError(f"{where}: a turn has an image that is not there; expected it in the "
@@ -110,7 +112,7 @@ class Pictures:
                 raise ValueError(f"{where}: the image is a {kind}; expected an image, or its path")
             with Image.open(opened) as image:
                 return ImageOps.exif_transpose(image).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
+        except (UnidentifiedImageError, OSError, binascii.Error) as error:
             said = str(value)[:80] if isinstance(value, str) else "of bytes"
             raise ValueError(f"{where}: image {said!r} cannot be opened: {error}") from error
 
