@@ -120,10 +120,10 @@ def test_moments_are_those_of_the_other_engine_and_of_the_formula(
     chosen: dict[str, SecondMoment] = {}
     choose = work_module.choose
 
-    def noted(targets: Any, moments: Any, *args: Any) -> Any:
+    def noted(targets: Any, moments: Any, *args: Any, **more: Any) -> Any:
         assert args[-1] is not None
         chosen.update(args[-1])
-        return choose(targets, moments, *args)
+        return choose(targets, moments, *args, **more)
 
     monkeypatch.setattr(work_module, "choose", noted)
     config, keep = FiletConfig(samples=5), [{**batch, "labels": "none"} for batch in kept()]
