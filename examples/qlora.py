@@ -1,57 +1,58 @@
-"""QLoRA from FILet's directions: a model in 4 bits, an adapter initialised on it, and trained.
+"""QLoRA by TRL's SFTTrainer, from FILet's directions: an adapter for a model in 4 bits.
 
-    python examples/qlora.py --model MODEL --data train.jsonl --output ADAPTER
+    python examples/qlora.py --model MODEL --data chats.jsonl --output ADAPTER
+    torchrun --nproc-per-node 2 examples/qlora.py ...
 
-MODEL is a local folder with its tokenizer, DATA as ``filet init`` reads it. The adapter is for the
+A row of DATA has ``prompt`` and ``completion``, or ``text``. The adapter is for the
 model as it is quantised here: plain PEFT loads it on the same base.
 """
 
-from __future__ import annotations
-
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
 
+import datasets
 import torch
-import transformers
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from trl import SFTConfig, SFTTrainer
 
 import filet
-from filet.data.samples import read_samples
-from filet.data.sources import Source
-from filet.data.tokens import encode
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name in ("--model", "--data", "--output"):
-        parser.add_argument(name, type=Path, required=True)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=100)
-    options = parser.parse_args(argv)
-
+        parser.add_argument(name, required=True)
+    numbers = {"rank": 16, "samples": 320, "steps": 100, "batch-size": 4, "learning-rate": 2e-4}
+    for name, value in numbers.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    args = parser.parse_args(argv)
+    rows = datasets.load_dataset("json", data_files=args.data, split="train")
+    parts = rows.train_test_split(test_size=0.1, seed=0)
+    settings = SFTConfig(
+        args.output, max_steps=args.steps, eval_on_start=True, report_to="none",
+        per_device_train_batch_size=args.batch_size, learning_rate=args.learning_rate,
+        bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(), save_strategy="no",
+    )  # fmt: skip
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    four_bits = transformers.BitsAndBytesConfig(
+    four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )
-    base = transformers.AutoModelForCausalLM.from_pretrained(
-        options.model, quantization_config=four_bits, dtype=dtype
+    base = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=dtype, quantization_config=four_bits, device_map={"": settings.device}
     )
-    base = prepare_model_for_kbit_training(base)
-    lora = LoraConfig(r=options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(base, lora)
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    texts = encode(read_samples(Source(options.data)), tokenizer, max_length=512)
-    filet.initialize_lora_filet_weights(model, texts.batches(4, by_length=True))
-
-    settings = transformers.TrainingArguments(
-        str(options.output / "checkpoints"), max_steps=options.steps, per_device_train_batch_size=1,
-        learning_rate=1e-3, logging_steps=10, save_strategy="no", report_to="none",
+    trainer = SFTTrainer(
+        base, settings, train_dataset=parts["train"], eval_dataset=parts["test"],
+        processing_class=AutoTokenizer.from_pretrained(args.model),
+        peft_config=LoraConfig(r=args.rank, lora_alpha=16, target_modules="all-linear"),
     )  # fmt: skip
-    rows = [{key: value[0] for key, value in batch.items()} for batch in texts.batches(1)]
-    transformers.Trainer(model, settings, train_dataset=rows).train()
-    filet.save_as_lora(model, options.output)
+    report = filet.initialize_from_trainer(trainer, filet.FiletConfig(samples=args.samples))
+    say = trainer.accelerator.print  # of one process
+    say(f"{len(report.modules)} layers from {report.samples} samples, {report.loss_terms} tokens")
+    trainer.train()
+    before, after = trainer.state.log_history[0], trainer.evaluate()
+    say(f"held-out loss {before['eval_loss']:.4f}, then {after['eval_loss']:.4f}")
+    if trainer.is_world_process_zero():
+        filet.save_as_lora(trainer.model, args.output)
 
 
 if __name__ == "__main__":

@@ -30,12 +30,13 @@ class Ended:
 
 
 def run(
-    size: int, function: Callable[..., Any], folder: Path, *arguments: Any, join: bool = True
-) -> list[Ended]:
+    size: int, function: Callable[..., Any], folder: Path, *arguments: Any, join: bool = True,
+    seconds: int = 30,
+) -> list[Ended]:  # fmt: skip
     """``function(rank, folder, *arguments)`` on every rank, what it returns by a file.
 
     ``join=False`` leaves it to the function to find the others. A rank that hangs is ended after
-    half a minute, and fails the test.
+    ``seconds``, and fails the test.
     """
     (folder / "rendezvous").unlink(missing_ok=True)
     processes = [
@@ -46,7 +47,7 @@ def run(
         process.start()
     try:
         for process in processes:
-            process.join(30)
+            process.join(seconds)
             assert process.exitcode is not None, "a rank hangs"
     finally:
         for process in processes:

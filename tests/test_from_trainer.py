@@ -184,6 +184,20 @@ def test_what_is_no_trainer_is_refused(tmp_path: Path) -> None:
         filet.initialize_from_trainer(generating)
 
 
+def test_processes_that_accelerate_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPUs it knows them by use_cpu alone; else each would train by itself, on all data."""
+    callback = filet.FiletInitCallback()
+    trainer = trainer_of(tmp_path, callbacks=[callback])
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda *_: 2)
+    with pytest.raises(ValueError, match="has 2 processes, and the trainer knows of 1: each"):
+        filet.initialize_from_trainer(trainer)
+    with pytest.raises(ValueError, match="expected use_cpu=True in its arguments"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
 def on_rank(rank: int, folder: Path, samples: int | None) -> Any:
     trainer = trainer_of(folder)
     report = filet.initialize_from_trainer(trainer, FiletConfig(samples=samples))

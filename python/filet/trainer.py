@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
@@ -26,7 +27,9 @@ from filet.distributed.samples import share
 from filet.initialize import initialize_lora_filet_weights
 from filet.loss.batch import ForwardFn
 from filet.model.batch import mapped, samples_in, tensors_in
+from filet.model.factors import StartedFactor
 from filet.model.isolation import adapters_put_back, gradients_put_back
+from filet.model.targets import find_targets
 from filet.report.report import FiletReport
 
 __all__ = ["FiletInitCallback", "initialize_from_trainer"]
@@ -68,7 +71,8 @@ def initialize_from_trainer(
     Raises:
         TypeError: no Trainer, or a model without an adapter.
         ValueError: a trainer whose data are made while it trains (GRPO, RLOO), pairs in another
-            form than TRL's of today; and as :func:`filet.initialize_lora_filet_weights`.
+            form than TRL's of today, a reference (TRL's adapter "ref") that was trained, a trainer
+            of fewer processes than there are; and as :func:`filet.initialize_lora_filet_weights`.
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(
@@ -81,7 +85,10 @@ def initialize_from_trainer(
             "yet; expected a Trainer, SFTTrainer or DPOTrainer, or batches with labels for "
             "filet.initialize_lora_filet_weights"
         )
+    _check_processes(trainer.args)
     config = checked_config(config)
+    if _has_pairs(trainer):
+        _check_reference(trainer)
     # That of the training is made anew, and draws the same.
     with torch.random.fork_rng(devices=[]):
         loader: Any = trainer.get_train_dataloader()
@@ -141,6 +148,44 @@ def _has_pairs(trainer: Any) -> bool:
         each.__name__ == "DPOTrainer" and each.__module__.partition(".")[0] == "trl"
         for each in type(trainer).__mro__
     )
+
+
+def _check_processes(args: Any) -> None:
+    """ValueError where accelerate does not know of the other processes: each would train alone."""
+    size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if size != args.world_size:
+        raise ValueError(
+            f"torch.distributed has {size} processes, and the trainer knows of {args.world_size}: "
+            "each would train by itself; expected use_cpu=True in its arguments, where they run "
+            "on CPUs"
+        )
+
+
+def _check_reference(trainer: Any) -> None:
+    """ValueError where the reference of pairs is not what the adapter starts from, the base.
+
+    Of a PeftModel TRL makes it by copying the adapter as it is then.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.ref_model is not None or "ref" not in getattr(model, "peft_config", ()):
+        return
+    for name, target in find_targets(model, "ref")[0].items():
+        A, B = target.A, target.B
+        if isinstance(A, StartedFactor) and isinstance(B, StartedFactor):
+            # [B, −B0] [A; A0] at its start
+            moved = not (_equal(A.trained, A.start) and _equal(B.trained, -B.start))
+        else:
+            moved = bool(A.weight.any()) and bool(B.weight.any())
+        if moved or (B.bias is not None and bool(B.bias.any())):
+            raise ValueError(
+                "the trainer's reference, adapter 'ref', is a copy of one that was trained (at "
+                f"{name}), and a new start would be far from it; expected to train on without "
+                "an initialisation, or an adapter on a base into which that one was merged"
+            )
+
+
+def _equal(trained: Tensor, start: Tensor) -> bool:
+    return torch.equal(trained, start.to(trained))
 
 
 def _whole_pairs(loader: Any, samples: int | None) -> Iterator[Any]:
@@ -250,6 +295,7 @@ class FiletInitCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         vars(kwargs["model"]).pop("load_adapter", None)
+        _check_processes(args)
         if state.global_step:
             return
         dataloader: Any = self._dataloader

@@ -180,6 +180,63 @@ def test_dpo(given: bool, precomputed: bool, tokenizer: Any, tmp_path: Path) -> 
     assert trainer.state.global_step == 1
 
 
+def rewards_at_first(trainer: Any) -> list[float]:
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model.eval(), batch)
+    return [trainer._metrics["eval"][f"rewards/{side}"][-1] for side in ("chosen", "rejected")]
+
+
+@pytest.mark.parametrize(
+    ("given", "precomputed"),
+    [
+        ("peft_config", False), ("peft_config", True), ("PeftModel", False),
+        ("initialised", False), ("initialised", True), ("trained", False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("start", ["zero", "untouched"])
+def test_the_reference_of_pairs_is_the_start(
+    start: Any, given: str, precomputed: bool, tokenizer: Any, tmp_path: Path
+) -> None:
+    """The log-probabilities are equal to the bit.
+
+    To rounding, where B A − B0 A0 is a sum of products or the reference ran in other batches. A
+    reference that was trained is far from any new start, so that is refused; for the adapter that
+    it is a copy of it is right.
+    """
+    model = base(tokenizer, attention_dropout=0.0)
+    if given != "peft_config":
+        model = adapted(model)
+    if given in ("initialised", "trained"):
+        initialise(model, FiletConfig(start=start))
+    if given == "trained":
+        nudge(model)
+    columns = ("prompt", "chosen", "rejected")
+    more = {"beta": BETA, "precompute_ref_log_probs": precomputed}
+    trainer = made("DPO", columns, tokenizer, tmp_path, model, **more)
+    if given in ("initialised", "trained"):
+        assert max(map(abs, rewards_at_first(trainer))) <= (1e-6 if precomputed else 0)
+    if given == "trained":
+        with pytest.raises(ValueError, match="'ref', is a copy of one that was trained"):
+            filet.initialize_from_trainer(trainer)
+        return
+    filet.initialize_from_trainer(trainer, FiletConfig(start=start))
+    exact = start == "zero" and given != "initialised" and not precomputed
+    assert max(map(abs, rewards_at_first(trainer))) <= (0 if exact else 1e-6)
+
+
+def initialise(model: Any, config: FiletConfig) -> None:
+    ids = torch.arange(4, 12)[None]
+    batch = {"input_ids": ids, "labels": ids}
+    filet.initialize_lora_filet_weights(model, [batch], config, show_progress_bar=False)
+
+
+def nudge(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+
+
 @pytest.mark.parametrize("samples", [4, 9, None])
 def test_dpo_cuts_no_pair(samples: int | None, tokenizer: Any, tmp_path: Path) -> None:
     """In the order of the data; of nine sequences four pairs are made, the last batch's first."""
