@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import filet
 from filet.cli.main import main
-from filet.report.compare import Comparison, overlap
+from filet.report.compare import Comparison, basis, overlap
 from filet.report.heat import heat_map
 from models import llama
 
@@ -53,6 +53,18 @@ def test_overlaps_are_those_of_projections() -> None:
     half = torch.cat([A, torch.zeros(2, 20)])  # rows without energy span nothing
     assert overlap(half, A) == pytest.approx(1, abs=1e-6)
     assert overlap(torch.zeros(2, 20), A) != overlap(torch.zeros(2, 20), A)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_rounding_adds_is_no_direction(dtype: torch.dtype) -> None:
+    rows = torch.randn(8, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    dependent = torch.cat([rows, torch.randn(4, 8, dtype=torch.float64) @ rows])
+    found = basis(dependent.to(dtype))
+    assert found.shape == (64, 8)
+    assert overlap(found.T, rows) == pytest.approx(1, abs=1e-3)
+    # A direction that is little, but more than rounding, is one.
+    close = torch.cat([rows, rows[:1] + 40 * torch.finfo(dtype).eps * torch.randn(1, 64)])
+    assert basis(close.to(dtype)).shape == (64, 9)
 
 
 @pytest.mark.parametrize("start", ["zero", "untouched"])
@@ -125,6 +137,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.tags: list[str] = []
         self.links: list[str] = []
+        self.alts: list[str] = []
         self.cells: list[list[str]] = []
         self.feed(text)
         assert not self.open, f"not closed: {self.open}"
@@ -132,6 +145,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.links += [value or "" for key, value in attrs if key in ("src", "href")]
+        self.alts += [value or "" for key, value in attrs if key == "alt"]
         if tag not in ("meta", "img"):
             self.open.append(tag)
         if tag == "tr":
@@ -147,18 +161,22 @@ class Page(HTMLParser):
 
 def test_pages_open_offline(tmp_path: Path) -> None:
     one, two = tmp_path / "a&b <x>", tmp_path / "two"
-    initialised(one, seed=1)
-    initialised(two, seed=2)
-    commands = [["inspect", str(one)], ["inspect", str(one), str(two)]]
+    for number, folder in enumerate((one, two)):
+        initialised(folder, seed=number).save(f"{folder}.safetensors")
+    pairs = [(one, two), (f"{one}.safetensors", f"{two}.safetensors")]
+    commands = [["inspect", str(one)], *(["inspect", *map(str, pair)] for pair in pairs)]
     for index, command in enumerate(commands):
         path = tmp_path / f"{index}.html"
         assert main([*command, "--html", str(path)]) == 0
         text = path.read_text(encoding="utf-8")
         page = Page(text)
-        assert len(page.links) == page.tags.count("img") == 1 and "script" not in page.tags
-        kind, _, picture = page.links[0].partition(",")
-        assert kind == "data:image/png;base64"
-        assert base64.b64decode(picture).startswith(b"\x89PNG")
+        pictures = 2 if index == 2 else 1  # of inputs and of outputs
+        assert len(page.links) == page.tags.count("img") == pictures
+        assert "script" not in page.tags and all("of every layer" in said for said in page.alts)
+        for link in page.links:
+            kind, _, picture = link.partition(",")
+            assert kind == "data:image/png;base64"
+            assert base64.b64decode(picture).startswith(b"\x89PNG")
         assert not re.search(r"url\(|@import|https?:", text)
         modules = list(filet.FiletReport.load(one).modules)
         assert [row[0] for row in page.cells] == ["module", *modules]

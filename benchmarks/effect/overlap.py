@@ -30,8 +30,9 @@ from effect.lines import write_lines
 from effect.records import RANK, SAMPLES, Run
 from effect.start import Start
 from effect.train import Member, Recipe
+from filet.report.compare import basis, mean_squared_cosine
 
-__all__ = ["Overlap", "again", "basis", "compare", "mean_squared_cosine", "measure"]
+__all__ = ["Overlap", "again", "compare", "full_basis", "measure"]
 
 METHODS = (
     *(f"filet-{selection}.fisher.relative.zero" for selection in "MR"),
@@ -55,22 +56,12 @@ class Overlap:
     random: float
 
 
-def basis(A: Tensor) -> Tensor:
-    """An orthonormal basis (n, r) of the rows of A (r, n), float64, whatever their lengths.
-
-    ValueError where they span fewer than r dimensions.
-    """
-    rows = torch.nn.functional.normalize(A.double(), dim=1)
-    _, sigma, Vh = torch.linalg.svd(rows, full_matrices=False)
-    rank = int((sigma > 1e-6 * sigma[0]).sum())  # the rows are float32's
-    if rank < len(A):
-        raise ValueError(f"A's {len(A)} rows span {rank} dimensions; expected {len(A)}")
-    return Vh.T
-
-
-def mean_squared_cosine(Q: Tensor, other: Tensor) -> float:
-    """Of the principal angles between two subspaces, by orthonormal bases (n, r)."""
-    return float((Q.T @ other).square().sum() / Q.shape[1])
+def full_basis(A: Tensor) -> Tensor:
+    """A :func:`basis` of A (r, n); ValueError where it spans fewer than r dimensions."""
+    found = basis(A)
+    if found.shape[1] < len(A):
+        raise ValueError(f"A's {len(A)} rows span {found.shape[1]} dimensions; expected {len(A)}")
+    return found
 
 
 def compare(
@@ -104,7 +95,7 @@ def _split(bench: Bench, task: str, samples: int) -> None:
 
 
 def _bases(starts: Mapping[str, Start]) -> dict[str, Tensor]:
-    return {layer: basis(start.A).cpu() for layer, start in starts.items()}
+    return {layer: full_basis(start.A).cpu() for layer, start in starts.items()}
 
 
 def measure(

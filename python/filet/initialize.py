@@ -225,6 +225,7 @@ def _apply(
         samples=statistics.samples,
         tokens=statistics.tokens,
         loss_terms=statistics.loss_terms,
+        data=statistics.data,
         config={**dataclasses.asdict(config), "fisher": statistics.fisher},
     )
 

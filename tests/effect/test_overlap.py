@@ -9,8 +9,9 @@ import torch
 from contexts import batches, context, task
 
 from effect.context import Context
-from effect.overlap import again, basis, compare, mean_squared_cosine, measure
+from effect.overlap import again, compare, full_basis, measure
 from effect.tasks import CausalTask
+from filet.report.compare import basis, mean_squared_cosine
 
 
 def draw(*shape, seed=0):
@@ -20,11 +21,11 @@ def draw(*shape, seed=0):
 def test_a_basis_is_of_the_rows_whatever_their_lengths():
     A = draw(5, 12)
     lengths = torch.logspace(-8, 0, 5, dtype=torch.float64).unsqueeze(1)
-    Q = basis(A * lengths)
+    Q = full_basis(A * lengths)
     torch.testing.assert_close(Q.T @ Q, torch.eye(5, dtype=torch.float64))
     torch.testing.assert_close(Q @ Q.T, torch.linalg.pinv(A) @ A)  # the projection on the rows
     with pytest.raises(ValueError, match="5 rows span 4 dimensions"):
-        basis(torch.cat([A[:4], 2 * A[:1]]))
+        full_basis(torch.cat([A[:4], 2 * A[:1]]))
 
 
 def test_overlaps_are_of_principal_angles():

@@ -1,7 +1,7 @@
 """An initialised adapter's ways to disk and back, to go on training at rank r.
 
 On disk it is a plain LoRA; of rank 2r and with ``filet.json`` where one half of it is frozen
-(:mod:`filet.adapter.state`). A report and a picture are put beside it by :func:`write_folder`.
+(:mod:`filet.adapter.state`). Beside it lie, of a report, its file, picture and model card.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from peft.utils import (
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from filet.adapter.card import card_of
 from filet.adapter.state import FORMAT, MARK, describe, factors_of, key_of, set_rank, starts_of
 from filet.distributed.group import current
 from filet.model.factors import StartedFactor, started_class
@@ -32,7 +33,15 @@ from filet.model.fingerprint import check_weights
 from filet.model.sharded import gathering, resharded, units, whole
 from filet.model.targets import check_init, check_peft_model, find_targets
 from filet.model.values import Unreadable, dtype_of_model, values_of
-from filet.report.names import CONFIG_FILE, FILET_FILE, PLOT_FILE, WEIGHTS_FILE, can_draw
+from filet.report.names import (
+    CARD_FILE,
+    CONFIG_FILE,
+    FILET_FILE,
+    PLOT_FILE,
+    REPORT_FILE,
+    WEIGHTS_FILE,
+    can_draw,
+)
 from filet.report.report import FiletReport
 from filet.system.files import replaced_together, staged
 
@@ -42,7 +51,10 @@ _ALL_OF_IT = "(peft.PeftModel.from_pretrained loads the adapter as an ordinary L
 
 
 def save_as_lora(
-    peft_model: PeftModel, folder: str | os.PathLike[str], adapter_name: str = "default"
+    peft_model: PeftModel,
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    report: FiletReport | None = None,
 ) -> None:
     """Save a LoRA adapter: what PEFT saves, into ``folder`` itself.
 
@@ -52,6 +64,10 @@ def save_as_lora(
     with A and B to the bit. Both load in any PEFT, without this package; ``filet.json`` beside the
     second lets :func:`load` go on training at rank r. ``peft_model.save_pretrained``, a Trainer's
     checkpoints and uploads write the same files.
+
+    With the ``report`` of its initialisation also that (``filet_report.safetensors``), a picture of
+    the energies where matplotlib is installed (``energies.png``), and a model card (``README.md``).
+    Of a card that is there, only the part that an earlier report wrote is replaced.
 
     All files are in place, or on an exception those that were there before. Killed while they are
     renamed, the folder has no ``adapter_config.json``, so nothing loads what belongs to two saves.
@@ -63,12 +79,12 @@ def save_as_lora(
     config = check_peft_model(peft_model, adapter_name).peft_config[adapter_name]
     check_init(config, f"adapter {adapter_name!r}")
     if not units(peft_model):
-        _save(peft_model, Path(folder), adapter_name)
+        _save(peft_model, Path(folder), adapter_name, report)
         return
     with current() or contextlib.nullcontext() as group:
         state = _gathered(peft_model, adapter_name)
         if group is None or group.rank == 0:
-            _save(peft_model, Path(folder), adapter_name, state)
+            _save(peft_model, Path(folder), adapter_name, report, state)
 
 
 def _gathered(peft_model: PeftModel, adapter_name: str) -> dict[str, Any]:
@@ -82,7 +98,11 @@ def _gathered(peft_model: PeftModel, adapter_name: str) -> dict[str, Any]:
 
 
 def _save(
-    peft_model: PeftModel, folder: Path, adapter_name: str, state: dict[str, Any] | None = None
+    peft_model: PeftModel,
+    folder: Path,
+    adapter_name: str,
+    report: FiletReport | None,
+    state: dict[str, Any] | None = None,
 ) -> None:
     """``state``: what ``state_dict`` would have of the adapter, where that has parts."""
     config = peft_model.peft_config[adapter_name]
@@ -94,7 +114,27 @@ def _save(
         finally:
             peft_model.peft_config[adapter_name] = config
         place = Path(beside) / ("" if adapter_name == "default" else adapter_name)
-        replaced_together(place, folder, (WEIGHTS_FILE, FILET_FILE, CONFIG_FILE))
+        names = [WEIGHTS_FILE, FILET_FILE]
+        if report is not None:
+            names += _described_by(report, peft_model, adapter_name, place, folder / CARD_FILE)
+        replaced_together(place, folder, [*names, CONFIG_FILE])
+
+
+def _described_by(
+    report: FiletReport, peft_model: PeftModel, adapter_name: str, place: Path, card: Path
+) -> list[str]:
+    """Write what a report says of an adapter into ``place``; the files that there may be.
+
+    ``card``: where one may lie already.
+    """
+    report.save(place)
+    picture = bool(report.modules) and can_draw()
+    if picture:
+        report.plot(place / PLOT_FILE)
+    there = card.read_text() if card.is_file() else None
+    text = card_of(peft_model, adapter_name, report, picture=picture, there=there)
+    (place / CARD_FILE).write_text(text)
+    return [REPORT_FILE, PLOT_FILE, CARD_FILE]
 
 
 def load(
@@ -289,14 +329,9 @@ def _check_base(
 
 
 def write_folder(peft_model: PeftModel, report: FiletReport, output: Path) -> None:
-    """Write an initialised adapter, its report and the picture of its energies; all, or nothing.
+    """:func:`save_as_lora` with a report, into a folder of their own; all, or nothing.
 
-    What is at ``output`` is replaced. The picture is left out where matplotlib is not installed,
-    or no module was initialised.
+    What is at ``output`` is replaced, a card that somebody wrote included.
     """
     with staged(output) as place:
-        place.mkdir()
-        save_as_lora(peft_model, place)
-        report.save(place)
-        if report.modules and can_draw():
-            report.plot(place / PLOT_FILE)
+        save_as_lora(peft_model, place, report=report)

@@ -34,6 +34,7 @@ class Batch:
     mask: Tensor | None  # tokens that count, None for all
     samples: int
     tokens: int
+    data: int  # the sum of a hash of each sample
 
     @property
     def positions(self) -> int:
@@ -42,11 +43,12 @@ class Batch:
 
 
 def _counts_of(batches: Sequence[Batch]) -> dict[str, int]:
-    """How many "samples", "tokens" and "loss_terms" they have."""
+    """How many "samples", "tokens" and "loss_terms" they have, and "data", of their hashes."""
     return {
         "samples": sum(batch.samples for batch in batches),
         "tokens": sum(batch.tokens for batch in batches),
         "loss_terms": sum(batch.rows.numel() for batch in batches),
+        "data": sum(batch.data for batch in batches),
     }
 
 
@@ -147,4 +149,5 @@ def _read(prepared: Prepared, config: FiletConfig) -> Batch:
         mask=prepared.masks["decoder"],
         samples=prepared.samples,
         tokens=prepared.tokens,
+        data=prepared.data,
     )

@@ -18,7 +18,7 @@ import torch
 
 from filet.blockwise.arenas import Arena, Gradient, Layout
 from filet.blockwise.disk import Disk
-from filet.blockwise.samples import Sample
+from filet.model.sample import Sample
 
 __all__ = ["Gradients"]
 

@@ -23,10 +23,10 @@ from filet.blockwise.disk import Abandoned
 from filet.blockwise.gradients import Gradients
 from filet.blockwise.machine import Machine
 from filet.blockwise.manifest import compare
-from filet.blockwise.samples import Sample
 from filet.collect.sizes import moment_bytes
 from filet.collect.statistics import Statistics
 from filet.distributed.group import Group
+from filet.model.sample import Sample
 from filet.model.targets import Target
 from filet.system.files import replaced
 from filet.system.lock import FolderLock

@@ -228,6 +228,7 @@ class Work:
             samples=counts["samples"],
             tokens=counts["tokens"],
             loss_terms=counts["loss_terms"],
+            data=counts["data"],
             fisher=self.config.fisher,
             keep=keep,
             keep_samples=self.keep_counts["samples"],

@@ -42,7 +42,7 @@ def collect_moments(
 ) -> tuple[MomentHooks, dict[str, int]]:
     """Run the samples forward and backward; returns the hooks' moments and the counts.
 
-    The model must be inside :func:`preserved`. Counts: "samples", "tokens", "loss_terms".
+    The model must be inside :func:`preserved`. Counts: as of :func:`over_batches`.
     ``counted``: the targets whose moments are taken, all by default. ``gradient_scale``: what an
     earlier pass over the same batches found (its hooks keep it); None finds it. ``together``: the
     processes whose samples the counts are of; the moments are of this one's.
@@ -120,12 +120,13 @@ def over_batches(
     name: str = "dataloader",
     together: Together | None = None,
 ) -> dict[str, int]:
-    """Every batch through the model under the hooks; returns "samples", "tokens", "loss_terms".
+    """Every batch through the model under the hooks; returns "samples", "tokens", "loss_terms"
+    and "data", the sum of a hash of each sample.
 
     With ``together`` the counts are of all processes; one of them may have no sample.
     """
     batches = PreparedBatches(dataloader, config, run.inputs, run.shift)
-    counts = {"samples": 0, "tokens": 0, "loss_terms": 0}
+    counts = {"samples": 0, "tokens": 0, "loss_terms": 0, "data": 0}
     with (
         _Progress(dataloader, config.samples, title, show_progress_bar) as progress,
         hooks,
@@ -142,6 +143,7 @@ def over_batches(
             counts["samples"] += batch.samples
             counts["tokens"] += batch.tokens
             counts["loss_terms"] += terms
+            counts["data"] += batch.data
             progress.advance(batch.samples, counts["tokens"])
         hooks.add_left_out()
         progress.end(counts["samples"])

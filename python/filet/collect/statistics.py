@@ -59,6 +59,8 @@ class Statistics:
         fingerprints: module name → hash of the base weight they were taken with.
         shared_input: module → the module whose input moment it shares.
         samples, tokens, loss_terms: how much data they saw.
+        data: the sum of a hash of each sample, the same however they are batched, ordered or
+            divided between processes; 0 where it is not known.
         fisher: "empirical" or "sampled" labels.
         seconds, peak_memory: of the pass that took them.
         keep: module → the moment of its input on data that is not to be forgotten, in the space of
@@ -84,6 +86,7 @@ class Statistics:
     keep_tokens: int = 0
     owners: dict[str, int] | None = None
     shards: Shards | None = None
+    data: int = 0
 
     def __post_init__(self) -> None:
         if self.keep is None:
@@ -151,6 +154,7 @@ class Statistics:
             "modules": modules,
             "shared_input": self.shared_input,
             **{key: getattr(self, key) for key in (*_COUNTS, *_OF_KEEP)},
+            "data": f"{self.data:x}",
             "shards": self.shards and self.shards.as_json(),
         }
         return tensors, {"format": _FORMAT, "statistics": json.dumps(header)}
@@ -236,6 +240,7 @@ class Statistics:
             {name: module["weight"] for name, module in header["modules"].items()},
             header["shared_input"],
             **{key: header[key] for key in _COUNTS},
+            data=int(header.get("data", "0"), 16),  # files of 0.1 have none
             path=str(path),
             keep={name: of(_KEEP + module["input"]) for name, module in header["modules"].items()}
             if header.get("keep_samples")
@@ -317,6 +322,7 @@ class Statistics:
                     both(theirs_too[0], theirs_too[-1]) if theirs_too[1:] else theirs_too[0]
                 )
         counts = {key: getattr(self, key) + getattr(other, key) for key in (*_SUMS, *_OF_KEEP)}
+        counts["data"] = self.data + other.data if self.data and other.data else 0
         counts |= {"fisher": self.fisher, "peak_memory": max(self.peak_memory, other.peak_memory)}
         return Statistics(
             moments, self.fingerprints, shared, **counts, keep=keep, owners=self.owners,
@@ -456,6 +462,7 @@ def statistics_of(
         samples=counts["samples"],
         tokens=counts["tokens"],
         loss_terms=counts["loss_terms"],
+        data=counts["data"],
         fisher=config.fisher,
         seconds=time.perf_counter() - start,
         peak_memory=peak_memory(devices),

@@ -29,6 +29,7 @@ from filet.model.batch import (
     token_masks,
     without_token_mask,
 )
+from filet.model.sample import hash_of
 
 __all__ = ["Inputs", "Prepared", "check_batch", "check_dataloader"]
 
@@ -88,6 +89,7 @@ class Prepared:
     masks: dict[str, Tensor | None]  # (B, T) of the tokens that count, by side; None for all
     samples: int
     tokens: int
+    data: int  # the sum of a hash of each sample
 
 
 class Inputs:
@@ -151,9 +153,10 @@ class Inputs:
         if size == 0:
             return None
         masks, tokens = token_masks(batch, size, self.is_encoder_decoder, token_mask)
+        data = hash_of(batch, self.is_encoder_decoder)  # with the labels that padding predicts
         batch = self._without_padded_terms(batch, masks["decoder"], shift)
         self._check_labels(batch, index, shift)
-        return Prepared(batch, index, masks, size, tokens)
+        return Prepared(batch, index, masks, size, tokens, data)
 
     def given(self, batch: Any, device: torch.device, token_mask: str | None) -> tuple[Any, Any]:
         """A batch on ``device``, and what the model's own forward or the forward_fn gets of it."""

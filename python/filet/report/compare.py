@@ -31,9 +31,11 @@ from filet.system.text import plural
 __all__ = [
     "Alike",
     "Comparison",
+    "basis",
     "compare_adapters",
     "compare_statistics",
     "is_statistics",
+    "mean_squared_cosine",
     "overlap",
 ]
 
@@ -66,25 +68,32 @@ class Alike:
 
 
 def overlap(first: Tensor, second: Tensor) -> float:
-    """Of the spaces that the rows of two factors (r, n) span. float64; rows of zeros span nothing.
+    """Of the spaces that the rows of two factors (r, n) span. Rows of zeros span nothing.
 
     NaN where either spans nothing.
     """
-    bases = [_basis(first), _basis(second)]
-    least = min(basis.shape[1] for basis in bases)
-    if not least:
-        return float("nan")
-    return float((bases[0].T @ bases[1]).square().sum() / least)
+    return mean_squared_cosine(basis(first), basis(second))
 
 
-def _basis(A: Tensor) -> Tensor:
-    """An orthonormal basis (n, at most r) of A's rows, whatever their lengths."""
+def mean_squared_cosine(Q: Tensor, other: Tensor) -> float:
+    """Of the principal angles between two spaces, by orthonormal bases (n, r); NaN for an empty."""
+    least = min(Q.shape[1], other.shape[1])
+    return float((Q.T @ other).square().sum() / least) if least else float("nan")
+
+
+def basis(A: Tensor) -> Tensor:
+    """An orthonormal basis (n, at most r), float64, of A's rows (r, n), whatever their lengths.
+
+    What rounding adds is no direction. Rounded to a dtype of machine epsilon ε, rows of length 1
+    that span less than r dimensions get singular values up to about 0.4 ε beyond; the cut-off is ε
+    of the largest, and at least 1e-6, as A may have been computed in float32.
+    """
     rows = A.double()
     rows = torch.nn.functional.normalize(rows[rows.any(1)], dim=1)
     _, sigma, Vh = torch.linalg.svd(rows, full_matrices=False)
-    # The rows are float32's or bfloat16's: what their rounding adds is no direction.
-    basis: Tensor = Vh[sigma > 1e-3 * sigma[:1].sum()].T
-    return basis
+    least = max(1e-6, torch.finfo(A.dtype).eps)
+    found: Tensor = Vh[sigma > least * sigma[:1].sum()].T
+    return found
 
 
 def compare_adapters(first: Path, second: Path) -> list[Alike]:
@@ -251,23 +260,34 @@ class Comparison:
 
     def picture(self) -> bytes:
         """The overlaps (of statistics the inputs' cosines) as a PNG file."""
+        return self._pictures()[0][1]
+
+    def _pictures(self) -> list[tuple[str, bytes]]:
+        """What each shows, and it."""
         from filet.report.heat import heat_map
 
-        what = "overlap of the spaces of A" if self.adapters else "cosine of the input moments"
-        values = [(each.name, each.overlap) for each in self.modules]
-        return heat_map(values, f"{self.first.name} and {self.second.name}: {what}")
+        shown = {"overlap of the spaces of A": [(m.name, m.overlap) for m in self.modules]}
+        if not self.adapters:
+            shown = {
+                "cosine of the input moments": [(m.name, m.overlap) for m in self.modules],
+                "cosine of the output moments": [(m.name, m.output) for m in self.modules],
+            }
+        names = " and ".join(path.name for path in (self.first, self.second))
+        return [
+            (f"{what}, of every layer", heat_map(values, f"{names}: {what}"))
+            for what, values in shown.items()
+        ]
 
     def page(self) -> str:
         """Table and picture as one HTML file, which opens offline."""
         rows = [(each.name, *self._cells(each)) for each in self.modules]
         title = f"FILet: {self.first.name} and {self.second.name}"
-        pictures = [("how alike every layer is", self.picture())]
-        return page(title, self._said(), pictures, ("module", *self._header()), rows)
+        return page(title, self._said(), self._pictures(), ("module", *self._header()), rows)
 
     def _header(self) -> tuple[str, ...]:
         if not self.adapters:
             return ("moments", "input", "output")
-        return ("ranks", "overlap", "chance", "common", "chosen", "chosen")
+        return ("ranks", "overlap", "chance", "common", "chosen 1", "chosen 2")
 
     def _cells(self, each: Alike) -> tuple[str, ...]:
         kinds = " ".join(map(str, each.ranks))
@@ -284,7 +304,7 @@ class Comparison:
             of = f"mean squared cosine of the spaces of A, {chance:.3f} by chance"
             entries += self._extent("overlap", [each.overlap for each in self.modules], of)
             entries.append(("common", "directions of W that both chose by their energy"))
-            entries.append(("chosen", "median energies (or eigenvalues) of what each chose"))
+            entries.append(("chosen 1, 2", "median energies (or eigenvalues) of what each chose"))
             return entries
         of = "cosine of the second moments of x or y"
         entries += self._extent("input", [each.overlap for each in self.modules], of)

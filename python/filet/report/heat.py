@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 
 from filet.report.plot import INK, MUTED
@@ -12,7 +13,9 @@ __all__ = ["heat_map"]
 
 
 def heat_map(values: Sequence[tuple[str, float | None]], title: str) -> bytes:
-    """Values from 0 to 1 of modules, by their names, as a PNG file; nothing where one is not known.
+    """Values up to 1 of modules, by their names, as a PNG file; nothing where one is not known.
+
+    The colours are of the values from 0, or from the tenth below the least: moments are all alike.
 
     Modules outside of the layers are in the first column, and a layer's experts are one cell, their
     mean. Raises ImportError where matplotlib is not installed.
@@ -36,12 +39,14 @@ def heat_map(values: Sequence[tuple[str, float | None]], title: str) -> bytes:
         for its in cells.values()
     ]
 
+    known = [value for _, value in values if value is not None and value == value]
+    least = max(0.0, min(0.9, math.floor(10 * min(known, default=0.0)) / 10))
     height = 1.15 + 0.26 * len(cells)
     figure = Figure(figsize=(8.6, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)  # without pyplot, whose backend is the user's
     axes = figure.subplots()
     figure.subplots_adjust(left=0.24, right=0.98, top=1 - 0.5 / height, bottom=0.45 / height)
-    image = axes.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="Blues", interpolation="none")
+    image = axes.imshow(grid, aspect="auto", vmin=least, vmax=1, cmap="Blues", interpolation="none")
     axes.set_title(title, loc="left", fontsize=10.5, color=INK, pad=7)
     axes.set_yticks(range(len(cells)), list(cells), fontsize=8)
     axes.set_xlabel("layer", fontsize=8.5, color=INK)

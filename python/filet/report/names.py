@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import importlib.util
 
-__all__ = ["CONFIG_FILE", "FILET_FILE", "PLOT_FILE", "REPORT_FILE", "WEIGHTS_FILE", "can_draw"]
+__all__ = [
+    "CARD_FILE",
+    "CONFIG_FILE",
+    "FILET_FILE",
+    "PLOT_FILE",
+    "REPORT_FILE",
+    "WEIGHTS_FILE",
+    "can_draw",
+]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -15,6 +23,9 @@ CONFIG_FILE = "adapter_config.json"
 
 FILET_FILE = "filet.json"
 """Which half of an adapter is frozen, where one is."""
+
+CARD_FILE = "README.md"
+"""The model card, by the name that the Hub shows."""
 
 PLOT_FILE = "energies.png"
 """The picture of the energies."""

@@ -17,13 +17,20 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; m
 dt { color: #616e7c }
 dd { margin: 0; overflow-wrap: anywhere }
 img { max-width: 100%; height: auto; display: block; margin: 0 0 1.5rem }
-.wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .8rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid #e4e7eb }
-th { color: #616e7c; font-weight: 600; position: sticky; top: 0; background: #fff }
-th:first-child, td:first-child { text-align: left; padding-left: 0 }
+thead th { color: #616e7c; font-weight: 600; position: sticky; top: 0; background: #fff }
+tbody th { font-weight: inherit }
+th:first-child { text-align: left; padding-left: 0 }
 tbody tr:hover { background: #f3f6fa }
+@media (max-width: 60rem) {
+  body { padding: 0 1rem }
+  dl { grid-template-columns: 1fr; gap: 0 }
+  dd { margin: 0 0 .5rem }
+  .wide { overflow-x: auto } /* a page that scrolls to the side has no heading that stays */
+  .wide img { max-width: none; width: 46rem }
+}
 """
 
 
@@ -43,12 +50,16 @@ def page(
     """
     said = "".join(f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>\n" for a, b in facts)
     shown = "".join(
-        f'<img alt="{escape(what)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">\n'
+        f'<div class="wide"><img alt="{escape(what)}" '
+        f'src="data:image/png;base64,{base64.b64encode(png).decode()}"></div>\n'
         for what, png in pictures
     )
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows
+        f'<tr><th scope="row">{escape(row[0])}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        + "</tr>\n"
+        for row in rows
     )
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -44,6 +44,7 @@ class FiletReport:
         tokens: positions counted, padding excluded.
         loss_terms: labels that entered the loss.
         config: the :class:`filet.FiletConfig` as a JSON-able dict.
+        data: of :class:`filet.Statistics`: which samples they were; 0 where it is not known.
     """
 
     modules: dict[str, ModuleReport]
@@ -54,6 +55,7 @@ class FiletReport:
     tokens: int
     loss_terms: int
     config: dict[str, Any]
+    data: int = 0  # reports of 0.1 do not say it
 
     def table(self) -> str:
         """A table for a terminal: one row a module, then summary lines.
@@ -70,6 +72,7 @@ class FiletReport:
             samples=self.samples,
             tokens=self.tokens,
             loss_terms=self.loss_terms,
+            data=self.data,
             config=self.config,
             seconds=self.seconds,
             peak_memory=self.peak_memory,
@@ -81,7 +84,11 @@ class FiletReport:
 
         Raises ImportError where matplotlib is not installed and there is something to draw.
         """
-        pictures = [("energies of every layer", self._picture())] if self.modules else []
+        pictures = (
+            [("energies of every layer, the chosen directions marked", self._picture())]
+            if self.modules
+            else []
+        )
         table = [(name, *cells(module)) for name, module in self.modules.items()]
         return page(title, self._entries(), pictures, ("module", *HEADER), table)
 
@@ -125,6 +132,7 @@ class FiletReport:
             tensors |= its_tensors
             described.append({"key": name, **values})
         content = {field.name: getattr(self, field.name) for field in fields(self)}
+        content["data"] = f"{self.data:x}"
         del content["modules"]  # they come last
         content["modules"] = described
         metadata = {"format": _FORMAT, "version": _VERSION, "report": json.dumps(content)}
@@ -156,6 +164,7 @@ class FiletReport:
                 for described in content.pop("modules"):
                     key = described.pop("key")
                     modules[key] = ModuleReport.of_parts(file.get_tensor, described)
+            content["data"] = int(content.get("data", "0"), 16)
             return cls(modules=modules, **content)
         except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a readable filet report: {error}") from error

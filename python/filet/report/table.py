@@ -14,7 +14,17 @@ import torch
 from filet.report.modules import ModuleReport
 from filet.system.text import elide, plural, readable
 
-__all__ = ["HEADER", "cells", "count", "entries_of", "lines_of", "rows", "scientific", "summary"]
+__all__ = [
+    "HEADER",
+    "cells",
+    "count",
+    "entries_of",
+    "hash_text",
+    "lines_of",
+    "rows",
+    "scientific",
+    "summary",
+]
 
 _WIDTH = 100
 
@@ -56,14 +66,16 @@ def entries_of(
     samples: int,
     tokens: int,
     loss_terms: int,
+    data: int,
     config: Mapping[str, Any],
     seconds: Mapping[str, float],
     peak_memory: int,
     left_default: Mapping[str, str],
 ) -> list[tuple[str, str]]:
     """What is said of the whole model, each with its label."""
-    data = (plural(samples, "sample"), plural(tokens, "token"), plural(loss_terms, "loss term"))
-    entries = [("initialised", _initialised(modules)), ("data", ", ".join(data))]
+    seen = [plural(samples, "sample"), plural(tokens, "token"), plural(loss_terms, "loss term")]
+    seen += [f"hash {hash_text(data)}"] if data else []
+    entries = [("initialised", _initialised(modules)), ("data", ", ".join(seen))]
     if config:
         entries.append(("config", ", ".join(f"{k}={_plain(v)}" for k, v in config.items())))
     excluded = [number for module in modules if (number := int(module.energies.isnan().sum()))]
@@ -80,6 +92,11 @@ def entries_of(
         entries.append(("peak memory", readable(peak_memory)))
     entries += [("left default", text) for text in _by_reason(left_default)]
     return entries
+
+
+def hash_text(data: int) -> str:
+    """The hash of the data: 96 bits, of a sum of as many for each sample."""
+    return f"{data % 2**96:024x}"
 
 
 def summary(entries: Sequence[tuple[str, str]]) -> list[str]:
