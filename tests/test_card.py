@@ -82,6 +82,7 @@ def test_a_card_says_what_the_report_does(
     assert ("filet.json" in card.text) == (start == "untouched")
     assert (tmp_path / "adapter" / "energies.png").is_file() and "(energies.png)" in card.text
     assert hash_text(report.data) in report.table()
+    assert filet.FiletReport.load(tmp_path / "adapter").data == report.data
 
     model = run(card.text, tmp_path / "adapter")
     plain = AutoModelForCausalLM.from_pretrained(base)

@@ -292,7 +292,9 @@ def test_save_and_load_bring_everything_back(tmp_path: Path) -> None:
     first.energies[4] = 0.0
     second = make_module("layers.10.fc")
     third = make_module("layers.2.fc", rank=0)
-    report = make_report([first, second, third], left_default={"head": "why"}, config={"seed": 3})
+    report = make_report(
+        [first, second, third], left_default={"head": "why"}, config={"seed": 3}, data=2**90 + 5
+    )
     path = report.save(tmp_path)
     assert path == tmp_path / REPORT_FILE
     for source in (tmp_path, path, str(path)):
@@ -311,6 +313,7 @@ def test_save_and_load_bring_everything_back(tmp_path: Path) -> None:
             assert other.output_tokens == module.output_tokens
         for field in ("left_default", "seconds", "peak_memory", "samples", "tokens", "loss_terms"):
             assert getattr(loaded, field) == getattr(report, field)
+        assert loaded.data == report.data
         assert loaded.config == {"seed": 3}
         assert loaded.table() == report.table()
 

@@ -70,7 +70,15 @@ def test_save_and_load(kind: str, tmp_path: Path, device: torch.device) -> None:
             one, two = (getattr(s.moments[name], side) for s in (taken, loaded))
             assert one.space == two.space and int(one.count) == int(two.count)
             assert torch.equal(one.sum.tril().cpu(), two.sum)
-    for key in ("samples", "tokens", "loss_terms", "fisher", "shared_input", "fingerprints"):
+    for key in (
+        "samples",
+        "tokens",
+        "loss_terms",
+        "data",
+        "fisher",
+        "shared_input",
+        "fingerprints",
+    ):
         assert getattr(taken, key) == getattr(loaded, key), key
     for follower, leader in loaded.shared_input.items():
         assert loaded.moments[follower].input is loaded.moments[leader].input
@@ -98,7 +106,15 @@ def test_halves_merge_to_the_whole(tmp_path: Path) -> None:
     merged = halves[0].merge(Statistics.load(tmp_path / "half"))
     assert_energies(energies(merged, c), energies(whole, c), 1e-5)
     assert_energies(energies(merged, c), truth("llama"), 1e-4)
-    for key in ("samples", "tokens", "loss_terms", "fisher", "shared_input", "fingerprints"):
+    for key in (
+        "samples",
+        "tokens",
+        "loss_terms",
+        "data",
+        "fisher",
+        "shared_input",
+        "fingerprints",
+    ):
         assert getattr(merged, key) == getattr(whole, key), key
     assert merged.seconds == halves[0].seconds + halves[1].seconds
     merged.save(tmp_path / "merged")

@@ -278,7 +278,7 @@ def initialize_folder(
         batches: dicts of CPU tensors (samples, tokens): ``input_ids``, ``labels``, and what else a
             model takes (``position_ids``; ``pixel_values`` and what else its processor makes),
             up to ``config.samples``. A block runs a batch at once.
-        output: folder to create, with the adapter and ``filet_report.safetensors``.
+        output: folder to create, with what :func:`filet.save_as_lora` writes with a report.
         lora_config: its targets to be inside the blocks where the engine is "blockwise".
         config: as in :func:`filet.initialize_lora_filet_weights`. The blockwise engine has no use
             for ``loss_reduction``: its loss is the cross-entropy of the next token.

@@ -178,7 +178,7 @@ def assert_equal(one: FiletReport, other: FiletReport, rel: float, *, choices: b
         for key in ("shape", "rank", "input_space", "output_space", "input_tokens",
                     "output_tokens", "shared_input"):  # fmt: skip
             assert getattr(mine, key) == getattr(theirs, key), (name, key)
-    for key in ("left_default", "samples", "tokens", "loss_terms"):
+    for key in ("left_default", "samples", "tokens", "loss_terms", "data"):
         assert getattr(one, key) == getattr(other, key), key
 
 

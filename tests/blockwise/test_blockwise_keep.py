@@ -165,7 +165,7 @@ def test_it_has_no_part_in_the_loss_and_is_shared_as_the_task_is(
 ) -> None:
     plain = initialize(folder, tmp_path / "plain")
     report = initialize(folder, tmp_path / "out", keep=kept())
-    for key in ("samples", "tokens", "loss_terms"):
+    for key in ("samples", "tokens", "loss_terms", "data"):
         assert getattr(report, key) == getattr(plain, key)
     for name, module in report.modules.items():
         assert module.shared_input == plain.modules[name].shared_input

@@ -32,7 +32,15 @@ def test_shards_merge_to_the_whole(
     assert main([*stats, *arguments("--data", data, "--output", whole), *more]) == 0
     mine, theirs = filet.Statistics.load(merged), filet.Statistics.load(whole)
     assert mine.shards is None and theirs.shards is None
-    for key in ("samples", "tokens", "loss_terms", "keep_samples", "keep_tokens", "fingerprints"):
+    for key in (
+        "samples",
+        "tokens",
+        "loss_terms",
+        "data",
+        "keep_samples",
+        "keep_tokens",
+        "fingerprints",
+    ):
         assert getattr(mine, key) == getattr(theirs, key), key
     for name, its in theirs.moments.items():
         both = [(mine.moments[name].input, its.input), (mine.moments[name].output, its.output)]

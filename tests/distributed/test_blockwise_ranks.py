@@ -109,7 +109,15 @@ def test_ranks_equal_one(kind: str, size: int, keep: bool, start: Any, tmp_path:
 
 def assert_same_statistics(many: Path, one: Path) -> None:
     mine, theirs = filet.Statistics.load(many), filet.Statistics.load(one)
-    for key in ("samples", "tokens", "loss_terms", "fingerprints", "shared_input", "keep_tokens"):
+    for key in (
+        "samples",
+        "tokens",
+        "loss_terms",
+        "data",
+        "fingerprints",
+        "shared_input",
+        "keep_tokens",
+    ):
         assert getattr(mine, key) == getattr(theirs, key), key
     for name, its in theirs.moments.items():
         both = [(mine.moments[name].input, its.input), (mine.moments[name].output, its.output)]

@@ -105,9 +105,8 @@ class _Facts:
         if picture:
             lines += [f"![Energies of every layer, the chosen ones marked]({PLOT_FILE})", ""]
         lines += ["| | |", "| --- | --- |"]
-        lines += [
-            f"| {label} | {text.replace('|', chr(92) + '|')} |" for label, text in self._rows()
-        ]
+        cells = [(label, text.replace("|", "\\|")) for label, text in self._rows()]
+        lines += [f"| {label} | {text} |" for label, text in cells]
         return "\n".join([*lines, "", *self._loading()])
 
     def _rows(self) -> list[tuple[str, str]]:
