@@ -155,10 +155,11 @@ def test_of_a_card_that_is_there_our_part_alone_is_renewed(tmp_path: Path) -> No
     filet.save_as_lora(model, tmp_path)
     assert path.read_text() == card and filet.FiletReport.load(tmp_path).samples == 77
     # A card that somebody else wrote, PEFT say, whatever is in it.
-    path.write_text("---\nbroken: [\n---\nMine.\n")
+    mine = b"---\nbroken: [\n---\nMine, in Latin-1: \xe4.\r\n"
+    path.write_bytes(mine)
     filet.save_as_lora(model, tmp_path, report=report)
-    assert path.read_text().startswith("---\nbroken: [\n---\nMine.\n")
-    assert facts(path.read_text()) == facts(first)
+    assert path.read_bytes().startswith(mine.rstrip())
+    assert facts(path.read_bytes().decode("latin-1")) == facts(first)
 
 
 def test_after_the_residual_no_half_is_frozen(tmp_path: Path) -> None:

@@ -131,9 +131,10 @@ def _described_by(
     picture = bool(report.modules) and can_draw()
     if picture:
         report.plot(place / PLOT_FILE)
-    there = card.read_text() if card.is_file() else None
+    # In any encoding and with any line ends: what is not ours comes back to the byte.
+    there = card.read_bytes().decode("utf-8", "surrogateescape") if card.is_file() else None
     text = card_of(peft_model, adapter_name, report, picture=picture, there=there)
-    (place / CARD_FILE).write_text(text)
+    (place / CARD_FILE).write_bytes(text.encode("utf-8", "surrogateescape"))
     return [REPORT_FILE, PLOT_FILE, CARD_FILE]
 
 
