@@ -3,8 +3,7 @@
     python examples/qlora.py --model MODEL --data chats.jsonl --output ADAPTER
     torchrun --nproc-per-node 2 examples/qlora.py ...
 
-A row of DATA has ``prompt`` and ``completion``, or ``text``. The adapter is for the
-model as it is quantised here: plain PEFT loads it on the same base.
+A row of DATA has ``messages``, or ``prompt`` and ``completion``, or ``text``.
 """
 
 import argparse
@@ -12,7 +11,7 @@ import argparse
 import datasets
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 import filet
@@ -26,23 +25,24 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     args = parser.parse_args(argv)
-    rows = datasets.load_dataset("json", data_files=args.data, split="train")
-    parts = rows.train_test_split(test_size=0.1, seed=0)
+    rows = datasets.load_dataset("json", data_files=args.data, split="train").shuffle(seed=0)
+    if "messages" in rows.column_names:  # a row of each answer, which no chat template has to mark
+        at = [(m, i) for m in rows["messages"] for i, t in enumerate(m) if t["role"] == "assistant"]
+        rows = datasets.Dataset.from_list([{"prompt": m[:i], "completion": [m[i]]} for m, i in at])
+    parts = rows.train_test_split(test_size=0.1, shuffle=False)
+    dtype = torch.bfloat16 if (gpu := torch.cuda.is_available()) else torch.float32
     settings = SFTConfig(
         args.output, max_steps=args.steps, eval_on_start=True, report_to="none",
         per_device_train_batch_size=args.batch_size, learning_rate=args.learning_rate,
-        bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(), save_strategy="no",
+        bf16=gpu, use_cpu=not gpu, save_strategy="no",
     )  # fmt: skip
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    four_bits = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     base = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=dtype, quantization_config=four_bits, device_map={"": settings.device}
-    )
+        args.model, dtype=dtype, device_map={"": settings.device},
+        quantization_config=BitsAndBytesConfig(**nf4),
+    )  # fmt: skip
     trainer = SFTTrainer(
         base, settings, train_dataset=parts["train"], eval_dataset=parts["test"],
-        processing_class=AutoTokenizer.from_pretrained(args.model),
         peft_config=LoraConfig(r=args.rank, lora_alpha=16, target_modules="all-linear"),
     )  # fmt: skip
     report = filet.initialize_from_trainer(trainer, filet.FiletConfig(samples=args.samples))

@@ -196,10 +196,14 @@ def test_grpo(start: str, example: Any, place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_qlora(example: Any, place: Path, tmp_path: Path) -> None:
-    printed, trained = example("qlora", "chatml", "pairs.jsonl")
+@pytest.mark.parametrize("data", ["pairs.jsonl", "chats.jsonl"])
+def test_qlora(data: str, example: Any, place: Path, tmp_path: Path) -> None:
+    """Of conversations, by a template without marks, every answer is a row."""
+    printed, trained = example("qlora", "chatml", data)
     before, after = held_out(printed)
     assert after < before - 0.3
+    samples = int(re.findall(r"from (\d+) samples", printed)[0])
+    assert samples == {"pairs.jsonl": 21, "chats.jsonl": 43}[data]
     assert_loads(trained, causal(place, "chatml", quantization_config=NF4), tmp_path, IDS)
 
 
