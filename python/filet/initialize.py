@@ -275,18 +275,15 @@ def initialize_folder(
 
     Args:
         model: local folder of a language model: config.json, and safetensors of all weights.
-        batches: dicts of CPU tensors (samples, tokens): ``input_ids``, ``labels``, and what else a
-            model takes (``position_ids``; ``pixel_values`` and what else its processor makes),
-            up to ``config.samples``. A block runs a batch at once.
+        batches: dicts of CPU tensors (samples, tokens): ``input_ids``, ``labels``, and what else
+            the model takes, up to ``config.samples``. A block runs a batch at once.
         output: folder to create, with what :func:`filet.save_as_lora` writes with a report.
         lora_config: its targets to be inside the blocks where the engine is "blockwise".
         config: as in :func:`filet.initialize_lora_filet_weights`. The blockwise engine has no use
             for ``loss_reduction``: its loss is the cross-entropy of the next token.
-        engine: "memory" loads the whole model onto ``device``; "blockwise" never does; "auto" is
-            "memory" where weights and statistics fit there with room to spare.
+        engine: "memory" has the whole model on ``device``; "auto" is that where it fits with room.
         dtype, device: of the weights ("auto": as the folder says); a GPU if there is one.
-        host_memory: bytes for block inputs and gradients; half of what is available by default. Of
-            several processes on one machine each gets its share.
+        host_memory: bytes on a machine for block inputs and gradients; half of what is available.
         scratch: folder on a fast disk for what does not fit there; 90 % of its room may be used.
         trust_remote_code: run Python code that lies in the model's folder.
         overwrite: replace an adapter that is at ``output``, and what is at ``save_statistics``.
@@ -294,15 +291,14 @@ def initialize_folder(
         keep: as in :func:`filet.initialize_lora_filet_weights`; blockwise batches only, no "self".
         save_statistics: a .safetensors file to write them to, for :func:`filet.apply_statistics`.
         quantization_config: transformers' ``BitsAndBytesConfig``, to quantise the model on loading.
-        task: "causal-lm", or "vlm" for a model that takes images as well
-            (AutoModelForImageTextToText), whose blocks are those of its text.
+        task: "causal-lm", or "vlm" (AutoModelForImageTextToText), with the blocks of its text.
 
     Raises:
         TypeError, ValueError: an argument or a batch that does not fit; before any block is
             computed, a model of another task, with a weight that no file has, or that the blockwise
             engine does not do (docs/blockwise.md); a run folder of other data or settings.
         FloatingPointError, OutOfMemoryError: naming the module, or what to change.
-        OSError: a full disk, say. What was finished stays, and the same call goes on there.
+        OSError: a full disk, say. The same call goes on with what was finished.
     """
     folder, output = Path(model), Path(output)
     saved = None if save_statistics is None else Path(save_statistics)
@@ -312,8 +308,7 @@ def initialize_folder(
             host_memory, overwrite, saved, task,
         )  # fmt: skip
         how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-        how["task"] = task
-        how["quantization_config"] = quantization_config
+        how |= {"task": task, "quantization_config": quantization_config}
         if engine == "auto":
             engine = choose_engine(folder, lora_config, keep=keep is not None, **how)
         what = (folder, batches, output, lora_config, config, show_progress_bar)

@@ -145,7 +145,8 @@ def initialize(
         return initialize_folder(folder, output=output, engine=engine, **settings)
     device = torch.device(settings.pop("device"))
     unset: dict[str, Any] = {"trust_remote_code": False, "quantization_config": None}
-    settings = {"config": FiletConfig(), "dtype": "auto", **unset, **settings}
+    unset |= {"config": FiletConfig(), "dtype": "auto", "task": "causal-lm"}
+    settings = {**unset, **settings}
     with blockwise_run(folder, output=output, device=device, machine=machine, **settings) as run:
         run.sweep()
         return run.write(output)
