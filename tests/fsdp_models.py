@@ -36,6 +36,21 @@ def all_batches(kind: str, size: int) -> list[Any]:
     return [batch for rank in range(size) for batch in batches_of(kind, rank, size)]
 
 
+def sharded_on_a_cpu() -> None:
+    """accelerate shards on GPUs alone; torch on a CPU as well."""
+    from accelerate.state import AcceleratorState, DistributedType
+
+    plain: Any = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        plugin = fsdp_plugin or vars(self).get("fsdp_plugin")
+        if plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+
+    AcceleratorState.__init__ = init
+
+
 def whole(tensor: Any) -> Tensor:
     """By torch's own way."""
     tensor = tensor.detach()
