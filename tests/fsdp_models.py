@@ -13,7 +13,11 @@ from filet import FiletConfig
 from models import case, loader
 
 # Of each rank, its samples; in batches of 3 not equally many. One without any.
-SPLITS = {2: (range(0, 7), range(7, 12)), 3: (range(0, 8), range(8, 12), range(0))}
+SPLITS = {
+    2: (range(0, 7), range(7, 12)),
+    3: (range(0, 8), range(8, 12), range(0)),
+    4: (range(0, 4), range(0), range(4, 11), range(11, 12)),
+}
 
 
 def sharded(model: Any, mesh: tuple[int, ...], **how: Any) -> Any:
