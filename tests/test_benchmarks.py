@@ -385,7 +385,7 @@ def test_bench_scale(tmp_path, capsys, one_thread):
         ["--blocks", "2", "--samples", "8", "--batch-size", "2", "--output", str(tmp_path)]
     )
     one = [bench_scale.measured(options, mode, 0, 0, 1) for mode in ("data", "blockwise")]
-    many, nothing = values(run(2, scale_on, tmp_path, options, options.modes, limit=60))
+    many, nothing = values(run(2, scale_on, tmp_path, options, options.modes, seconds=60))
     assert [row["mode"] for row, _ in many] == [*options.modes]
     assert nothing[2][1] == {}  # blocks' files are the first process's
     compared = bench_scale.Compared(options)
