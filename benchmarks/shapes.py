@@ -69,6 +69,8 @@ SHAPES = {
     "qwen-8b": Shape("Qwen3-8B", 4096, 12288, 36, 32, 8, 128, 151936, False, "Qwen3"),
     "tiny": Shape("tiny, no statement on speed", 64, 160, 2, 4, 2, 16, 256, False),
 }
+LARGEST = Shape("Llama-3.1-405B", 16384, 53248, 126, 128, 8, 128, 128256, False)
+"""Which nothing here runs: bench_scale.py says what it would take."""
 
 
 def build(shape: Shape, blocks: int) -> nn.Module:

@@ -13,7 +13,11 @@ from filet import FiletConfig
 from models import case, loader
 
 # Of each rank, its samples; in batches of 3 not equally many. One without any.
-SPLITS = {2: (range(0, 7), range(7, 12)), 3: (range(0, 8), range(8, 12), range(0))}
+SPLITS = {
+    2: (range(0, 7), range(7, 12)),
+    3: (range(0, 8), range(8, 12), range(0)),
+    4: (range(0, 4), range(0), range(4, 11), range(11, 12)),
+}
 
 
 def sharded(model: Any, mesh: tuple[int, ...], **how: Any) -> Any:
@@ -34,6 +38,21 @@ def batches_of(kind: str, rank: int, size: int) -> list[Any]:
 def all_batches(kind: str, size: int) -> list[Any]:
     """Those of all ranks, for one process."""
     return [batch for rank in range(size) for batch in batches_of(kind, rank, size)]
+
+
+def sharded_on_a_cpu() -> None:
+    """accelerate shards on GPUs alone; torch on a CPU as well."""
+    from accelerate.state import AcceleratorState, DistributedType
+
+    plain: Any = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        plugin = fsdp_plugin or vars(self).get("fsdp_plugin")
+        if plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+
+    AcceleratorState.__init__ = init
 
 
 def whole(tensor: Any) -> Tensor:

@@ -375,25 +375,96 @@ def test_options_that_do_not_fit_are_refused(script, capsys):
         assert "need" in capsys.readouterr().err
 
 
-def scale_on(rank, folder, options):
-    return bench_scale.measured(options, rank, rank, 2)
+def scale_on(rank, folder, options, modes):
+    return [bench_scale.measured(options, mode, rank, rank, 2) for mode in modes]
 
 
 @pytest.mark.skipif(CUDA, reason="each of its processes takes a GPU")
 def test_bench_scale(tmp_path, capsys, one_thread):
-    options = bench_scale.arguments(["--blocks", "2", "--samples", "8", "--batch-size", "2"])
-    one = bench_scale.measured(options, 0, 0, 1)
-    many, nothing = values(run(2, scale_on, tmp_path, options))
-    assert [row["mode"] for row, _ in one] == [row["mode"] for row, _ in many] == [*options.only]
-    assert nothing[1][1] == {}  # blocks' files are the first process's
-    rows = bench_scale.compared([*one, *many])
-    for first, second in zip(rows[:2], rows[2:], strict=True):
+    options = bench_scale.arguments(
+        ["--blocks", "2", "--samples", "8", "--batch-size", "2", "--output", str(tmp_path)]
+    )
+    one = [bench_scale.measured(options, mode, 0, 0, 1) for mode in ("data", "blockwise")]
+    many, nothing = values(run(2, scale_on, tmp_path, options, options.modes, seconds=60))
+    assert [row["mode"] for row, _ in many] == [*options.modes]
+    assert nothing[2][1] == {}  # blocks' files are the first process's
+    compared = bench_scale.Compared(options)
+    for row, energies in (*one, *many, bench_scale.failed("fsdp2", 4, "Traceback\nOSError: no")):
+        compared.add(row, energies)
+    data, blockwise, *two, failure = compared.rows
+    for first, second in ((data, two[0]), (data, two[1]), (blockwise, two[2])):
         assert first["speedup"] == 1 and first["difference"] == 0
         assert second["speedup"] == first["seconds"] / second["seconds"]
         assert second["efficiency"] == second["speedup"] / 2
-        assert 0 < second["difference"] < 1e-4
-    assert rows[2]["reduce_s"] > 0 == rows[0]["reduce_s"]
-    assert abs(rows[3]["host_GiB"] / rows[1]["host_GiB"] - 0.5) < 0.01
-    bench_scale.show(rows)
+        # A sharded model computes its own loss, of logits in bfloat16.
+        assert 0 < second["difference"] < (0.05 if second["mode"] == "fsdp2" else 1e-4)
+    assert failure == {"mode": "fsdp2", "processes": 4, "error": "OSError: no"}
+    assert two[0]["reduce_s"] > 0 == data["reduce_s"]
+    assert abs(two[2]["host_GiB"] / blockwise["host_GiB"] - 0.5) < 0.01
+    assert_memory_of(two[1])
+    written = json.loads((tmp_path / "scale.json").read_text())
+    assert written["rows"] == json.loads(json.dumps(compared.rows)) and written["about"]["versions"]
+    assert_predicted(compared.rows, written["predicted"])
+    bench_scale.show(compared.rows)
+    bench_scale.scale_model.draw(compared.rows, tmp_path / "scale.png")
+    assert (tmp_path / "scale.png").stat().st_size > 0
     said = capsys.readouterr().out
-    assert "in memory" in said and "blockwise" in said and "waited_processes_%" in said
+    for what in ("data parallel", "FSDP2", "blockwise", "waited_processes_%", "error OSError: no"):
+        assert what in said
+
+
+def assert_memory_of(row):
+    """Of the tiny shape in bfloat16: half the model, all moments in float32, one block."""
+    shape, rank = shapes.SHAPES["tiny"], 32
+    linears = shape.linears().values()
+    block = sum(m * n + rank * (m + n) for m, n in linears) + 2 * shape.hidden
+    model = 2 * block + 2 * shape.vocabulary * shape.hidden + shape.hidden
+    assert row["block_GiB"] * 2**30 == 2 * block
+    assert row["part_GiB"] * 2**30 == pytest.approx(model, rel=1e-3)  # two bytes, halved
+    assert row["moments_GiB"] * 2**30 == 2 * 4 * (2 * 32**2 + 9 * 64**2)
+    parts = sum(row[f"{name}_GiB"] for name in ("part", "moments", "block"))
+    assert row["expected_GiB"] == pytest.approx(parts)
+
+
+def assert_predicted(rows, found):
+    """By the measured pieces, and nothing where one was not measured."""
+    model, needed = bench_scale.scale_model, bench_scale.scale_model.NEEDED
+    assert [(row["model"], row["processes"]) for row in found] == [
+        *(("tiny, no statement on speed", count) for count in (1, 2, 4, 8)),
+        ("Llama-3.1-405B", 8),
+    ]
+    one = next(r for r in rows if r["mode"] == "blockwise" and r["processes"] == 1)
+    two = next(r for r in rows if r["mode"] == "blockwise" and r["processes"] == 2)
+    first, _, _, eight, large = found
+    assert first["tokens_s"] == one["tokens_s"] and first["reduce_s"] == 0
+    assert eight["tokens_s"] == one["tokens_s"] / 8 and eight["reduce_s"] == two["reduce_s"]
+    assert found[1]["measured_block_s"] == two["seconds"] and eight["measured_block_s"] == needed
+    # A block's weights are read twice, beside what is computed.
+    computed = eight["tokens_s"] + eight["selection_s"] + eight["reduce_s"]
+    assert eight["block_s"] == max(computed, 2 * eight["load_s"]) + eight["disk_s"]
+    assert large["all_s"] == 126 * large["block_s"]
+    tiny = shapes.SHAPES["tiny"]
+    alone = [row for row in rows if row["processes"] == 1]
+    lacking = model.predicted(alone, tiny, shapes.LARGEST, 8)
+    assert lacking["reduce_s"] == lacking["block_s"] == lacking["all_s"] == needed
+    assert lacking["tokens_s"] == large["tokens_s"]
+    assert set(model.predicted([], tiny, tiny, 2).values()) == {tiny.title, 2, needed}
+
+
+@pytest.mark.skipif(CUDA, reason="each of its processes takes a GPU")
+@pytest.mark.parametrize("limit", ["60", "0.2"])
+def test_bench_scale_loses_no_mode_by_another(limit, tmp_path, capsys, monkeypatch):
+    """Its own processes; one mode fails, or all take too long."""
+    folder = tmp_path / "taken"
+    folder.mkdir()
+    (folder / "something").touch()
+    argv = ["--blocks", "2", "--samples", "4", "--batch-size", "2", "--processes", "1"]
+    argv += ["--modes", "blockwise", "data", "--shards", str(folder), "--limit", limit]
+    monkeypatch.setenv("PYTHONPATH", "benchmarks:python:.")
+    bench_scale.main([*argv, "--output", str(tmp_path)])
+    blockwise, data = json.loads((tmp_path / "scale.json").read_text())["rows"]
+    if limit == "60":
+        assert "error" in blockwise and "seconds" in data
+    else:
+        assert "not done after 0 s (--limit)" in blockwise["error"] == data["error"]
+    assert "error" in capsys.readouterr().out

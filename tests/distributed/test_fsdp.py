@@ -14,7 +14,7 @@ import filet.collect.unrounded
 import filet.loss.text
 from alike import assert_as_one, assert_same
 from filet import FiletConfig
-from fsdp_models import all_batches, batches_of, initialised, outcome, sharded
+from fsdp_models import all_batches, batches_of, initialised, outcome, sharded, whole
 from models import case, collate, peft_of, truth
 from ranks import run, values
 
@@ -114,6 +114,41 @@ def faint_at_first(model: Any) -> Any:
 def uneven(rank: int) -> list[Any]:
     """The second rank has rows beyond float16 one batch later than the first, or not at all."""
     return [collate(case("llama").samples[rank : rank + 1])] * (1 + rank)
+
+
+def on_rank_of_four(rank: int, folder: Path) -> Any:
+    """Two copies of the model, each divided between two processes: every row is there twice."""
+    model = sharded(made(), (2, 2))
+    shapes = {name: p.to_local().shape for name, p in model.named_parameters()}
+    found = initialised(model, batches_of("llama", rank, 4), start="untouched", samples=None)
+    filet.save_as_lora(model, folder / "adapter")
+    filet.write_residual(model)
+    weights = {n: whole(p) for n, p in model.named_parameters() if "base_layer" in n}
+    return found, weights, shapes
+
+
+def test_copies_of_a_sharded_model(tmp_path: Path) -> None:
+    many = values(run(4, on_rank_of_four, tmp_path, seconds=60))
+    model = made()
+    one = initialised(model, all_batches("llama", 4), start="untouched", samples=None)
+    assert_as_one([found for found, *_ in many], one)
+    for _, weights, _ in many:
+        assert_same(weights, many[0][1], "residual")
+    for name, parameter in case("llama").model.named_parameters():
+        rows = [
+            shape[0]
+            for *_, shapes in many
+            for n, shape in shapes.items()
+            if n.replace(".base_layer", "").endswith(f".{name}")
+        ]
+        assert sum(rows) == 2 * len(parameter) and max(rows) < len(parameter), name
+    filet.write_residual(model)
+    for name, weight in many[0][1].items():
+        torch.testing.assert_close(weight, model.get_parameter(name), rtol=0, atol=1e-5)
+    loaded = filet.load(made().unload(), tmp_path / "adapter")
+    for name, parameter in loaded.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(parameter, many[0][0]["factors"][name]), name
 
 
 @pytest.fixture(scope="module")

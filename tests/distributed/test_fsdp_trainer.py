@@ -13,24 +13,9 @@ from transformers import Trainer, TrainingArguments
 import filet
 from alike import assert_same
 from filet import FiletConfig
-from fsdp_models import whole
+from fsdp_models import sharded_on_a_cpu, whole
 from models import case, collate, peft_of
 from ranks import run, values
-
-
-def sharded_on_a_cpu() -> None:
-    """accelerate shards on GPUs alone; torch on a CPU as well."""
-    from accelerate.state import AcceleratorState, DistributedType
-
-    plain: Any = AcceleratorState.__init__
-
-    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        plugin = fsdp_plugin or vars(self).get("fsdp_plugin")
-        if plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
-
-    AcceleratorState.__init__ = init
 
 
 def trained(folder: Path, start: str, steps: int, way: str = "", resume: bool = False) -> Any:

@@ -325,6 +325,12 @@ def _check_base(
             raise ValueError(
                 f"the base model has no linear module {name!r}, which {folder} has: {error}"
             ) from error
+        if values[name].device.type == "meta":
+            raise ValueError(
+                f"the base weight of {name} is on the meta device (not loaded, or left to rank 0 "
+                f"by cpu_ram_efficient_loading); expected what {folder} was made for, which is "
+                "compared, in every process"
+            )
     recorded = {name: layer["weight"] for name, layer in layers.items()}
     check_weights(values, recorded, f"{folder} belongs")
 

@@ -144,16 +144,20 @@ class Blockwise:
 
     def __enter__(self) -> Blockwise:
         with contextlib.ExitStack() as stack:
+            stack.push(self._ended)
             stack.enter_context(self.journal)
             if self.scratch is not None:
                 stack.enter_context(self._cleared(self.scratch))
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: object = None, *exception: object) -> None:
+    def _ended(self, kind: object, *exception: object) -> None:
         if kind is not None and self._channel is not None:
             self.journal.settle()  # before the others hear of it: their run ends with that
             self._channel.stop()  # the others wait for no weights of this process
+
+    def __exit__(self, kind: object = None, *exception: object) -> None:
+        self._ended(kind)
         self._stack.close()
         if kind is None and self._channel is not None:
             self._channel.close()

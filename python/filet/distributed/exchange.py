@@ -50,9 +50,12 @@ def reduced(group: Group, blocks: Iterable[tuple[int, Sequence[Square]]]) -> lis
     for owner, squares in blocks:
         result = [_place(square, owner == group.rank) for square in squares]
         found.append(result)
+        begun = []
         for alike in _alike(square[1:3] for square in squares):
-            flat = _packed(group, [squares[i] for i in alike])
             goals = [result[i] for i in alike] if owner == group.rank else []
+            begun.append((_packed(group, [squares[i] for i in alike]), goals))
+        group.settle()  # whoever has no room for it says so, and nobody waits for what it lacks
+        for flat, goals in begun:
             queue.put(group.reduce(flat, owner), _unpacked, flat, goals)
     queue.drain()
     return found
@@ -109,6 +112,7 @@ def spread(
             list(tensors) if mine else [torch.empty(s, dtype=d, device=p) for s, d, p in described]
         )
         found.append(result)
+        begun = []
         for indices in _alike(each[1:3] for each in described):
             alike = [result[i] for i in indices]
             place = group.place(alike[0].device)
@@ -117,7 +121,10 @@ def spread(
             else:
                 size = sum(tensor.numel() for tensor in alike)
                 flat = torch.empty(size, dtype=alike[0].dtype, device=place)
-            queue.put(group.broadcast(flat, owner), _divided, flat, [] if mine else alike)
+            begun.append((flat, [] if mine else alike))
+        group.settle()
+        for flat, goals in begun:
+            queue.put(group.broadcast(flat, owner), _divided, flat, goals)
     queue.drain()
     return found
 
@@ -140,15 +147,18 @@ def gathered(group: Group, squares: Iterable[tuple[int, Tensor]]) -> list[Tensor
         if owner == 0:
             found += [square] if group.rank == 0 else []
             continue
-        if group.rank not in (0, owner):
-            continue
-        flat = torch.empty(packed_size(len(square)), dtype=square.dtype)
-        if group.rank == owner:
-            pack(square.cpu(), flat)
-            group.send(flat, 0)
-        else:
-            group.receive(flat, owner)
+        flat = whole = torch.empty(0)
+        if group.rank in (0, owner):
+            flat = torch.empty(packed_size(len(square)), dtype=square.dtype)
+        if group.rank == 0:
             whole = torch.zeros(square.shape, dtype=square.dtype)
+        elif group.rank == owner:
+            pack(square.cpu(), flat)
+        group.settle()
+        if group.rank == owner:
+            group.send(flat, 0)
+        elif group.rank == 0:
+            group.receive(flat, owner)
             unpack(flat, whole)
             found.append(whole)
     return found

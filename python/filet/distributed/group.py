@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import platform
 import warnings
 from collections.abc import Iterator, Mapping
@@ -65,7 +66,8 @@ class Group:
     As a context it holds a call: it succeeds in all processes or in none, and an exception in one
     is raised in the others with its message. It can be entered again inside. Whatever several
     processes do together begins with an :meth:`exchanged`, at which those that failed say so, so
-    that nobody waits for tensors that will not come. Small objects go by a gloo group of its own:
+    that nobody waits for tensors that will not come; between it and their way nothing is done that
+    can fail: what needs room has it before. Small objects go by a gloo group of its own:
     that needs no GPU, and a process that died is noticed by its connection. Tensors of a GPU go by
     NCCL where the program has it.
 
@@ -148,20 +150,27 @@ class Group:
         return [value for _, value in said]
 
     def from_first(self, value: T) -> T:
-        """What the first process gave. Collective."""
-        self.settle()
-        said = [value]
+        """What the first process gave, to the others a copy. Collective."""
+        content = pickle.dumps(value) if self.rank == 0 else b""
+        size = self.exchanged(len(content))[0]
+        raw = torch.empty(size, dtype=torch.uint8) if self.rank else _as_tensor(content)
+        self.settle()  # all have room for it
         with self.lost():
-            dist.broadcast_object_list(said, 0, group=self._control)
-        return said[0]
+            dist.broadcast(raw, 0, group=self._control)
+        if self.rank == 0:
+            return value
+        copy: T = pickle.loads(raw.numpy().tobytes())
+        return copy
 
     def gathered(self, content: bytes) -> list[Tensor]:
         """In the first process, the bytes of the others, which have none then. Collective."""
+        mine = _as_tensor(content) if self.rank else None
         sizes = self.exchanged(len(content))
-        if self.rank:
-            self.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), 0)
+        found = [torch.empty(size, dtype=torch.uint8) for size in sizes[1:] if mine is None]
+        self.settle()  # the first process has room for it
+        if mine is not None:
+            self.send(mine, 0)
             return []
-        found = [torch.empty(size, dtype=torch.uint8) for size in sizes[1:]]
         for rank, raw in enumerate(found, start=1):
             self.receive(raw, rank)
         return found
@@ -282,6 +291,10 @@ class Group:
                 if text not in shown:
                     warnings.warn(f"rank {rank}: {text}", category, stacklevel=3)
             shown |= texts.keys()
+
+
+def _as_tensor(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def _machine() -> str:

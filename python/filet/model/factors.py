@@ -154,6 +154,9 @@ class StartedFactor(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         both = self._whole()
         both = both if keep_vars else both.detach()
+        if both.is_meta:  # accelerate asks how it is sharded, to send the weights there
+            destination[f"{prefix}weight"] = divided(both, self.trained)
+            return
         destination[f"{prefix}weight"] = _Whole.of(both, self)
 
     def _load_from_state_dict(

@@ -60,6 +60,8 @@ def whole(tensor: Any) -> Tensor:
     if not is_sharded(tensor):
         found: Tensor = tensor
         return found
+    if tensor.is_meta:  # accelerate shards a model there, before its weights come
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     if tensor.device.type != tensor.device_mesh.device_type:
         tensor = tensor.to(tensor.device_mesh.device_type)
     found = tensor.full_tensor()
@@ -85,14 +87,18 @@ def local_rows(value: Tensor, like: Tensor) -> Tensor:
 
 
 def divided(value: Tensor, like: Any) -> Tensor:
-    """A value, which every process has whole, sharded as another tensor is, if it is."""
+    """A value, which every process has whole, sharded as another tensor is, if it is.
+
+    It lies where the other does, on the mesh's device where that is on the meta device.
+    """
     if not is_sharded(like):
         return value
     from torch.distributed.tensor import distribute_tensor
 
     mesh = like.device_mesh
-    part = distribute_tensor(value.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
-    return part.to(like.device)
+    value = value if value.is_meta else value.to(mesh.device_type)
+    part = distribute_tensor(value, mesh, like.placements, src_data_rank=None)
+    return part if like.is_meta else part.to(like.device)
 
 
 def by_rows(tensor: Any) -> bool:

@@ -218,8 +218,9 @@ def find_targets(
             continue
         if loaded and values.device.type == "meta":
             raise ValueError(
-                "a base weight is on the meta device (not loaded, or offloaded by device_map); "
-                "load the model onto real devices before initialising it"
+                f"the base weight of {name} is on the meta device (not loaded, offloaded by "
+                "device_map, or left to rank 0 by cpu_ram_efficient_loading); expected a model on "
+                "real devices, as accelerate's prepare() has it and FiletInitCallback finds it"
             )
         beside = is_beside(peft_model.base_model.model, name)
         targets[name] = Target.of(name, layer, adapter_name, values, beside)
