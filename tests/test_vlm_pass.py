@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PerceiverConfig, PerceiverForMaskedLM
 
-from models import Case, assert_energies, energies_of, peft_of
+from filet.model.beside import is_beside
+from models import Case, assert_energies, energies_of, linears, peft_of
 from passes import FLOAT32
 from pictures import gemma3, llava, qwen2_5_vl, qwen2_vl, qwen3_vl, true_of, with_images
 
@@ -65,3 +67,19 @@ def seen_rows(c: Case, batch: dict[str, Tensor]) -> set[tuple[int, ...]]:
     for handle in handles:
         handle.remove()
     return seen
+
+
+def test_what_lies_beside_the_text() -> None:
+    """Latents read a text's own tokens by keys across; a head reads those of the text's part."""
+    c = llava()
+    beside = [name for name in linears(c.model) if is_beside(c.model, name)]
+    assert beside == [name for name in linears(c.model) if "vision" in name or "projector" in name]
+    config = PerceiverConfig(
+        num_latents=4, d_latents=8, d_model=8, num_blocks=1, num_self_attends_per_block=1,
+        num_self_attention_heads=2, num_cross_attention_heads=2, vocab_size=9,
+        max_position_embeddings=6,
+    )  # fmt: skip
+    model = PerceiverForMaskedLM(config)
+    names = linears(model)
+    assert any("cross_attention" in name and name.endswith("key") for name in names)
+    assert not any(is_beside(model, name) for name in names)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from filet.model.beside import nearest_config
+from filet.model.beside import crosses, is_key_or_value, nearest_config
 from filet.system.text import some
 
 __all__ = ["warn_of_padding", "with_padding"]
@@ -32,13 +32,18 @@ def warn_of_padding(unmasked: list[str]) -> None:
 def _is_padded(model: nn.Module, name: str, rows: int) -> bool:
     """Whether a module that is given so many rows may see what the batch's mask leaves out.
 
-    Of a model with two sides, the part of images sees only what is there; of others such parts are
-    not asked for (:func:`filet.model.beside.is_beside`). Whisper's encoder is given as many frames
-    with every sample.
+    Of a model with two sides, the part of images sees only what is there, as do keys and values
+    across of a decoder alone; of others such parts are not asked for
+    (:func:`filet.model.beside.is_beside`). Whisper's encoder is given as many frames with every
+    sample.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return True
+    path = name.split(".")
+    across = crosses(path) and is_key_or_value(path)
+    if across and not getattr(config, "is_encoder_decoder", False):
+        return False
     nearest = nearest_config(model, name)
     if type(nearest) is not type(config):
         return hasattr(nearest, "vocab_size")

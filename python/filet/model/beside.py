@@ -16,21 +16,21 @@ __all__ = ["crosses", "is_beside", "is_key_or_value", "nearest_config", "text_pa
 def is_beside(model: Any, path: str) -> bool:
     """Whether a module's rows are no tokens of the text that the model goes on with.
 
-    They are not in a part with a config of its own and no words in it, in what lies between that
-    and the text's part (a projection), and at keys and values across. Of encoder-decoders the two
-    sides say more (:mod:`filet.collect.rows`).
+    They are not in a part with a config of its own and no words in it; nor, of a model with a part
+    for its text, in what lies between the two (a projection) and at keys and values across. Of
+    encoder-decoders the two sides say more (:mod:`filet.collect.rows`).
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or getattr(config, "is_encoder_decoder", False):
         return False
+    composed = config.get_text_config() is not config
     parts = path.split(".")
-    if crosses(parts) and is_key_or_value(parts):
+    if composed and crosses(parts) and is_key_or_value(parts):
         return True
     nearest = nearest_config(model, path)
     if type(nearest) is not type(config):
         return not hasattr(nearest, "vocab_size")
-    inside = path.startswith(f"{getattr(model, 'base_model_prefix', '')}.")
-    return config.get_text_config() is not config and inside
+    return composed and path.startswith(f"{getattr(model, 'base_model_prefix', '')}.")
 
 
 def nearest_config(model: Any, path: str) -> Any:
