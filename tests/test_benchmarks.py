@@ -272,7 +272,8 @@ def test_bench_model(tmp_path, capsys, one_thread):
 
 @pytest.mark.filterwarnings("ignore")
 def test_bench_methods(tmp_path, capsys, one_thread):
-    bench_methods.main(["--shapes", "tiny", *SMALL, "--output", str(tmp_path)])
+    options = ["--shapes", "tiny", *SMALL, "--limit", "600", "--output", str(tmp_path)]
+    bench_methods.main(options)
     written = {row["method"]: row for row in rows(tmp_path / "methods.csv")}
     assert list(written) == [title for title, _, _ in bench_methods.METHODS.values()]
     for title, row in written.items():
@@ -385,7 +386,7 @@ def test_bench_scale(tmp_path, capsys, one_thread):
         ["--blocks", "2", "--samples", "8", "--batch-size", "2", "--output", str(tmp_path)]
     )
     one = [bench_scale.measured(options, mode, 0, 0, 1) for mode in ("data", "blockwise")]
-    many, nothing = values(run(2, scale_on, tmp_path, options, options.modes, seconds=60))
+    many, nothing = values(run(2, scale_on, tmp_path, options, options.modes))
     assert [row["mode"] for row, _ in many] == [*options.modes]
     assert nothing[2][1] == {}  # blocks' files are the first process's
     compared = bench_scale.Compared(options)

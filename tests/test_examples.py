@@ -256,7 +256,7 @@ def test_two_processes(place: Path, tmp_path: Path) -> None:
     if find_spec("bitsandbytes") is None:
         del more["qlora"]
     commands = {n: arguments(place, "chatml", "pairs.jsonl", tmp_path / n) for n in more}
-    (first, samples), (second, _) = values(run(2, on_rank, tmp_path, commands, seconds=120))
+    (first, samples), (second, _) = values(run(2, on_rank, tmp_path, commands))
     assert samples == [21] * len(more)
     for name, weights in first.items():
         assert weights and all(torch.equal(second[name][n], value) for n, value in weights.items())

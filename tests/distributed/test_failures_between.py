@@ -139,7 +139,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[str]]]
     for points, call in ((BLOCKWISE, blockwise), (IN_MEMORY, in_memory)):
         folder = tmp_path_factory.mktemp("ranks")
         try:
-            found[call.__name__] = values(run(2, broken, folder, model, points, call, seconds=100))
+            found[call.__name__] = values(run(2, broken, folder, model, points, call))
         except AssertionError as error:
             last = [(folder / f"said{rank}").read_text().splitlines()[-1:] for rank in (0, 1)]
             raise AssertionError(f"{error}, after {last}") from error

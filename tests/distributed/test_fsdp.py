@@ -128,7 +128,7 @@ def on_rank_of_four(rank: int, folder: Path) -> Any:
 
 
 def test_copies_of_a_sharded_model(tmp_path: Path) -> None:
-    many = values(run(4, on_rank_of_four, tmp_path, seconds=60))
+    many = values(run(4, on_rank_of_four, tmp_path))
     model = made()
     one = initialised(model, all_batches("llama", 4), start="untouched", samples=None)
     assert_as_one([found for found, *_ in many], one)

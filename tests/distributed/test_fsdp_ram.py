@@ -110,7 +110,7 @@ def on_rank(rank: int, folder: Path) -> list[Any]:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    first, second = values(run(2, on_rank, tmp_path, seconds=100))
+    first, second = values(run(2, on_rank, tmp_path))
     alone = {
         start: trained(tmp_path / start, adapted(base()), "before", start, plugin=False)
         for start in ("zero", "untouched")

@@ -160,7 +160,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[Any]:
-    return values(run(2, on_rank, folder, seconds=200))
+    return values(run(2, on_rank, folder))
 
 
 @pytest.fixture(scope="module")
