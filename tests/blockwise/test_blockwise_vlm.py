@@ -130,7 +130,7 @@ def batch_of(samples: list[Any]) -> Batch:
     batch = with_images(samples)
     labels = batch.pop("labels").flatten()
     rows = (labels != -100).nonzero().squeeze(1)
-    return Batch(batch, rows, labels[rows], None, None, len(samples), labels.numel())
+    return Batch(batch, rows, labels[rows], None, None, len(samples), labels.numel(), 0)
 
 
 def test_a_task_that_is_none(tmp_path: Path) -> None:
