@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         rewards = (f"{side} {seen[f'eval_rewards/{side}']:.1e}" for side in ("chosen", "rejected"))
         say(f"step {step}: loss {seen['eval_loss']:.4f}, rewards:", *rewards)
     if trainer.is_world_process_zero():
-        filet.save_as_lora(trainer.model, args.output)
+        filet.save_as_lora(trainer.model, args.output, report=report)
 
 
 if __name__ == "__main__":

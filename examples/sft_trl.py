@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     answers = "messages" in rows.column_names
     try:
         _ = answers and get_training_chat_template(tokenizer)
-    except ValueError:  # TRL finds no answers by this template: the last of each is learned
+    except (TypeError, ValueError):  # TRL cannot mark answers: the last of each is learned
         pairs = [{"prompt": each[:-1], "completion": each[-1:]} for each in rows["messages"]]
         rows, answers = datasets.Dataset.from_list(pairs), False
     parts = rows.train_test_split(test_size=0.1, seed=0)
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     before, after = trainer.state.log_history[0], trainer.evaluate()
     say(f"held-out loss {before['eval_loss']:.4f}, then {after['eval_loss']:.4f}")
     if trainer.is_world_process_zero():
-        filet.save_as_lora(trainer.model, args.output)
+        filet.save_as_lora(trainer.model, args.output, report=report)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     before, after = trainer.state.log_history[0], trainer.evaluate()
     say(f"held-out loss {before['eval_loss']:.4f}, then {after['eval_loss']:.4f}")
     if trainer.is_world_process_zero():
-        filet.save_as_lora(trainer.model, args.output)
+        filet.save_as_lora(trainer.model, args.output, report=report)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ trainer = SFTTrainer(
     train_dataset=load_dataset("json", data_files="train.jsonl", split="train"),
     args=SFTConfig(
         output_dir="trained",
+        assistant_only_loss=True,  # of rows with messages; leave it out for others
         per_device_train_batch_size=4,
         gradient_accumulation_steps=4,
         num_train_epochs=1,

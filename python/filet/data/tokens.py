@@ -153,7 +153,7 @@ def encode(
         if any(label != IGNORED for label in labels[1:]):
             rows.append((ids, labels))
 
-    why = f"fewer than 2 tokens, or nothing to predict within max_length={max_length}"
+    why = f"fewer than 2 tokens, or no answer, or nothing to predict within max_length={max_length}"
     return Encoded(usable(rows, len(samples), why), pad_of(tokenizer))
 
 

@@ -154,7 +154,10 @@ class FiletReport:
         if path.is_dir():
             path = path / REPORT_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"no filet report at {path}")
+            raise FileNotFoundError(
+                f"no filet report at {path}; expected what filet init wrote, or save_as_lora with "
+                "report= (two folders of adapters are compared without)"
+            )
         try:
             with safe_open(str(path), framework="pt", device="cpu") as file:
                 metadata = file.metadata() or {}
