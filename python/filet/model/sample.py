@@ -85,7 +85,7 @@ def hash_of(batch: Any, is_encoder_decoder: bool) -> int:
     if is_encoder_decoder:
         target = {key: own.pop(key) for key in list(own) if key.startswith(("labels", "decoder"))}
     labels = target.get("labels", torch.zeros(size, 1))
-    its_mask = target.get("decoder_attention_mask", labels != IGNORED)
+    its_mask = target.get("decoder_attention_mask", labels.reshape(size, -1) != IGNORED)
     total = 0
     for index in range(size):
         if target:
