@@ -107,7 +107,12 @@ def example(
     def main(name: str, model: str, data: str, *more: str) -> Done:
         saved = []
         save = filet.save_as_lora
-        monkeypatch.setattr(filet, "save_as_lora", lambda *a: (saved.append(a[0]), save(*a)))
+
+        def save_as_lora(model: Any, *more: Any, **report: Any) -> None:
+            saved.append(model)
+            save(model, *more, **report)
+
+        monkeypatch.setattr(filet, "save_as_lora", save_as_lora)
         importlib.import_module(name).main(arguments(place, model, data, tmp_path, *more))
         (trained,) = saved
         return capsys.readouterr().out, trained
