@@ -140,7 +140,7 @@ def test_data_to_keep_need_no_labels(keep: str, tmp_path: Path) -> None:
     assert report.config["select"] == "contrast"
     mine = dict(trainer.model.named_parameters())
     for name, parameter in expected.named_parameters():
-        torch.testing.assert_close(mine[name], parameter, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(mine[name], parameter, rtol=1e-4, atol=1e-5)
 
 
 def test_the_training_after_it_is_the_one_without_it(tmp_path: Path) -> None:
