@@ -20,10 +20,10 @@ SPLITS = {
 }
 
 
-def sharded(model: Any, mesh: tuple[int, ...], **how: Any) -> Any:
+def sharded(model: Any, mesh: tuple[int, ...], device: str = "cpu", **how: Any) -> Any:
     """By its blocks, over a mesh of so many processes, the rest as the root of all."""
     names = ("replicate", "shard")[-len(mesh) :]
-    devices = init_device_mesh("cpu", mesh, mesh_dim_names=names)
+    devices = init_device_mesh(device, mesh, mesh_dim_names=names)
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     for block in lists[0]:
         fully_shard(block, mesh=devices, **how)

@@ -1,4 +1,4 @@
-"""Functions run by several processes of torch.distributed at once, by gloo on the CPU."""
+"""Functions run by several processes of torch.distributed at once: by gloo, on GPUs by NCCL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Their imports take seconds: a server makes them once, and every process is a fork of it.
+# Their imports take seconds: a server makes them once, and every process is a fork of it. Some look
+# at the GPUs, which a fork cannot use then: processes with GPUs import for themselves.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["filet.initialize", "filet.trainer", "filet.cli.main"])
 
@@ -32,16 +33,22 @@ class Ended:
 
 
 def run(
-    size: int, function: Callable[..., Any], folder: Path, *arguments: Any, join: bool = True
+    size: int,
+    function: Callable[..., Any],
+    folder: Path,
+    *arguments: Any,
+    join: bool = True,
+    gpus: bool = False,
 ) -> list[Ended]:
     """``function(rank, folder, *arguments)`` on every rank, what it returns by a file.
 
-    ``join=False`` leaves it to the function to find the others. A rank that hangs is ended after
-    :data:`_LIMIT` seconds, and fails the test.
+    ``join=False`` leaves it to the function to find the others. ``gpus``: each has a GPU of its
+    own. A rank that hangs is ended after :data:`_LIMIT` seconds, and fails the test.
     """
     (folder / "rendezvous").unlink(missing_ok=True)
+    context: Any = multiprocessing.get_context("spawn") if gpus else _CONTEXT
     processes = [
-        _CONTEXT.Process(target=_main, args=(rank, size, function, folder, arguments, join))
+        context.Process(target=_main, args=(rank, size, function, folder, arguments, join, gpus))
         for rank in range(size)
     ]
     for process in processes:
@@ -83,6 +90,7 @@ def _main(
     folder: Path,
     arguments: tuple[Any, ...],
     join: bool,
+    gpus: bool,
 ) -> None:
     torch.set_num_threads(1)
     sys.path.insert(0, str(Path(__file__).parent))
@@ -90,8 +98,11 @@ def _main(
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # accelerate asks for them
     where = f"file://{folder}/rendezvous"
+    if gpus:
+        torch.cuda.set_device(rank)
     if join:
-        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size)
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        dist.init_process_group(backend, init_method=where, rank=rank, world_size=size)
     try:
         ended = Ended(function(rank, folder, *arguments))
     except BaseException as error:

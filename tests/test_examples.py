@@ -142,11 +142,14 @@ def assert_loads(trained: Any, base: Any, folder: Path, batch: dict[str, Tensor]
     gpu = trained.device.type == "cuda"  # where the trainer's autocast stays on
     batch = {key: value.to(trained.device) for key, value in batch.items()}
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=gpu):
-        expected, found = trained(**batch).logits, loaded(**batch).logits
+        expected, found = trained(**batch).logits.float(), loaded(**batch).logits.float()
         with trained.disable_adapter():
-            start = trained(**batch).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert (expected - start).abs().max() > 1e-2
+            start = trained(**batch).logits.float()
+    learned = (expected - start).abs().max()
+    assert learned > 1e-2
+    torch.testing.assert_close(
+        found, expected, rtol=1e-5, atol=float(learned) / 10 if gpu else 1e-5
+    )
 
 
 def causal(place: Path, name: str, **more: Any) -> Any:

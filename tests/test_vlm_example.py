@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
@@ -31,7 +33,9 @@ def test_the_example_trains_what_it_initialised(
         return seen[0]
 
     monkeypatch.setattr(filet, "initialize_from_trainer", watched)
-    folder_of("gemma3", tmp_path / "model", marked=True)
+    # TRL takes marks in templates of models that see from there on.
+    marked = Version(transformers.__version__) >= Version("5.18")
+    folder_of("gemma3", tmp_path / "model", marked=marked)
     data = write_jsonl(tmp_path / "chats.jsonl", *chats(images_in(tmp_path)))
     output = tmp_path / "adapter"
     given = {"model": tmp_path / "model", "data": data, "output": output, "rank": 2, "steps": 2}
