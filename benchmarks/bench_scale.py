@@ -12,10 +12,9 @@ some blocks of Llama-3-70B and its head, from host memory (two blocks of it stan
 the shards of a folder; the weights that a process reads are its share. Seconds are those of the
 slowest process from a common start. Of the blockwise engine they are the median of a block, without
 the first of each sweep, forward and reverse; and what 80 blocks would take, extrapolated, not run.
-"difference" is the largest relative difference of any energy from those that it is compared with;
-a sharded model computes its own loss, of logits in bfloat16 (0.006 on the tiny shape).
-"expected_GiB" of fsdp2 is the part of the model, the moments and one block whole; activations and
-logits come on top.
+"difference" is the largest relative difference of any energy from those that it is compared with.
+"expected_GiB" of fsdp2 is the part of the model, the moments and one block whole; activations come
+on top.
 
 A row is printed as soon as it is there. Each mode and number of processes has processes of its own,
 and a time (--limit); one that fails, or takes longer, is a row that says so. All rows, what N GPUs
@@ -134,7 +133,8 @@ def model_in_memory(options: argparse.Namespace, sharded: bool, device: torch.de
     model = shapes.with_lora(shapes.build(shape, options.data_blocks or shape.blocks), 32)
     if not sharded:
         return model, 0, 0
-    model.to(shapes.DTYPE)  # of a unit of FSDP2 all parameters have one dtype
+    for parameter in model.parameters():  # of a unit of FSDP2 all have one dtype
+        parameter.data = parameter.data.to(shapes.DTYPE)
     layers = model.base_model.model.model.layers
     block = sum(parameter.nbytes for parameter in layers[0].parameters())
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))

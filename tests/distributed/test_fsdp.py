@@ -165,14 +165,10 @@ def assert_close(many: list[Any], one: Any, rtol: float) -> None:
 
 
 def in_16_bits(model: Any, batches: Any, dtype: torch.dtype) -> Any:
-    """Of a whole model with such parameters, by its own loss, as that of a sharded one is."""
+    """Of a whole model with such parameters."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    report = filet.initialize_lora_filet_weights(
-        model, batches, FiletConfig(samples=None), show_progress_bar=False,
-        forward_fn=lambda model, batch: model(**batch),
-    )  # fmt: skip
-    return outcome(report, model)
+    return initialised(model, batches, samples=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

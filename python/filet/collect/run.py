@@ -86,9 +86,9 @@ class BatchRun(ABC):
     ) -> None:
         base_model = peft_model.base_model.model
         self.inputs = Inputs(base_model, forward_fn)
-        self.loss = BatchLoss(config, peft_model, self.inputs, forward_fn)
-        self.hooks = hooks
         self.in_step = InStep() if together is None else together.in_step
+        self.loss = BatchLoss(config, peft_model, self.inputs, forward_fn, self.in_step.most)
+        self.hooks = hooks
         self.batch: Prepared | None = None
         self._token_mask = config.token_mask
         self._device = _input_device(base_model)

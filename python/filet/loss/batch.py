@@ -26,11 +26,13 @@ class BatchLoss:
         peft_model: PeftModel,
         inputs: Inputs,
         forward_fn: ForwardFn | None,
+        most: Callable[[Any], Any],
     ) -> None:
+        """``most``: the largest of what the processes give that run the model together."""
         self.peft_model = peft_model
         self.forward = forward_fn or _own_forward
         self.summed = SummedLoss(config, inputs)
-        self.head = HeadLoss(config, peft_model, inputs.shift, forward_fn)
+        self.head = HeadLoss(config, peft_model, inputs.shift, forward_fn, most)
 
     def __call__(
         self, given: Any, host: Any, batch: Any, once_more: Callable[[], None]

@@ -8,6 +8,9 @@ never enter the head.
 What the model does with its logits is not known, only seen (:meth:`HeadLoss._differs`): where they
 are scaled, capped or summed up in another way, the model's own loss is taken
 (:mod:`filet.loss.summed`).
+
+Of a model that FSDP2 has sharded, the head's weight is whole where the unit that it belongs to has
+gathered it: in that unit's forward, and here before the products.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from filet.config import FiletConfig
 from filet.loss.sampling import drawn, uniform
 from filet.model.batch import IGNORED, labels_of
 from filet.model.fused import why_kept
+from filet.model.sharded import unit_of
 from filet_kernels import cross_entropy_
 
 __all__ = ["CHUNK_BYTES", "CHUNK_ROWS", "ChunkedLoss", "HeadLoss", "StandIn"]
@@ -56,10 +60,19 @@ class StandIn(nn.Module):
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias = head.weight, head.bias  # models look up the dtype there
+        self._head = (head,)  # not a module of this one
         self.few = 0
         self.hidden: Tensor | None = None
         self.shown: Tensor | None = None  # those logits
+
+    @property
+    def weight(self) -> Tensor:
+        """The head's, as it is now; models look up the dtype there."""
+        return self._head[0].weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._head[0].bias
 
     def forward(self, hidden: Tensor) -> Tensor:
         self.hidden = hidden
@@ -85,6 +98,7 @@ class ChunkedLoss:
         predicts: Tensor,
         labels: Tensor | None,
         uniform: Tensor | None,
+        unit: Any = None,
     ) -> None:
         """
         Args:
@@ -92,8 +106,9 @@ class ChunkedLoss:
             predicts: (B, T) bool, on the CPU: the tokens that count, R of them.
             labels: (R,) what they predict; None draws it from the model.
             uniform: (R, 1) numbers in [0, 1) to draw it by.
+            unit: by which FSDP2 gathers the head's weight; None where it is whole.
         """
-        device = head.weight.device
+        device = head.weight.device if unit is None else hidden.device
         index = predicts.flatten().nonzero().squeeze(1)
         # Of every token the row that it is, and of the others one more row, of zeros: the gradient
         # of a selection that is one itself, and needs no atomics.
@@ -108,9 +123,12 @@ class ChunkedLoss:
         self.uniform = None if uniform is None else uniform.to(device, non_blocking=True)
         self.terms = index.numel()
         self.requires_grad = hidden.requires_grad
+        self._unit = unit
 
     def backward(self, scale: float, retain_graph: bool = False) -> None:
-        """Backward from ``scale`` times the summed loss."""
+        """Backward from ``scale`` times the summed loss. Collective of a sharded model."""
+        if self._unit is not None:
+            self._unit.unshard()  # as its backward would next
         weight = self.head.weight
         step = max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
         step = max(step // CHUNK_ROWS * CHUNK_ROWS, min(step, CHUNK_ROWS))
@@ -137,11 +155,12 @@ class ChunkedLoss:
 
 @dataclass(frozen=True)
 class _HeadPlace:
-    """Where a model has its head, and what stands in for it."""
+    """Where a model has its head, what stands in for it, and what gathers it (FSDP2's unit)."""
 
     siblings: dict[str, nn.Module | None]
     name: str
     stand_in: StandIn
+    unit: Any
 
 
 def _unsupported(shift: bool, forward_fn: Callable[[Any, Any], Any] | None) -> str | None:
@@ -158,9 +177,10 @@ def _head_of(peft_model: PeftModel) -> _HeadPlace | str:
         head = head.modules_to_save[head.active_adapters[0]]  # the one that trains
     if type(head) is not nn.Linear:
         return f"its head is a {type(head).__name__}; expected nn.Linear without an adapter"
-    if (why := why_kept(peft_model, head)) is not None:
+    if (why := why_kept(head)) is not None:
         return f"its head {why}"
-    if type(head.weight) is not nn.Parameter:
+    unit = None if type(head.weight) is nn.Parameter else unit_of(peft_model, head)
+    if type(head.weight) is not nn.Parameter and unit is None:
         return f"the weight of its head is a {type(head.weight).__name__}"
     if head.weight.device.type == "meta":
         return "its head is offloaded"
@@ -169,7 +189,7 @@ def _head_of(peft_model: PeftModel) -> _HeadPlace | str:
     if len(places) != 1:
         return f"its head is at {len(places)} places"
     parent, _, name = places[0].rpartition(".")
-    return _HeadPlace(peft_model.get_submodule(parent)._modules, name, StandIn(head))
+    return _HeadPlace(peft_model.get_submodule(parent)._modules, name, StandIn(head), unit)
 
 
 class HeadLoss:
@@ -181,9 +201,16 @@ class HeadLoss:
         peft_model: PeftModel,
         shift: bool,
         forward_fn: Callable[[Any, Any], Any] | None,
+        most: Callable[[Any], Any],
     ) -> None:
-        """``shift``: the model is known to pair a token's logits with the next label."""
+        """
+        Args:
+            shift: the model is known to pair a token's logits with the next label.
+            most: the largest of what the processes give that run the model together: until it is
+                known what the model does, all of them take a batch the same way.
+        """
         self.config = config
+        self.most = most
         self.peft_model = peft_model
         self.settled = False  # the model was seen to compute the plain cross-entropy of its head
         self.reasons: set[str] = set()  # that were said
@@ -199,7 +226,8 @@ class HeadLoss:
 
     def takes(self, batch: Any) -> bool:
         """Whether the batch can go this way; the first batch that cannot says why in the log."""
-        return self._said(self.why_not or self._unsupported_batch(batch))
+        reason = self.why_not or self._unsupported_batch(batch)
+        return self._said(reason if self.settled or self.why_not else self._of_all(reason))
 
     def __call__(self, batch: Any, host: Any) -> ChunkedLoss | None:
         """Forward. ``host``: the same batch, before it went to the device.
@@ -210,21 +238,23 @@ class HeadLoss:
         labels = host["labels"].cpu()
         predicts = F.pad(labels[:, 1:].ne(IGNORED), (0, 1))  # the last token predicts nothing
         wanted = labels[:, 1:][predicts[:, :-1]].long()
+        assert self._place is not None
         with self._without_head():
             if self.settled:
                 self.peft_model(**{key: batch[key] for key in batch if key != "labels"})
-            elif not self._said(reason := self._differs(batch)):
+            elif not self._said(reason := self._of_all(self._differs(batch))):
                 # The next batch may be finite.
                 self.why_not = None if reason == _NOT_FINITE else reason
                 return None
             self.settled = True
             hidden = self.head.hidden
         assert hidden is not None
+        unit = self._place.unit
         if self.config.fisher == "empirical":
-            return ChunkedLoss(self.head, hidden, predicts, wanted, None)
+            return ChunkedLoss(self.head, hidden, predicts, wanted, None, unit)
         counts = predicts.sum(1).tolist()
         numbers = [uniform(self.config, host, index, n) for index, n in enumerate(counts)]
-        return ChunkedLoss(self.head, hidden, predicts, None, torch.cat(numbers))
+        return ChunkedLoss(self.head, hidden, predicts, None, torch.cat(numbers), unit)
 
     def hidden_alone(self, batch: Any) -> None:
         """Forward of a batch without labels, for what happens on the way to the head."""
@@ -237,15 +267,21 @@ class HeadLoss:
         It is shown a few logits and given as many labels, and has to return those very logits and
         a loss that is theirs. Returns what it did instead.
         """
-        size, length = batch["labels"].shape
-        few = min(_FEW, length)
+        few = min(_FEW, batch["labels"].shape[1])
         labels = torch.arange(few, device=batch["labels"].device).unsqueeze(0)
         labels %= self.head.weight.shape[0]
+        results: list[Any] = []  # before FSDP2 rounds them
+        model = self.peft_model.base_model.model
+        watch = model.register_forward_hook(lambda *called: results.append(called[-1]))
         self.head.few = few
-        result = self.peft_model(**{**batch, "labels": labels})
+        try:
+            self.peft_model(**{**batch, "labels": labels})
+        finally:
+            watch.remove()
         self.head.few = 0
+        (result,) = results
         hidden, shown = self.head.hidden, self.head.shown
-        if hidden is None or shown is None or hidden.shape[:-1] != (size, length):
+        if hidden is None or shown is None or hidden.shape[:-1] != batch["labels"].shape:
             return "its head is not called with the hidden states of all tokens"
         logits, loss = getattr(result, "logits", None), getattr(result, "loss", None)
         if not isinstance(logits, Tensor) or not isinstance(loss, Tensor):
@@ -260,13 +296,20 @@ class HeadLoss:
         sums = {"mean": float(terms.mean()), "sum": float(terms.sum())}
         if self.config.loss_reduction != "auto":
             sums = {self.config.loss_reduction: sums[self.config.loss_reduction]}
-        found = float(loss.detach())
+        wanted, found = " or the ".join(sums), float(loss.detach())
         if not any(math.isclose(found, expected, rel_tol=_TOLERANCE) for expected in sums.values()):
             return (
-                f"its loss of {few - 1} tokens, {found:.6g}, is not the {' or the '.join(sums)} of "
+                f"its loss of {few - 1} tokens, {found:.6g}, is not the {wanted} of "
                 f"their cross-entropy, {float(terms.mean()):.6g} on average"
             )
         return None
+
+    def _of_all(self, reason: str | None) -> str | None:
+        """A reason that any of the processes has, the same in all of them."""
+        if self._place is None or self._place.unit is None:
+            return reason
+        found: str = self.most(reason or "")
+        return found or None
 
     def _said(self, reason: str | None) -> bool:
         """Whether there is no reason; one that is new goes to the log."""

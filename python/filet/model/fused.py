@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from filet.model.overrides import own_forward, replaced
-from filet.model.sharded import units
 from filet_kernels.dispatch import runs_triton
 from filet_kernels.elementwise.rms_norm import WIDEST, rms_norm, rms_norm_reference
 from filet_kernels.elementwise.rotary import rotary, rotary_reference, unfit
@@ -59,10 +58,8 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def why_kept(model: nn.Module, module: nn.Module) -> str | None:
-    """Why a module of a model has to be called itself, as it is, or None."""
-    if units(model):
-        return "is in a model that FSDP has sharded"
+def why_kept(module: nn.Module) -> str | None:
+    """Why a module has to be called itself, as it is, or None."""
     if has_hooks(module):
         return "has hooks"
     # A device map's moves its input to the weight, as whoever replaces it will do.

@@ -34,6 +34,7 @@ __all__ = [
     "over_shards",
     "resharded",
     "running",
+    "unit_of",
     "units",
     "whole",
     "write",
@@ -208,6 +209,12 @@ def units(model: nn.Module) -> list[Any]:
     """The modules that FSDP2 gathers and gives up as one, the outer ones first."""
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     return [] if kind is None else [m for m in model.modules() if isinstance(m, kind)]
+
+
+def unit_of(model: nn.Module, module: Any) -> Any:
+    """The unit that gathers a module's weight, the innermost around it; None where none does."""
+    around = [unit for unit in units(model) if module in unit.modules()]
+    return around[-1] if around and is_sharded(module.weight) else None
 
 
 def resharded(model: nn.Module) -> None:
