@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,6 +29,13 @@ def sharded(model: Any, mesh: tuple[int, ...], device: str = "cpu", **how: Any) 
     for block in lists[0]:
         fully_shard(block, mesh=devices, **how)
     return fully_shard(model, mesh=devices, **how)
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """Its parameters; buffers of positions stay, whose rounding would move energies by percents."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def batches_of(kind: str, rank: int, size: int) -> list[Any]:

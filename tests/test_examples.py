@@ -147,9 +147,9 @@ def assert_loads(trained: Any, base: Any, folder: Path, batch: dict[str, Tensor]
             start = trained(**batch).logits.float()
     learned = (expected - start).abs().max()
     assert learned > 1e-2
-    torch.testing.assert_close(
-        found, expected, rtol=1e-5, atol=float(learned) / 10 if gpu else 1e-5
-    )
+    # Under autocast B A is rounded to bfloat16, and B A - B0 A0 otherwise than as one product.
+    atol = float(learned) / 10 if gpu else 1e-5
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=atol)
 
 
 def causal(place: Path, name: str, **more: Any) -> Any:

@@ -14,7 +14,7 @@ import filet.collect.unrounded
 import filet.loss.text
 from alike import assert_as_one, assert_same
 from filet import FiletConfig
-from fsdp_models import all_batches, batches_of, initialised, outcome, sharded, whole
+from fsdp_models import all_batches, batches_of, cast, initialised, outcome, sharded, whole
 from models import case, collate, peft_of, truth
 from ranks import run, values
 
@@ -29,11 +29,7 @@ def made(kind: str = "llama", **more: Any) -> Any:
 
 def rounded(dtype: torch.dtype) -> Any:
     """A model in float32 of numbers that ``dtype`` has."""
-    model = made()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(dtype))
-    return model
+    return cast(cast(made(), dtype), torch.float32)
 
 
 def on_rank(rank: int, folder: Path, size: int, config: Any) -> Any:
@@ -164,17 +160,10 @@ def assert_close(many: list[Any], one: Any, rtol: float) -> None:
         torch.testing.assert_close(many[0]["energies"][name], energies, rtol=rtol, atol=0)
 
 
-def in_16_bits(model: Any, batches: Any, dtype: torch.dtype) -> Any:
-    """Of a whole model with such parameters."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return initialised(model, batches, samples=None)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_mixed_precision(dtype: torch.dtype, two: list[Any]) -> None:
     """As of a model whose weights are in 16 bits, which is what is multiplied."""
-    one = in_16_bits(rounded(dtype), all_batches("llama", 2), dtype)
+    one = initialised(cast(rounded(dtype), dtype), all_batches("llama", 2), samples=None)
     assert_close([each[str(dtype)[6:]] for each in two], one, 1e-3)
     exact = initialised(rounded(dtype), all_batches("llama", 2), samples=None)
     off = [
@@ -189,7 +178,7 @@ def test_rows_beyond_float16_of_one_rank(two: list[Any], monkeypatch: pytest.Mon
     batches = [batch for rank in (0, 1) for batch in uneven(rank)] + all_batches("llama", 2)
     model = faint_at_first(rounded(torch.bfloat16))
     monkeypatch.setattr("filet.collect.unrounded.HANDS_ON", {"cpu"})
-    one = in_16_bits(model, batches, torch.bfloat16)
+    one = initialised(cast(model, torch.bfloat16), batches, samples=None)
     assert_close([each["handed on"] for each in two], one, 1e-3)
     most = max(len([*uneven(rank), *batches_of("llama", rank, 2)]) for rank in (0, 1))
     assert two[0]["calls"] == two[1]["calls"] > most

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import filet.loss.chunked
 from alike import assert_as_one, assert_same
-from fsdp_models import all_batches, batches_of, initialised, sharded
+from fsdp_models import all_batches, batches_of, cast, initialised, sharded
 from models import case, llama, peft_of
 from ranks import run, values
 
@@ -22,17 +22,14 @@ CAST = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloa
 FLOAT32 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
 
 
-def made(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
-    """Of numbers that the dtype has."""
+def made(dtype: torch.dtype = torch.float32, task: str | None = None, **config: Any) -> Any:
+    """Of numbers that the dtype has; of the class that PEFT has for the task."""
     c = case("llama")
     if config:
         torch.manual_seed(5)
         c = dataclasses.replace(c, model=llama(**config))
     torch.manual_seed(3)
-    model = peft_of(c)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype).float()
-    return model
+    return cast(cast(peft_of(c, task_type=task), dtype), torch.float32)
 
 
 def with_head_alone(model: Any) -> Any:
@@ -80,6 +77,10 @@ WAYS: dict[str, tuple[Callable[[], Any], bool]] = {
     "tied": (lambda: sharded(made(tie_word_embeddings=True), (2,)), True),
     "bfloat16": (lambda: sharded(made(torch.bfloat16), (2,), mp_policy=BFLOAT16), True),
     "output in bfloat16": (lambda: sharded(made(torch.bfloat16), (2,), mp_policy=CAST), True),
+    "output in bfloat16, for a task": (
+        lambda: sharded(made(torch.bfloat16, "CAUSAL_LM"), (2,), mp_policy=CAST),
+        True,
+    ),
     "output in float32": (lambda: with_output_in_float32(made(torch.bfloat16)), True),
     "the head alone": (lambda: with_head_alone(made()), False),
     "the head and the norm": (lambda: with_head_and_norm(made()), False),
@@ -130,10 +131,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def whole(way: str) -> Any:
     """A model that is not sharded, of the dtype that is multiplied in."""
     if "bfloat16" in way or "float32" in way:
-        model = made(torch.bfloat16)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.bfloat16()
-        return model
+        return cast(made(torch.bfloat16), torch.bfloat16)
     return made(**({"tie_word_embeddings": True} if way == "tied" else {}))
 
 

@@ -12,9 +12,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 import filet
-from alike import assert_as_one
+from alike import assert_as_one, assert_same
 from filet import FiletConfig
-from fsdp_models import all_batches, batches_of, initialised, outcome, sharded, whole
+from fsdp_models import all_batches, batches_of, cast, initialised, outcome, sharded, whole
 from models import case, peft_of
 from ranks import run, values
 
@@ -59,8 +59,7 @@ def test_ranks_equal_one(how: Any, start: str, tmp_path: Path) -> None:
 
 def half(rank: int, folder: Path) -> Any:
     """Of weights in float32, gathered in bfloat16; the moments by our kernels."""
-    torch.manual_seed(3)
-    model = peft_of(case("llama")).to("cuda")
+    model = cast(cast(made(), torch.bfloat16), torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     found = initialised(
         sharded(model, (2,), "cuda", mp_policy=policy), batches_of("llama", rank, 2), samples=None
@@ -73,13 +72,14 @@ def half(rank: int, folder: Path) -> Any:
 
 def test_mixed_precision(tmp_path: Path) -> None:
     (one, gradients), (two, others) = values(run(2, half, tmp_path, gpus=True))
-    assert_as_one([one, two], one)
+    assert_same(two, one, "rank 1")
     assert all(torch.equal(gradients[name], others[name]) for name in gradients)
     assert all(bool(g.isfinite().all()) for g in gradients.values())
     assert all(bool(g.any()) for name, g in gradients.items() if "lora_B" in name)
-    full = initialised(made(), all_batches("llama", 2), samples=None)
+    full = initialised(cast(made(), torch.bfloat16), all_batches("llama", 2), samples=None)
     for name, energies in full["energies"].items():
-        torch.testing.assert_close(one["energies"][name], energies, rtol=0.1, atol=0.01)
+        # The same products of the same numbers; 1e-3 as by gloo (test_fsdp.py).
+        torch.testing.assert_close(one["energies"][name], energies, rtol=1e-3, atol=0)
 
 
 def by_blocks(rank: int, folder: Path, model: Path, config: FiletConfig) -> Any:

@@ -291,12 +291,11 @@ def test_bitsandbytes_that_is_not_quantised_yet_is_refused(kind: str) -> None:
 
 
 def test_fp8_blocks() -> None:
-    finegrained_fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
-    if not hasattr(finegrained_fp8, "FP8LinearFunction"):
-        pytest.skip("this transformers has no gradient of FP8Linear")
-    FP8Linear = finegrained_fp8.FP8Linear
+    from transformers.integrations import finegrained_fp8
 
-    layer = FP8Linear(96, 160, block_size=(64, 64))
+    if not hasattr(finegrained_fp8, "FP8LinearFunction"):
+        pytest.skip("this transformers has no gradient of FP8Linear: the next test")
+    layer = finegrained_fp8.FP8Linear(96, 160, block_size=(64, 64))
     layer.weight.data.copy_(torch.randn(160, 96))
     layer.weight_scale_inv.data.copy_(torch.rand(3, 2) + 0.5)
     found = values_of(layer, torch.float32)

@@ -25,6 +25,11 @@ class InStep:
         """``group``: the processes that run the model together; None where this one runs alone."""
         self._group = group
 
+    @property
+    def several(self) -> bool:
+        """Whether there are others to keep in step with."""
+        return self._group is not None
+
     def most(self, value: Any) -> Any:
         """The largest of what the processes give. Collective."""
         return value if self._group is None else max(self._group.exchanged(value))

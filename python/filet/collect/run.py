@@ -87,7 +87,8 @@ class BatchRun(ABC):
         base_model = peft_model.base_model.model
         self.inputs = Inputs(base_model, forward_fn)
         self.in_step = InStep() if together is None else together.in_step
-        self.loss = BatchLoss(config, peft_model, self.inputs, forward_fn, self.in_step.most)
+        most = self.in_step.most if self.in_step.several else None
+        self.loss = BatchLoss(config, peft_model, self.inputs, forward_fn, most)
         self.hooks = hooks
         self.batch: Prepared | None = None
         self._token_mask = config.token_mask

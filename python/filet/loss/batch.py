@@ -26,9 +26,9 @@ class BatchLoss:
         peft_model: PeftModel,
         inputs: Inputs,
         forward_fn: ForwardFn | None,
-        most: Callable[[Any], Any],
+        most: Callable[[Any], Any] | None,
     ) -> None:
-        """``most``: the largest of what the processes give that run the model together."""
+        """``most``: as of :class:`HeadLoss`."""
         self.peft_model = peft_model
         self.forward = forward_fn or _own_forward
         self.summed = SummedLoss(config, inputs)

@@ -58,9 +58,10 @@ _NOT_FINITE = "the logits of a batch are not finite"
 class StandIn(nn.Module):
     """In the head's place: keeps what it is given, and computes the logits of a few tokens."""
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear, unit: Any = None) -> None:
+        """``unit``: by which FSDP2 gathers the head's weight; None where it is whole."""
         super().__init__()
-        self._head = (head,)  # not a module of this one
+        self._head, self._unit = (head,), (unit,)  # in tuples: no modules of this one
         self.few = 0
         self.hidden: Tensor | None = None
         self.shown: Tensor | None = None  # those logits
@@ -73,6 +74,15 @@ class StandIn(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self._head[0].bias
+
+    def place(self, hidden: Tensor) -> torch.device:
+        """Where the weight is when it is whole: FSDP2 may keep its part elsewhere."""
+        return self.weight.device if self._unit[0] is None else hidden.device
+
+    def gather(self) -> None:
+        """Have the weight whole. Collective of a sharded model, whose backward would do it next."""
+        if self._unit[0] is not None:
+            self._unit[0].unshard()
 
     def forward(self, hidden: Tensor) -> Tensor:
         self.hidden = hidden
@@ -98,7 +108,6 @@ class ChunkedLoss:
         predicts: Tensor,
         labels: Tensor | None,
         uniform: Tensor | None,
-        unit: Any = None,
     ) -> None:
         """
         Args:
@@ -106,9 +115,8 @@ class ChunkedLoss:
             predicts: (B, T) bool, on the CPU: the tokens that count, R of them.
             labels: (R,) what they predict; None draws it from the model.
             uniform: (R, 1) numbers in [0, 1) to draw it by.
-            unit: by which FSDP2 gathers the head's weight; None where it is whole.
         """
-        device = head.weight.device if unit is None else hidden.device
+        device = head.place(hidden)
         index = predicts.flatten().nonzero().squeeze(1)
         # Of every token the row that it is, and of the others one more row, of zeros: the gradient
         # of a selection that is one itself, and needs no atomics.
@@ -123,12 +131,10 @@ class ChunkedLoss:
         self.uniform = None if uniform is None else uniform.to(device, non_blocking=True)
         self.terms = index.numel()
         self.requires_grad = hidden.requires_grad
-        self._unit = unit
 
     def backward(self, scale: float, retain_graph: bool = False) -> None:
         """Backward from ``scale`` times the summed loss. Collective of a sharded model."""
-        if self._unit is not None:
-            self._unit.unshard()  # as its backward would next
+        self.head.gather()
         weight = self.head.weight
         step = max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
         step = max(step // CHUNK_ROWS * CHUNK_ROWS, min(step, CHUNK_ROWS))
@@ -155,12 +161,11 @@ class ChunkedLoss:
 
 @dataclass(frozen=True)
 class _HeadPlace:
-    """Where a model has its head, what stands in for it, and what gathers it (FSDP2's unit)."""
+    """Where a model has its head, and what stands in for it."""
 
     siblings: dict[str, nn.Module | None]
     name: str
     stand_in: StandIn
-    unit: Any
 
 
 def _unsupported(shift: bool, forward_fn: Callable[[Any, Any], Any] | None) -> str | None:
@@ -189,7 +194,7 @@ def _head_of(peft_model: PeftModel) -> _HeadPlace | str:
     if len(places) != 1:
         return f"its head is at {len(places)} places"
     parent, _, name = places[0].rpartition(".")
-    return _HeadPlace(peft_model.get_submodule(parent)._modules, name, StandIn(head), unit)
+    return _HeadPlace(peft_model.get_submodule(parent)._modules, name, StandIn(head, unit))
 
 
 class HeadLoss:
@@ -201,13 +206,13 @@ class HeadLoss:
         peft_model: PeftModel,
         shift: bool,
         forward_fn: Callable[[Any, Any], Any] | None,
-        most: Callable[[Any], Any],
+        most: Callable[[Any], Any] | None,
     ) -> None:
         """
         Args:
             shift: the model is known to pair a token's logits with the next label.
             most: the largest of what the processes give that run the model together: until it is
-                known what the model does, all of them take a batch the same way.
+                known what the model does, all of them take a batch the same way. None of one alone.
         """
         self.config = config
         self.most = most
@@ -238,7 +243,6 @@ class HeadLoss:
         labels = host["labels"].cpu()
         predicts = F.pad(labels[:, 1:].ne(IGNORED), (0, 1))  # the last token predicts nothing
         wanted = labels[:, 1:][predicts[:, :-1]].long()
-        assert self._place is not None
         with self._without_head():
             if self.settled:
                 self.peft_model(**{key: batch[key] for key in batch if key != "labels"})
@@ -249,12 +253,11 @@ class HeadLoss:
             self.settled = True
             hidden = self.head.hidden
         assert hidden is not None
-        unit = self._place.unit
         if self.config.fisher == "empirical":
-            return ChunkedLoss(self.head, hidden, predicts, wanted, None, unit)
+            return ChunkedLoss(self.head, hidden, predicts, wanted, None)
         counts = predicts.sum(1).tolist()
         numbers = [uniform(self.config, host, index, n) for index, n in enumerate(counts)]
-        return ChunkedLoss(self.head, hidden, predicts, None, torch.cat(numbers), unit)
+        return ChunkedLoss(self.head, hidden, predicts, None, torch.cat(numbers))
 
     def hidden_alone(self, batch: Any) -> None:
         """Forward of a batch without labels, for what happens on the way to the head."""
@@ -270,16 +273,9 @@ class HeadLoss:
         few = min(_FEW, batch["labels"].shape[1])
         labels = torch.arange(few, device=batch["labels"].device).unsqueeze(0)
         labels %= self.head.weight.shape[0]
-        results: list[Any] = []  # before FSDP2 rounds them
-        model = self.peft_model.base_model.model
-        watch = model.register_forward_hook(lambda *called: results.append(called[-1]))
         self.head.few = few
-        try:
-            self.peft_model(**{**batch, "labels": labels})
-        finally:
-            watch.remove()
+        result = self._inner_result({**batch, "labels": labels})
         self.head.few = 0
-        (result,) = results
         hidden, shown = self.head.hidden, self.head.shown
         if hidden is None or shown is None or hidden.shape[:-1] != batch["labels"].shape:
             return "its head is not called with the hidden states of all tokens"
@@ -304,9 +300,27 @@ class HeadLoss:
             )
         return None
 
+    def _inner_result(self, batch: Any) -> Any:
+        """What the model returns for a batch, before FSDP2 rounds it where the PeftModel is a unit.
+
+        Of the two modules inside, PEFT calls the outer, the inner or both, by its version and task.
+        """
+        results: list[Any] = []
+        outer = self.peft_model.base_model
+        watches = [
+            module.register_forward_hook(lambda *called: results.append(called[-1]))
+            for module in ((outer, outer.model) if self.most is not None else ())
+        ]
+        try:
+            results.append(self.peft_model(**batch))
+        finally:
+            for watch in watches:
+                watch.remove()
+        return results[0]
+
     def _of_all(self, reason: str | None) -> str | None:
         """A reason that any of the processes has, the same in all of them."""
-        if self._place is None or self._place.unit is None:
+        if self.most is None:
             return reason
         found: str = self.most(reason or "")
         return found or None
