@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from filet.system.transfer import background_copies, values
+from filet.system.transfer import Staging, background_copies, values
 
 
 def test_values(device: torch.device) -> None:
@@ -39,3 +39,16 @@ def test_background_copies(device: torch.device) -> None:
 def test_background_copies_end_with_the_block(device: torch.device) -> None:
     with pytest.raises(RuntimeError, match="mine"), background_copies({"a": torch.ones(3)}):
         raise RuntimeError("mine")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", [(2, 500), (7, 33), (1,), (0, 4)])
+def test_staging(shape: tuple[int, ...]) -> None:
+    """Tensors of less and more than both buffers, one after the other, of any layout."""
+    staging = Staging(piece=1024)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator) for _ in range(5)]
+    tensors += [tensor.T for tensor in tensors if tensor.dim() == 2]
+    sent = [staging.copied(tensor, torch.device("cuda", 0)) for tensor in tensors]
+    for tensor, goal in zip(tensors, sent, strict=True):
+        assert goal.is_contiguous() and torch.equal(goal.cpu(), tensor)

@@ -22,7 +22,7 @@ from filet.model.gathered import with_weights
 from filet.model.targets import Target
 from filet.report.modules import ModuleReport
 from filet.system.text import some
-from filet.system.transfer import values
+from filet.system.transfer import Staging, values
 from filet_kernels import (
     Moments,
     SecondMoment,
@@ -275,6 +275,7 @@ def _by_contrast(
     A = √γ · rows of length 1, B = √γ · columns of W Aᵀ of length 1.
     """
     root = config.gamma**0.5
+    sides = _Sides()
     solved: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
     for name, target in targets.items():
         task, rank, device = moments[name].input, target.rank, target.device
@@ -284,8 +285,8 @@ def _by_contrast(
             try:
                 rows, values = contrast_directions(
                     target.weight,
-                    _side_on(task, device),
-                    _side_on(keep[name], device),
+                    sides.one(task, device),
+                    sides.one(keep[name], device),
                     rank,
                     damping=config.damping,
                 )
@@ -340,13 +341,14 @@ def _energies(
     sizes = {name: target.shape[1] for name, target in wholes.items()}
     sizes |= {name: columns.stop - columns.start for name, columns in parts.items()}
     places: dict[str, Tensor] = {}
+    sides = _Sides()
     if torch.cuda.is_initialized():
         # In one piece: an allocation of pinned memory may wait for all that a GPU does.
         pinned = torch.empty(sum(sizes.values()), dtype=torch.float64, pin_memory=True)
         places = dict(zip(sizes, pinned.split(list(sizes.values())), strict=True))
 
     def begun(name: str, target: Target, columns: slice) -> _Energies:
-        return _begun(target, moments[name], config, columns, places.get(name))
+        return _begun(target, moments[name], config, columns, places.get(name), sides)
 
     of_parts = {}
     if divided is not None:  # the others wait for these
@@ -382,12 +384,17 @@ class _Energies:
 
 
 def _begun(
-    target: Target, moments: Moments, config: FiletConfig, columns: slice, place: Tensor | None
+    target: Target,
+    moments: Moments,
+    config: FiletConfig,
+    columns: slice,
+    place: Tensor | None,
+    sides: _Sides,
 ) -> _Energies:
     weight = target.weight
     energies = fisher_energies(
         weight,
-        _moved(moments, weight.device),
+        sides.of(moments, weight.device),
         normalization="sum" if config.normalization == "sum" else "mean",
         columns=columns,
     )
@@ -401,21 +408,34 @@ def _begun(
     return _Energies(target.name, energies, event, None if target.values.quantised else weight)
 
 
-def _moved(moments: Moments, device: torch.device) -> Moments:
-    """The moments on the weight's device (statistics from a file are on the CPU)."""
-    if moments.input.sum.device == device == moments.output.sum.device:
-        return moments
+class _Sides:
+    """Moments on the device of a weight. Those of a file, or of several passes, are on the CPU."""
 
-    return Moments(
-        _side_on(moments.input, device),
-        _side_on(moments.output, device),
-        moments.shape,
-        moments.loss_terms.to(device),
-    )
+    def __init__(self) -> None:
+        self._staging: Staging | None = None
+        self._input: tuple[SecondMoment, SecondMoment] | None = None  # the last, and where it went
 
+    def of(self, moments: Moments, device: torch.device) -> Moments:
+        if moments.input.sum.device == device == moments.output.sum.device:
+            return moments
+        last = self._input  # who shares an input comes next
+        if last is None or last[0] is not moments.input or last[1].sum.device != device:
+            self._input = last = None  # before the next one has its memory
+            self._input = last = moments.input, self.one(moments.input, device)
+        return Moments(
+            last[1],
+            self.one(moments.output, device),
+            moments.shape,
+            moments.loss_terms.to(device),
+        )
 
-def _side_on(side: SecondMoment, device: torch.device) -> SecondMoment:
-    return dataclasses.replace(side, sum=side.sum.to(device), count=side.count.to(device))
+    def one(self, side: SecondMoment, device: torch.device) -> SecondMoment:
+        if side.sum.device.type == "cpu" and device.type == "cuda":
+            self._staging = self._staging or Staging()
+            total = self._staging.copied(side.sum, device)
+        else:
+            total = side.sum.to(device)
+        return dataclasses.replace(side, sum=total, count=side.count.to(device))
 
 
 def check_rank(target: Target, candidates: int) -> None:

@@ -15,6 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from filet.blockwise.weights import Stored, WeightSource
 from filet.distributed.channel import Channel
 from filet.model.checkpoint import Entry
 from filet.model.packed import Packed
+from filet.system.transfer import Staging
 
 __all__ = ["Groups", "Loading", "WeightStream", "whole_bytes"]
 
@@ -198,7 +200,7 @@ class Loading:
                 if self._stream is not None:
                     stack.enter_context(torch.cuda.device(self.device))
                     stack.enter_context(torch.cuda.stream(self._stream))
-                    staging = _Staging(self.weights.piece)
+                    staging = Staging(self.weights.piece)
                 for division in self.groups:
                     taken = self._free.get()
                     if taken is None:
@@ -212,9 +214,7 @@ class Loading:
         except BaseException as error:
             self._ready.put(error)
 
-    def _fill(
-        self, division: Division, place: Tensor, event: Any, staging: _Staging | None
-    ) -> bool:
+    def _fill(self, division: Division, place: Tensor, event: Any, staging: Staging | None) -> bool:
         """Have a group in a place, and say so; False where another process failed."""
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
@@ -238,7 +238,7 @@ class Loading:
         self._ready.put((place, there))
         return True
 
-    def _fill_place(self, division: Division, place: Tensor, staging: _Staging | None) -> None:
+    def _fill_place(self, division: Division, place: Tensor, staging: Staging | None) -> None:
         """Have this process's share of a group read into a place.
 
         Weights to be quantised by way of their own.
@@ -260,9 +260,9 @@ class Loading:
         for entry, values in self.weights.source.tensors(wanted):
             goal, start, packed, views = ways.pop(id(entry))
             if staging is not None:
-                staging.send(values, goal, start)
+                staging.send(goal, partial(_fill, values=values, start=start))
             else:
-                _fill(goal.view(-1), values, start)
+                _fill(goal.view(-1), 0, values, start)
             if packed is not None:
                 self._quantise(packed, goal, views)
         assert not ways  # the source gave every entry
@@ -295,33 +295,9 @@ class Loading:
         return torch.cuda.current_stream(self.device).wait_stream(default)
 
 
-class _Staging:
-    """Two pinned buffers between files or pageable memory and a GPU's current stream."""
-
-    def __init__(self, piece: int) -> None:
-        self._piece = piece
-        self._buffers = [torch.empty(piece, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        self._events: list[Any] = [None, None]
-        self._next = 0
-
-    def send(self, values: Tensor | Stored, view: Tensor, first: int = 0) -> None:
-        """The elements of ``values`` from ``first`` on into ``view``."""
-        goal = view.view(-1)
-        step = self._piece // view.element_size()
-        for start in range(0, goal.numel(), step):
-            piece = goal[start : start + step]
-            index, self._next = self._next, 1 - self._next
-            if self._events[index] is not None:
-                self._events[index].synchronize()
-            staged = self._buffers[index].view(view.dtype)[: piece.numel()]
-            _fill(staged, values, first + start)
-            piece.copy_(staged, non_blocking=True)
-            self._events[index] = torch.cuda.Event()
-            self._events[index].record()
-
-
-def _fill(goal: Tensor, values: Tensor | Stored, start: int) -> None:
-    """``goal``, flat and on the CPU, with the elements of ``values`` from ``start`` on."""
+def _fill(goal: Tensor, first: int, values: Tensor | Stored, start: int) -> None:
+    """``goal``, flat and on the CPU, with the elements of ``values`` from ``start + first`` on."""
+    start += first
     if isinstance(values, Stored):
         values.read(start, goal)
     else:

@@ -1,4 +1,4 @@
-"""From devices to the host: many scalars with one wait, and large tensors in the background."""
+"""Between devices and the host: many scalars with one wait, and large tensors by pinned buffers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["background_copies", "values"]
+__all__ = ["Staging", "background_copies", "values"]
 
-_CHUNK = 2**25  # bytes of a pinned buffer
+_CHUNK = 2**25  # bytes of a pinned buffer, where nothing else is said
 
 
 def values(scalars: Sequence[Tensor]) -> list[Any]:
@@ -78,3 +78,42 @@ def background_copies(tensors: Mapping[str, Tensor]) -> Iterator[Callable[[str],
         yield lambda name: copies.pop(name).result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class Staging:
+    """Two pinned buffers on the way from files or pageable memory to a GPU's current stream."""
+
+    def __init__(self, piece: int = _CHUNK) -> None:
+        """``piece``: bytes of each buffer."""
+        self._piece = piece
+        self._buffers = [torch.empty(piece, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._events: list[torch.cuda.Event | None] = [None, None]
+        self._next = 0
+
+    def send(self, goal: Tensor, fill: Callable[[Tensor, int], object]) -> None:
+        """Write ``goal``, contiguous and on a GPU, a piece at a time.
+
+        ``fill(piece, first)`` writes a flat piece on the CPU, the elements from ``first`` on.
+        """
+        flat = goal.view(-1)
+        step = self._piece // goal.element_size()
+        with torch.cuda.device(goal.device):
+            for first in range(0, flat.numel(), step):
+                piece = flat[first : first + step]
+                index, self._next = self._next, 1 - self._next
+                before = self._events[index]
+                if before is not None:
+                    before.synchronize()
+                staged = self._buffers[index].view(goal.dtype)[: piece.numel()]
+                fill(staged, first)
+                piece.copy_(staged, non_blocking=True)
+                event = self._events[index] = torch.cuda.Event()
+                event.record()
+
+    def copied(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """A tensor of the CPU as a new one on a GPU, contiguous."""
+        source = tensor.detach().reshape(-1)
+        goal = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        # The CPU's copy is by all of torch's threads, the driver's own by one.
+        self.send(goal, lambda piece, at: piece.copy_(source[at : at + piece.numel()]))
+        return goal
