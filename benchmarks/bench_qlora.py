@@ -71,6 +71,8 @@ def build(options: argparse.Namespace) -> Any:
         blocks.append(block)
     model.model.layers, model.config.num_hidden_layers = blocks, options.blocks
     model.is_loaded_in_4bit = True  # PEFT looks there
+    if options.checkpointing:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
@@ -110,6 +112,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm", type=int, default=2, help="batches of the round that warms up")
     parser.add_argument("--passes", default="auto", help="over the data (default: what fits)")
     parser.add_argument("--cap", type=float, help="GiB that the process may have")
+    parser.add_argument("--checkpointing", action="store_true", help="of gradients, in all three")
     parser.add_argument("--no-bare", action="store_true", help="not (a), which a cap may not hold")
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     options = parser.parse_args(argv)
@@ -144,7 +147,8 @@ def show(
             "shape": options.shape, "blocks": options.blocks, "kind": options.kind,
             "double_quant": options.double_quant, "samples": options.samples,
             "length": options.length, "batch_size": options.batch_size, "rank": options.rank,
-            "cap_GiB": options.cap, "what": what, "seconds": seconds, "times_bare": seconds / a,
+            "cap_GiB": options.cap, "checkpointing": options.checkpointing,
+            "what": what, "seconds": seconds, "times_bare": seconds / a,
             "GiB_over_weights": peak, "weights_GiB": weights, "moments_GiB": found["moments"],
             **about,
         }
@@ -160,8 +164,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = shapes.about()
     print(
         f"{SHAPES[options.shape].title}: {options.blocks} blocks in {options.kind}"
-        f"{', double quantisation' if options.double_quant else ''}, {options.samples} samples × "
-        f"{options.length} tokens in batches of {options.batch_size}, r={options.rank}"
+        f"{', double quantisation' if options.double_quant else ''}"
+        f"{', gradient checkpointing' if options.checkpointing else ''}, "
+        f"{options.samples} samples × {options.length} tokens in batches of {options.batch_size}, "
+        f"r={options.rank}"
         f"{f', {options.cap:g} GiB at most' if options.cap else ''}; {about['gpu']}; "
         f"{about['versions']}, bitsandbytes {bitsandbytes.__version__}; {about['date']}",
         flush=True,
@@ -179,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = show(options, found, weights)
     if CUDA:
         print(f"peak of the process: {torch.cuda.max_memory_allocated() / GIB:.2f} GiB allocated")
-    name = f"qlora_{options.shape}{f'_{options.cap:g}gib' if options.cap else ''}.csv"
+    name = f"qlora_{options.shape}{f'_{options.cap:g}gib' if options.cap else ''}"
+    name += "_checkpointing.csv" if options.checkpointing else ".csv"
     write(rows, options.output / name)
 
 

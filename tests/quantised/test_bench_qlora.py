@@ -10,7 +10,9 @@ import pytest
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 
-@pytest.mark.parametrize("more", [[], ["--double-quant", "--no-bare", "--kind", "fp4"]])
+@pytest.mark.parametrize(
+    "more", [[], ["--double-quant", "--no-bare", "--kind", "fp4"], ["--checkpointing"]]
+)
 def test_bench_qlora(more: list[str], tmp_path: Path) -> None:
     import bench_qlora
 
@@ -27,13 +29,16 @@ def test_bench_qlora(more: list[str], tmp_path: Path) -> None:
         "4",
     ]
     bench_qlora.main([*options, *more, "--output", str(tmp_path)])
-    with open(tmp_path / "qlora_tiny.csv", newline="") as file:
+    checkpointing = "--checkpointing" in more
+    name = "qlora_tiny_checkpointing.csv" if checkpointing else "qlora_tiny.csv"
+    with open(tmp_path / name, newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["what"][:3] for row in rows] == ["(a)", "(b)", "(c)", "(b)"]
-    assert {row["kind"] for row in rows} == {"fp4" if more else "nf4"}
+    assert {row["kind"] for row in rows} == {"fp4" if "fp4" in more else "nf4"}
+    assert {row["checkpointing"] for row in rows} == {str(checkpointing)}
     seconds = [float(row["seconds"]) for row in rows]
     assert seconds[3] == pytest.approx(seconds[1] + seconds[2])
-    if not more:
+    if "--no-bare" not in more:
         assert float(rows[1]["times_bare"]) == pytest.approx(seconds[1] / seconds[0])
     # Two blocks; a moment of q, k and v's x, o's, gate and up's and down's y, and of each one's g
     # or h, 32² for k and v's and 64² for the rest.
