@@ -97,6 +97,15 @@ def one_round(model: Any, batches: Any, options: argparse.Namespace) -> dict[str
     return found
 
 
+def planned(model: Any, batches: Any, options: argparse.Namespace) -> Any:
+    """What the library expects to need, and in how many passes it will go."""
+    peft_model = get_peft_model(model, shapes.lora_config(options.rank))
+    config = filet.FiletConfig(samples=options.samples, passes=options.passes)
+    plan = filet.estimate(peft_model, batches[0], config, batch_size=options.batch_size)
+    peft_model.unload()
+    return plan
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -178,6 +187,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     batches = shapes.token_batches(shape, *sizes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if options.cap:
+            print(planned(model, batches, options), flush=True)
         if options.warm:
             one_round(model, batches[: options.warm], options)
         rounds = [one_round(model, batches, options) for _ in range(options.rounds)]

@@ -162,7 +162,7 @@ class FakeGpu:
     """torch.cuda's memory functions for a model on the CPU that needs fixed + samples · each."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, peft_model: Any, free: int) -> None:
-        self.fixed, self.each, self.free, self.total = 5000, 3000, free, 0
+        self.fixed, self.each, self.free, self.total, self.share = 5000, 3000, free, 0, 1.0
         self.used = self.peak = 700  # before anything runs
         self.sizes: list[int] = []
         monkeypatch.setattr(plan_module, "gpus_of", lambda model: [torch.device("cpu")])
@@ -171,6 +171,7 @@ class FakeGpu:
             "memory_allocated": lambda device: self.used,
             "max_memory_allocated": lambda device: self.peak,
             "mem_get_info": lambda device: (self.free, self.total),
+            "get_per_process_memory_fraction": lambda device: self.share,
             "synchronize": lambda device: None,
             "reset_peak_memory_stats": lambda device: setattr(self, "peak", self.used),
         }.items():
@@ -235,6 +236,9 @@ def test_selection_and_reserve_count(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.total = 10**9
     [less] = filet.estimate(peft_model, batch).devices
     assert less.free == 10**9 * 96 // 100 and on.free == 10**9
+    gpu.share = 0.5  # torch.cuda.set_per_process_memory_fraction: the rest is not ours to reserve
+    [half] = filet.estimate(peft_model, batch).devices
+    assert half.free == 10**9 * 98 // 100 and half.total == 10**9 // 2
 
 
 def test_memory_of_one_sample_where_two_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

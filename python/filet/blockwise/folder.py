@@ -22,7 +22,7 @@ from filet.model.inputs import check_dataloader
 from filet.model.targets import adapted, check_init, find_targets
 from filet.model.tasks import CAUSAL, SEEING
 from filet.system.files import check_place, index_of, inside
-from filet.system.memory import available_on_host
+from filet.system.memory import available, available_on_host
 
 __all__ = [
     "ADAPTER",
@@ -211,5 +211,5 @@ def _fits(model: Any, lora_config: LoraConfig, device: torch.device, keep: bool)
     peft_model = adapted(model, lora_config)
     targets, _ = find_targets(peft_model, ADAPTER, loaded=False)
     moments = sum((3 if keep else 2) * 4 * min(target.shape) ** 2 for target in targets.values())
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_on_host()
+    free = available(device) if device.type == "cuda" else available_on_host()
     return weights + moments <= 0.75 * free

@@ -27,7 +27,7 @@ from filet.model.inputs import Inputs, check_batch
 from filet.model.isolation import preserved
 from filet.model.sharded import units
 from filet.model.targets import Target, check_peft_model, checked_targets
-from filet.system.memory import ADVICE, OutOfMemoryError, available
+from filet.system.memory import ADVICE, OutOfMemoryError, available, capacity
 from filet.system.text import readable
 
 __all__ = ["CPU_TOKENS", "FEW_TOKENS", "estimate", "passes_by_size", "passes_that_fit"]
@@ -224,7 +224,7 @@ def _device_plan(
     here = {target.name: sum(moments[target.name]) for target in mine}
     fixed = per_sample = total = None
     if free is not None:
-        total = torch.cuda.mem_get_info(device)[1]
+        total = capacity(device)
         free -= int(_RESERVE * total)
         fixed, per_sample = probe.memory(device)
         # y and h of one module at a time, which the probe has not formed.

@@ -21,8 +21,8 @@ class DevicePlan:
 
     Attributes:
         device: "cuda:0", "cpu".
-        total, free: of the device; free for the pass, without a reserve of 4% of the total. None on
-            a CPU, where memory is not limited here.
+        total, free: what the process may have of the device, and what of it is free for the pass,
+            without a reserve of 4% of the total. None on a CPU, where memory is not limited here.
         weights: what the model has there already.
         moments: of all modules there.
         moments_at_a_time: the largest part of them that a pass takes, by the number of passes.

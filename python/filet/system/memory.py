@@ -20,6 +20,7 @@ __all__ = [
     "Phase",
     "available",
     "available_on_host",
+    "capacity",
     "named_shortage",
     "peak_memory",
 ]
@@ -99,19 +100,27 @@ def _on(message: str) -> str:
     device = torch.device("cuda", int(gpu[1]))
     if not torch.cuda.is_available():
         return f" on {device}"
-    total = torch.cuda.mem_get_info(device)[1]
-    return f" on {device}, where {readable(available(device))} of {readable(total)} are free"
+    free, most = available(device), capacity(device)
+    return f" on {device}, where {readable(free)} of {readable(most)} are free"
 
 
 def available(device: torch.device) -> int:
     """Bytes free on a CUDA device, with what torch's allocator has reserved and does not use.
 
-    No more than the process may still have (``torch.cuda.set_per_process_memory_fraction``).
+    No more than the process may still have.
     """
     allocated = torch.cuda.memory_allocated(device)
-    free, total = torch.cuda.mem_get_info(device)
-    share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-    return min(free + torch.cuda.memory_reserved(device) - allocated, share - allocated)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return min(free, capacity(device)) - allocated
+
+
+def capacity(device: torch.device) -> int:
+    """Bytes of a CUDA device that are this process's at most.
+
+    That is all of it, or its share by ``torch.cuda.set_per_process_memory_fraction``.
+    """
+    total = torch.cuda.mem_get_info(device)[1]
+    return int(torch.cuda.get_per_process_memory_fraction(device) * total)
 
 
 def available_on_host() -> int:
