@@ -27,6 +27,7 @@ FILET_SMOLLM2 ?= build/models/smollm2-135m
 MODEL := $(FILET_SMOLLM2)/config.json
 DEMO := build/demo
 PEFT_TESTS := build/.peft-tests
+OLDEST_PEFT := build/oldest-peft
 
 .PHONY: help demo test bench bench-methods bench-model bench-syrk bench-quadform bench-blockwise
 .PHONY: bench-contrast bench-overlap bench-qlora bench-scale
@@ -49,7 +50,7 @@ demo: $(INSTALLED) $(MODEL)  ## initialise a real model with FILet, fine-tune it
 	$(BIN)/python examples/finetune.py --model $(FILET_SMOLLM2) --data $(DEMO) \
 	    --adapter $(DEMO)/adapter --keep-adapter $(DEMO)/keep-adapter
 
-test: $(INSTALLED) $(MODEL) $(PEFT_TESTS)  ## run the test suite
+test: $(INSTALLED) $(MODEL) $(PEFT_TESTS) $(OLDEST_PEFT)/.installed  ## run the test suite
 	$(if $(TOGETHER),OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(TOGETHER) $(PYTEST_ARGS)
 
 test-peft: $(INSTALLED) $(PEFT_TESTS)  ## run PEFT's own tests of LoRA, with FILet in every adapter
@@ -133,4 +134,9 @@ $(MODEL): | $(INSTALLED)
 
 $(PEFT_TESTS): | $(INSTALLED)
 	$(BIN)/python tests/peft_suite.py --fetch
+	@touch $@
+
+$(OLDEST_PEFT)/.installed: pyproject.toml | $(INSTALLED)
+	rm -rf $(OLDEST_PEFT)
+	$(PIP) --no-deps --target $(OLDEST_PEFT) "$$($(BIN)/python tests/oldest_peft.py --requirement)"
 	@touch $@

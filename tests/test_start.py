@@ -23,6 +23,7 @@ from adapter_cases import CASES, Failing, assert_unchanged, base_of, contents, s
 from filet.adapter import write
 from filet.model.factors import StartedFactor
 from initialised import LOUD
+from oldest_peft import needs
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -48,6 +49,8 @@ def test_it_is_plain_lora(case: str, tmp_path: Path) -> None:
     """To PEFT all is as it made it, but for the values; the function is the base's to the bit."""
     base = base_of(case)
     model, fresh = (wrap(copy.deepcopy(base), **CASES[case]) for _ in range(2))
+    if case == "bias lora_only":
+        needs("0.21", "loses these biases in its own saves")
     config = model.peft_config["default"]
     before, shapes = known(model), {k: v.shape for k, v in fresh.state_dict().items()}
     initialise(model, **ZERO)

@@ -40,6 +40,7 @@ from filet.blockwise.folder import empty_model
 from filet.cli.main import main
 from filet.collect import hooks, unrounded
 from filet.initialize import initialize_folder
+from oldest_peft import needs
 
 pytestmark = MARKS
 
@@ -137,6 +138,7 @@ def test_items_counted_by_a_trainer_change_nothing(folder: Path, tmp_path: Path)
 @pytest.mark.parametrize("engine", ["memory", "blockwise"])
 def test_what_is_left_to_peft_depends_on_the_seed_alone(engine: Any, tmp_path: Path) -> None:
     """Mixtral's routers and experts; the process's own random state is left alone."""
+    needs("0.20", "leaves them out of all-linear, or fails at it")
     path, data, found = model_folder("mixtral"), batches(), []  # both draw
     for number, seed in enumerate((3, 3, 4)):
         torch.manual_seed(number)

@@ -22,6 +22,7 @@ from filet.data.sources import Source
 from filet.data.tasks import encoded_for
 from made_data import write_jsonl
 from models import CLASSES, case
+from oldest_peft import needs
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
@@ -130,6 +131,8 @@ def assert_kept(kind: str, saved: Path, batches: Batches) -> None:
 def test_texts_to_keep(
     kind: str, made: Any, init: list[str], tokenizer: Any, tmp_path: Path
 ) -> None:
+    if made is pairs:
+        needs("0.21", "makes none of these with transformers 5")
     folder, saved = tmp_path / "model", tmp_path / "saved.safetensors"
     case(kind).model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import peft
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners import lora
@@ -43,6 +44,8 @@ __all__ = [
 
 # Values of LoraConfig.init_lora_weights, or their beginnings, by which PEFT changes W.
 _CHANGES_W = ("pissa", "corda", "olora", "loftq", "lora_ga")
+# What PEFT before 0.21 takes from a model with task_type="SEQ_2_SEQ_LM".
+_GENERATION = "_prepare_encoder_decoder_kwargs_for_generation"
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +128,8 @@ def adapted(model: Any, lora_config: LoraConfig, seed: int | None = None) -> Pef
     The process's own random state is what it was. PEFT may rewrite ``lora_config.target_modules``.
 
     Raises ValueError for a name in it that no module has, where PEFT drops it in silence as long as
-    another name has some; and for an initialisation that changes the base weights.
+    another name has some; for an initialisation that changes the base weights; and for a model of
+    sequences to sequences that this PEFT cannot wrap.
     """
     check_init(lora_config)
     modules = dict(model.named_modules())
@@ -137,6 +141,14 @@ def adapted(model: Any, lora_config: LoraConfig, seed: int | None = None) -> Pef
     except ValueError:
         _check_names(lora_config, modules, type(model).__name__)  # which says what is near
         raise
+    except AttributeError as error:
+        if _GENERATION not in str(error):
+            raise
+        raise ValueError(
+            f"PEFT {peft.__version__} asks {type(model).__name__} for what this transformers has "
+            f"no longer ({_GENERATION}); expected PEFT >= 0.21 for "
+            "task_type='SEQ_2_SEQ_LM'"
+        ) from error
     # Not before: PEFT knows names of experts' layers that transformers has fused since.
     _check_names(lora_config, modules, type(model).__name__)
     return peft_model
