@@ -26,7 +26,7 @@ PARTS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def it_is_there() -> None:
     if not oldest_peft.is_there():
         pytest.skip(f"{oldest_peft.requirement()} is not in build/; make test puts it there")
@@ -38,6 +38,7 @@ def output(*arguments: str) -> str:
     return str(done.stdout)
 
 
+@pytest.mark.usefixtures("it_is_there")
 @pytest.mark.parametrize("part", PARTS)
 def test_part(part: str) -> None:
     quiet = ["-q", "-p", "no:cacheprovider", "-r", "fE", "--tb=short"]
@@ -45,6 +46,7 @@ def test_part(part: str) -> None:
     assert re.search(r"\d+ passed", found.splitlines()[-1]), found
 
 
+@pytest.mark.usefixtures("it_is_there")
 def test_it_is_the_one_that_is_found() -> None:
     found = output(
         "-c",
@@ -55,3 +57,12 @@ def test_it_is_the_one_that_is_found() -> None:
     assert version in oldest_peft.requirement().specifier
     assert Path(origin) == oldest_peft.FOLDER / "peft" / "__init__.py"
     assert torchao == "None"
+
+
+def test_the_docs_name_it() -> None:
+    docs = oldest_peft.ROOT / "docs"
+    (named,) = re.findall(
+        r"PEFT (\S+), the oldest that is supported", (docs / "adapters.md").read_text()
+    )
+    (bound,) = re.findall(r"and PEFT ≥ (\S+)\. ", (docs / "recipes.md").read_text())
+    assert all(version in oldest_peft.requirement().specifier for version in (named, bound))

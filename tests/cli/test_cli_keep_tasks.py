@@ -132,7 +132,7 @@ def test_texts_to_keep(
     kind: str, made: Any, init: list[str], tokenizer: Any, tmp_path: Path
 ) -> None:
     if made is pairs:
-        needs("0.21", "makes none of these with transformers 5")
+        needs("0.21", "makes none of these with today's transformers")
     folder, saved = tmp_path / "model", tmp_path / "saved.safetensors"
     case(kind).model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

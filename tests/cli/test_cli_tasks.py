@@ -111,7 +111,7 @@ def test_energies_of_a_task(
 ) -> None:  # fmt: skip
     """The task is found by the config; each sample alone and unpadded in float64."""
     if task == "seq2seq-lm":
-        needs("0.21", "makes none of these with transformers 5")
+        needs("0.21", "makes none of these with today's transformers")
     model = case(kind).model
     folder = folder_of(model, tokenizer, tmp_path / "model")
     samples = made(tokenizer, data)
