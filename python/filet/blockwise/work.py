@@ -94,6 +94,7 @@ class Work:
     def progress(self, what: str, blocks: int, batches: range) -> Progress:
         """Of ``batches`` through ``blocks``."""
         of, steps = self.model.number, len(batches)
+        what = what if self.group is None else f"{self.group}: {what}"
         return Progress(what, blocks, of, self.batches, steps, self.device, self.show)
 
     def on_device(self, batch: Batch) -> dict[str, Any]:

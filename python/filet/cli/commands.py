@@ -244,6 +244,8 @@ def _run(
         tokens=None if tokens is None else -(-tokens // processes),
         keep=keep is not None,
     )
+    if processes > 1:
+        say(f"rank {rank} of {processes}, of its share of the samples:")
     say(str(plan))
     passes, size = agreed(plan.passes, plan.batch_size)
     if tokens is None and args.batch_size == "auto":

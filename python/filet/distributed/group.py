@@ -91,6 +91,10 @@ class Group:
         self._warned: dict[str, type[Warning]] = {}
         self._stack = contextlib.ExitStack()
 
+    def __str__(self) -> str:
+        """What is this process's own is labelled so."""
+        return f"rank {self.rank} of {self.size}"
+
     def __enter__(self) -> Group:
         if self._depth == 0:
             self._warned, self._untold = {}, False
@@ -263,7 +267,7 @@ class Group:
         except RuntimeError as error:
             self._broken = True
             raise ConnectionError(
-                f"rank {self.rank} of {self.size} lost another process, which ended or did not "
+                f"{self} lost another process, which ended or did not "
                 f"make the same call within {TIMEOUT} ({error}); expected every rank to call this "
                 "function"
             ) from error
