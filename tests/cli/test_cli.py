@@ -280,21 +280,26 @@ def test_statistics_of_another_model_are_refused(
     assert "nowhere" in message
 
 
-def test_inspect_prints_and_draws(
+def test_inspect_reads_and_draws_where_it_is_told(
     init: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(init) == 0
     folder = tmp_path / "out" / "adapter"
     picture = (folder / "energies.png").read_bytes()
-    (folder / "energies.png").unlink()
+    (folder / "energies.png").write_bytes(b"of its own")
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
     table = FiletReport.load(folder).table()
     capsys.readouterr()
-    assert main(["inspect", str(folder)]) == 0
-    assert table in capsys.readouterr().out
-    assert (folder / "energies.png").read_bytes() == picture
     elsewhere = tmp_path / "elsewhere.png"
+    for argv in ([str(folder)], [str(folder)] * 2, [str(folder / REPORT_FILE)]):
+        assert main(["inspect", *argv]) == 0
+        assert (table in capsys.readouterr().out) == (len(argv) == 1)
     assert main(["inspect", str(folder / REPORT_FILE), "--plot", str(elsewhere)]) == 0
     assert elsewhere.read_bytes() == picture
+    after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    assert after == before
+    assert main(["inspect", str(folder), "--plot", str(folder / "energies.png")]) == 0
+    assert (folder / "energies.png").read_bytes() == picture
 
 
 def test_inspect_without_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
