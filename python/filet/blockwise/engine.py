@@ -324,6 +324,7 @@ class Blockwise:
             seconds=self.times.seconds,
             peak_memory=most,
             config=dataclasses.asdict(self.config),
+            keep=self.work.kept,
             **self.work.counts,
         )
         write_folder(model.peft_model, report, output)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class FiletReport:
         loss_terms: labels that entered the loss.
         config: the :class:`filet.FiletConfig` as a JSON-able dict.
         data: of :class:`filet.Statistics`: which samples they were; 0 where it is not known.
+        keep: of the data to keep by which directions were chosen, how many "samples" and "tokens"
+            there were and where they came "from" (:class:`filet.Statistics`); empty without.
     """
 
     modules: dict[str, ModuleReport]
@@ -57,6 +59,7 @@ class FiletReport:
     loss_terms: int
     config: dict[str, Any]
     data: int = 0  # reports of 0.1 do not say it
+    keep: dict[str, Any] = field(default_factory=dict)
 
     def table(self) -> str:
         """A table for a terminal: one row a module, then summary lines.
@@ -74,6 +77,7 @@ class FiletReport:
             tokens=self.tokens,
             loss_terms=self.loss_terms,
             data=self.data,
+            keep=self.keep,
             config=self.config,
             seconds=self.seconds,
             peak_memory=self.peak_memory,
@@ -133,7 +137,7 @@ class FiletReport:
             its_tensors, values = module.parts()
             tensors |= its_tensors
             described.append({"key": name, **values})
-        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        content = {each.name: getattr(self, each.name) for each in fields(self)}
         content["data"] = f"{self.data:x}"
         del content["modules"]  # they come last
         content["modules"] = described
