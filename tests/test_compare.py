@@ -37,6 +37,66 @@ def initialised(folder: Path, seed: int, **settings: object) -> filet.Statistics
     return statistics
 
 
+def plain(folder: Path, **settings: object) -> None:
+    """An adapter that PEFT draws, saved by it into a folder."""
+    torch.manual_seed(1)
+    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "down_proj"], **settings})  # type: ignore
+    get_peft_model(llama(), config).save_pretrained(folder)
+
+
+OTHERS = {
+    "rank": ({"r": 6}, "q_proj, where adapter_model.safetensors has a factor A of 6 x 32"),
+    "modules": ({"target_modules": ["o_proj"]}, "q_proj, where adapter_model.safetensors has none"),
+}
+
+
+@pytest.mark.parametrize("start", ["zero", "untouched"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_report_of_another_adapter_is_refused(
+    kind: str, start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        initialised(folder, seed=0, start=start)
+    settings, said = OTHERS[kind]
+    plain(one, **settings)
+    if start == "untouched":
+        assert main(["inspect", str(two), str(one)]) == 1
+        assert "filet.json describes another adapter than lies" in capsys.readouterr().err
+        (one / "filet.json").unlink()
+    for argv in ([str(one)], [str(two), str(one)]):
+        assert main(["inspect", *argv]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "is of another adapter than lies beside it" in line and said in line
+    assert main(["inspect", str(one / "filet_report.safetensors")]) == 0
+
+
+@pytest.mark.parametrize("start", ["zero", "untouched"])
+def test_an_adapter_that_was_saved_again_since_its_report(
+    start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained on or another of the same ranks: who knows; the same saved again is the same."""
+    initialised(tmp_path, seed=0, start=start)
+    assert main(["inspect", str(tmp_path)]) == 0
+    model = filet.load(llama(), tmp_path)
+    model.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "warning" not in capsys.readouterr().err
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(1)
+    model.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert f"the adapter in {tmp_path} was saved again since" in capsys.readouterr().err
+    (tmp_path / "filet.json").unlink(missing_ok=True)
+    plain(tmp_path)
+    assert main(["inspect", str(tmp_path), str(tmp_path)]) == 0
+    assert "it was trained since, or is another one" in capsys.readouterr().err
+    (tmp_path / "adapter_model.safetensors").unlink()
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def spanned(A: torch.Tensor, other: torch.Tensor) -> float:
     """By the projections on the two spaces, tr(P₁ P₂) / r, rather than by bases."""
     P = [M.double().T @ torch.linalg.pinv(M.double().T) for M in (A, other)]

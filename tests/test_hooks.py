@@ -225,6 +225,21 @@ def test_no_shared_inputs() -> None:
     assert_energies(found, truth("llama"), FLOAT32)
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_each_side_has_the_smaller_matrix(share: bool) -> None:
+    """As docs/adapters.md says of the table's column "moments"."""
+    statistics = statistics_of(peft_of(case("llama")), loader(case("llama").samples),
+                               share_inputs=share)  # fmt: skip
+    found = set()
+    for name, moments in statistics.moments.items():
+        m, n = moments.shape
+        shares = name in statistics.shared_input
+        assert moments.input.space == ("y" if m < n and not shares else "x"), name
+        assert moments.output.space == ("h" if m > n else "g"), name
+        found.add((m > n, m < n, shares))
+    assert len(found) == (5 if share else 3)
+
+
 class Fickle(nn.Module):
     """Two linears that take the same tensor in the first call and not in the later ones."""
 

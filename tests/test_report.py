@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -18,7 +19,7 @@ from filet.report.modules import ModuleReport
 from filet.report.names import REPORT_FILE
 from filet.report.plot import log10_energies, log_range, panels_of, ticks_of
 from filet.report.report import FiletReport
-from filet.report.table import count
+from filet.report.table import HEADER, count
 
 KINDS = {
     "self_attn.q_proj": (64, 64),
@@ -138,6 +139,13 @@ def test_table_says_energies_and_tokens() -> None:
     assert "320 samples, 81,234 tokens, 80,914 loss terms" in table
     assert "28 LoRA parameters" in table
     assert "statistics 1 min 05 s" in table and "peak memory   3 GiB" in table
+
+
+def test_the_columns_are_explained() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "adapters.md").read_text()
+    rows = page.partition("**The table**")[2].partition("| --- | --- |")[2].partition("\n\n")[0]
+    explained = [re.findall(r"`([^`]+)`", row.split("|")[1]) for row in rows.strip().splitlines()]
+    assert [name for names in explained for name in names] == list(HEADER)
 
 
 def test_table_groups_what_kept_the_default() -> None:

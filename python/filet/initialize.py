@@ -105,6 +105,15 @@ def initialize_lora_filet_weights(
             return _apply(peft_model, targets, unsupported, statistics, config, adapter_name, group)
 
 
+def _kept(statistics: Statistics) -> dict[str, Any]:
+    """Of data to keep, for a report."""
+    return {
+        "samples": statistics.keep_samples,
+        "tokens": statistics.keep_tokens,
+        "from": statistics.keep_from,
+    }
+
+
 def apply_statistics(
     peft_model: PeftModel,
     statistics: Statistics,
@@ -226,6 +235,7 @@ def _apply(
         tokens=statistics.tokens,
         loss_terms=statistics.loss_terms,
         data=statistics.data,
+        keep=_kept(statistics) if config.select == "contrast" else {},
         config={**dataclasses.asdict(config), "fisher": statistics.fisher},
     )
 

@@ -177,9 +177,26 @@ def test_dropped_samples_are_one_line_of_warning(
     assert main([*init, "--target-modules", "q_proj"]) == 0
     err = capsys.readouterr().err
     assert [line for line in err.splitlines() if "dropped" in line] == [
-        "filet: warning: dropped 1 of 25 samples: fewer than 2 tokens, or no answer, or nothing to "
-        "predict within max_length=16"
+        "filet: warning: dropped 1 of 25 samples: fewer than 2 tokens, or no answer"
     ]
+
+
+def test_samples_that_are_cut_are_counted(
+    init: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the data and of those to keep; a sample has 5 to 13 tokens with its end."""
+    kept = tmp_path / "keep.txt"
+    kept.write_text("\n".join(sentence(n) for n in (0, 8)))  # 5 and 13
+    assert main([*init, "--max-length", "9", "--keep", str(kept)]) == 0
+    lengths = [min(len(sentence(n).split()) + 1, 99) for n in range(24)]
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("cut ")] == [
+        f"cut           {sum(n > 9 for n in lengths)} of 24 samples of --data were cut to 9 tokens "
+        "(--max-length)",
+        "cut           1 of 2 samples of --keep was cut to 9 tokens (--max-length)",
+    ]
+    assert main([*init, "--max-length", "13", "--overwrite"]) == 0
+    assert "cut " not in capsys.readouterr().out
 
 
 def test_saved_statistics_give_the_same_adapter(
@@ -263,21 +280,26 @@ def test_statistics_of_another_model_are_refused(
     assert "nowhere" in message
 
 
-def test_inspect_prints_and_draws(
+def test_inspect_reads_and_draws_where_it_is_told(
     init: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(init) == 0
     folder = tmp_path / "out" / "adapter"
     picture = (folder / "energies.png").read_bytes()
-    (folder / "energies.png").unlink()
+    (folder / "energies.png").write_bytes(b"of its own")
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
     table = FiletReport.load(folder).table()
     capsys.readouterr()
-    assert main(["inspect", str(folder)]) == 0
-    assert table in capsys.readouterr().out
-    assert (folder / "energies.png").read_bytes() == picture
     elsewhere = tmp_path / "elsewhere.png"
+    for argv in ([str(folder)], [str(folder)] * 2, [str(folder / REPORT_FILE)]):
+        assert main(["inspect", *argv]) == 0
+        assert (table in capsys.readouterr().out) == (len(argv) == 1)
     assert main(["inspect", str(folder / REPORT_FILE), "--plot", str(elsewhere)]) == 0
     assert elsewhere.read_bytes() == picture
+    after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    assert after == before
+    assert main(["inspect", str(folder), "--plot", str(folder / "energies.png")]) == 0
+    assert (folder / "energies.png").read_bytes() == picture
 
 
 def test_inspect_without_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,9 @@ def test_a_file_to_keep(
     assert main([*plain, *arguments("--statistics", file, "--output", outs[2])]) == 0
     reports = [FiletReport.load(out) for out in outs]
     assert [report.config["select"] for report in reports] == 3 * ["contrast"]
+    tokens = sum(len(line.split()) + 1 for line in keep.read_text().splitlines())
+    kept = {"samples": 13, "tokens": tokens, "from": "batches"}
+    assert [report.keep for report in reports] == 3 * [kept]
     statistics = [filet.Statistics.load(path) for path in (saved, file)]
     assert [each.keep_samples for each in statistics] == [13, 13]
     assert statistics[0].keep_tokens == statistics[1].keep_tokens > 13
@@ -48,7 +51,9 @@ def test_a_file_to_keep(
             torch.testing.assert_close(other[name].abs(), weight.abs(), rtol=1e-3, atol=1e-4)
     # What is kept decides: without it the adapter is another.
     assert main([*init, "--output", str(tmp_path / "four")]) == 0
-    assert FiletReport.load(tmp_path / "four").config["select"] == "min"
+    four = FiletReport.load(tmp_path / "four")
+    assert four.config["select"] == "min" and four.keep == {}
+    assert "data to keep" not in (tmp_path / "four" / "README.md").read_text() + four.table()
 
 
 def test_damping_and_fields_of_the_data_alone(init: list[str], keep: Path, tmp_path: Path) -> None:
@@ -62,12 +67,33 @@ def test_damping_and_fields_of_the_data_alone(init: list[str], keep: Path, tmp_p
     assert all(float(m.energies.max()) <= 16 / 0.5 for m in report.modules.values())
 
 
-def test_the_models_own_text(init: list[str], model_folder: Path, tmp_path: Path) -> None:
-    saved = tmp_path / "saved.safetensors"
-    argv = arguments("--keep", "self", "--samples", 3, "--save-statistics", saved)
+def test_the_models_own_text(
+    init: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it was, and by which seed, is in the report and on the card, by statistics too."""
+    saved, applied = tmp_path / "saved.safetensors", tmp_path / "applied"
+    argv = arguments("--keep", "self", "--samples", 3, "--seed", 7, "--save-statistics", saved)
     assert main([*init, *argv]) == 0
     statistics = filet.Statistics.load(saved)
-    assert statistics.keep_samples == 3 and statistics.keep_tokens > 3
+    assert statistics.keep_samples == 3 and statistics.keep_tokens == 3 * 256
+    plain = [arg for arg in init if arg not in ("--data", str(data))]
+    assert main([*plain, *arguments("--statistics", saved, "--output", applied)]) == 0
+    said = "3 samples, 768 tokens, from the model itself, seed 7"
+    for folder in (tmp_path / "out" / "adapter", applied):
+        capsys.readouterr()
+        assert main(["inspect", str(folder)]) == 0
+        assert f"\ndata to keep  {said}\n" in capsys.readouterr().out
+        assert f"| data to keep | {said} |" in (folder / "README.md").read_text()
+    # Statistics of energies alone have no use for it, and merged ones say both.
+    least = arguments("--statistics", saved, "--select", "min", "--output", applied, "--overwrite")
+    assert main([*plain, *least]) == 0
+    assert FiletReport.load(applied).keep == {}
+    other = tmp_path / "other.safetensors"
+    again = arguments("--keep", data, "--save-statistics", other, "--overwrite")
+    assert main([*init, *again]) == 0
+    both = statistics.merge(filet.Statistics.load(other))
+    assert both.keep_from == "the model itself, seed 7 and batches" and both.keep_samples == 27
+    assert statistics.merge(statistics).keep_from == statistics.keep_from
 
 
 def test_a_file_to_keep_block_by_block(
@@ -83,7 +109,9 @@ def test_a_file_to_keep_block_by_block(
         applied = tmp_path / f"{engine}-applied"
         assert main([*plain, *arguments("--statistics", saved, "--output", applied)]) == 0
         for path in (out, applied):
-            assert FiletReport.load(path).config["select"] == "contrast"
+            report = FiletReport.load(path)
+            assert report.config["select"] == "contrast"
+            assert (report.keep["samples"], report.keep["from"]) == (11, "batches")
             found.append(adapter_weights(path))
     for other in found[1:]:
         for name, weight in found[0].items():

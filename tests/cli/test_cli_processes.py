@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,13 @@ def port() -> int:
         free.bind(("127.0.0.1", 0))
         number: int = free.getsockname()[1]
     return number
+
+
+def said_once(ranks: list[Any]) -> str:
+    """The one error of all processes, which the first one says for them."""
+    assert [status for status, *_ in ranks] == [1, 1], ranks
+    assert ranks[0][2].count("filet: error: ") == 1 and "error" not in ranks[1][2]
+    return str(ranks[0][2])
 
 
 @pytest.mark.parametrize(
@@ -107,8 +116,7 @@ def test_data_that_differ_are_refused(
         lines = data.read_text().splitlines(keepends=True)
         (folder / "own.jsonl").write_text("".join(lines[rank:]))
     ranks = values(run(2, command_in_own_folder, tmp_path, init, option, folders, port, join=False))
-    for status, _, said, _ in ranks:
-        assert status == 1 and f"what was drawn of {option}" in said
+    assert f"what was drawn of {option}" in said_once(ranks)
     assert not (tmp_path / "out" / "adapter").exists()
 
 
@@ -141,9 +149,66 @@ def test_errors_in_two_processes(init: list[str], data: Path, tmp_path: Path, po
     ranks = values(
         run(2, command, tmp_path, [*init, "--overwrite", "--rank", "99"], port, join=False)
     )
-    for status, _, said, _ in ranks:
-        assert status == 1 and "rank 99 exceeds" in said
+    assert "rank 99 exceeds" in said_once(ranks)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def command_that_fails(rank: int, folder: Path, argv: list[str], errors: Any, port: int) -> Any:
+    """Each process raises an error of its own as it looks at the model, or none."""
+    import filet.cli.commands as commands
+
+    check = commands.check_model
+
+    def failing(args: Any) -> None:
+        check(args)
+        if errors[rank] is not None:
+            raise errors[rank]
+
+    commands.check_model = failing
+    return command(rank, folder, argv, port)
+
+
+FAILURES: dict[str, tuple[list[Exception | None], list[str]]] = {
+    "first": ([ValueError("a  hole"), None], ["rank 0: a hole", ""]),
+    "second": ([None, ValueError("a hole")], ["", "rank 1: a hole"]),
+    # What others hear of it is in other words.
+    "of a file": (
+        [None, FileNotFoundError(2, "Not there", "x.txt")], ["", "rank 1: x.txt: Not there"]
+    ),
+    "same": ([ValueError("a hole"), ValueError("a hole")], ["a hole", ""]),
+    "different": ([ValueError("a"), OSError("b")], ["rank 0: a", "rank 1: b"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_an_error_is_said_once(kind: str, init: list[str], tmp_path: Path, port: int) -> None:
+    """By who had it, of several the first; the others end with the same status."""
+    errors, expected = FAILURES[kind]
+    ranks = values(run(2, command_that_fails, tmp_path, init, errors, port, join=False))
+    assert [status for status, *_ in ranks] == [1, 1]
+    lines = [f"filet: error: {text}\n" if text else "" for text in expected]
+    assert [said for _, _, said, _ in ranks] == lines
+
+
+def test_torchrun_cuts_no_error_off(init: list[str], tmp_path: Path) -> None:
+    """It ends the other processes with the first that ends."""
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text('{"wrong": 1}')
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    argv = [*program, "-m", "filet.cli", *init, "--data", str(wrong)]
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONPATH": f"{root / 'python'}:{root}"}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=150)
+    assert done.returncode
+    lines = [line for line in done.stderr.splitlines() if line.startswith("filet: error: ")]
+    assert len(lines) == 1 and "no known columns" in lines[0]
+
+
+def test_a_bug_of_one_process_is_raised_in_all(init: list[str], tmp_path: Path, port: int) -> None:
+    """It has a traceback, which a launcher would cut off if another process ended quietly."""
+    errors = [None, KeyError("a bug")]
+    ended = run(2, command_that_fails, tmp_path, init, errors, port, join=False)
+    assert [("a bug" in each.error, each.value) for each in ended] == [(True, None)] * 2
 
 
 def test_a_process_that_is_killed(init: list[str], tmp_path: Path, port: int) -> None:
@@ -251,6 +316,5 @@ def test_disks_that_are_not_shared_are_found_before_the_pass(
     if name == "init":
         argv = [*init, "--save-statistics", str(path)]
     ranks = values(run(2, command_without_a_disk, tmp_path, argv, port, join=False))
-    for status, _, said, _ in ranks:
-        assert status == 1 and "rank 1 does not see what rank 0 writes beside it" in said
+    assert "rank 1 does not see what rank 0 writes beside it" in said_once(ranks)
     assert not path.parent.exists() and not [*tmp_path.glob(".s*")]

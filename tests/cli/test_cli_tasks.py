@@ -137,6 +137,40 @@ def test_pairs_by_a_peft_that_cannot(
     assert found.endswith("expected PEFT >= 0.21 for task_type='SEQ_2_SEQ_LM'")
 
 
+@pytest.mark.parametrize(
+    ("task", "made", "labelled"),
+    [
+        ("seq-cls", of_classes, True),
+        ("seq-cls", of_classes, False),
+        ("token-cls", of_tags, True),
+        ("seq2seq-lm", of_pairs, True),
+        ("masked-lm", of_classes, True),
+    ],
+)
+def test_samples_of_a_task_that_are_cut(
+    task: str, made: Any, labelled: bool, tokenizer: Any, data: Path
+) -> None:
+    """What is cut is what the tokenizer cuts, and counted; of a pair both sides together."""
+    if task == "masked-lm":
+        write_jsonl(data, *({"text": sentence(n)} for n in ROWS))
+    else:
+        made(tokenizer, data)
+    sides = [(n, n + 9) if task == "seq2seq-lm" else (n,) for n in ROWS]
+    lengths = [[len(sentence(n).split()) for n in each] for each in sides]
+
+    def encoded(length: int) -> Any:
+        return encoded_for(
+            task, Source(data), tokenizer, case("bert class").model.config,
+            fields=Fields(), samples=None, seed=0, max_length=length, labelled=labelled,
+        )  # fmt: skip
+
+    for length in (7, 12):
+        found = encoded(length)
+        assert found.cut == sum(any(n > length for n in each) for each in lengths)
+        assert [len(row[0]) for row in found.rows] == [min(each[0], length) for each in lengths]
+    assert found.cut == 0
+
+
 def masked(tokenizer: Any, data: Path, seed: int) -> Any:
     settings = case("bert masked").model.config
     return encoded_for(

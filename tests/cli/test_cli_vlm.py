@@ -160,7 +160,7 @@ def test_statistics_and_everything_counted(
         (["--keep", "self"], "--keep self is not for --task vlm; expected it left out"),
         (["--task", "seq2seq-lm"], "transformers has no model for --task seq2seq-lm"),
         (["--new-head", "1"], "--new-head: --task vlm has no head of classes"),
-        (["--max-length", "5"], "not the whole of an image, within max_length=5"),
+        (["--max-length", "5"], "not the whole of an image within max_length=5"),
         (["--engine", "blockwise", "--target-modules", "fc1"], "of no layer in model.language_mod"),
         (["--target-modules", "no_such"], "LlavaForConditionalGeneration no module of that name"),
     ],

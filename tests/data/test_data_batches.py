@@ -114,6 +114,19 @@ def test_one_token_predicts_nothing() -> None:
     assert batch["input_ids"].tolist() == [[BOS, *codes("a")]]
 
 
+def test_what_was_cut_is_counted() -> None:
+    """Of the samples that are used; why others are not is said apart."""
+    samples = [Sample("ab"), Sample("abcd"), Sample("abcde", "f"), Sample("", ""), Tokens([1], [1])]
+    why = r"all that .* lies beyond max_length=5 \(1\); fewer than 2 tokens, or no answer \(1\)"
+    with pytest.warns(UserWarning, match=rf"dropped 2 of 5 samples: {why}$"):
+        encoded = encode(samples, Letters(), max_length=5)
+    assert (len(encoded), encoded.cut) == (3, 1)  # "" is BOS and EOS, "abcd" lost its EOS
+    assert encoded.share(1, 2).cut == 1
+    assert encode(samples[:2], Letters(), max_length=6).cut == 0
+    with pytest.raises(ValueError, match=r"no usable sample among 1: all that .* max_length=5$"):
+        encode(samples[2:3], Letters(), max_length=5)
+
+
 def test_nothing_left_is_an_error_and_nothing_dropped_no_warning() -> None:
     with pytest.raises(ValueError, match="no usable sample among 2: "):
         batches(2 * [Sample("abcd", "e")], Letters(), max_length=4, batch_size=4)

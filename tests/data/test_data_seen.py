@@ -222,9 +222,13 @@ def test_an_image_is_not_cut(tmp_path: Path) -> None:
     data = rows_in(tmp_path, ROWS[0], ROWS[1])
     whole = seen(data)
     length = len(whole.rows[0][0])
-    with pytest.warns(UserWarning, match="dropped 1 of 2 samples: .* not the whole of an image"):
+    with pytest.warns(UserWarning, match="dropped 1 of 2 samples: not the whole of an image"):
         cut = seen(data, max_length=length)
     assert cut.rows == whole.rows[:1]
+    assert whole.cut == cut.cut == 0
+    with pytest.warns(UserWarning, match="dropped 1 of 2"):
+        shorter = seen(data, max_length=length - 1, count_prompt=True)
+    assert shorter.cut == len(shorter) == 1
     with pytest.raises(ValueError, match="within max_length=4"):
         seen(data, max_length=4)
 

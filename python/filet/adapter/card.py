@@ -20,7 +20,7 @@ from filet.adapter.state import factors_of
 from filet.model.values import dtype_of_model
 from filet.report.names import FILET_FILE, PLOT_FILE
 from filet.report.report import FiletReport
-from filet.report.table import hash_text
+from filet.report.table import hash_text, kept_text
 from filet.system.text import plural
 
 __all__ = ["card_of"]
@@ -125,6 +125,8 @@ class _Facts:
             found.append(("quantised", f"`{_words(quantised)}`"))
         found.append(("data", ", ".join(counts)))
         found.append(("hash of the samples", f"`{hash_text(report.data)}`" if report.data else "-"))
+        if report.keep:
+            found.append(("data to keep", kept_text(report.keep)))
         found.append(("directions", f"{rank} in each of {plural(len(modules), 'module')}"))
         if report.left_default:
             found.append(("left as PEFT draws them", plural(len(report.left_default), "module")))

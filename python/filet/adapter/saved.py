@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from filet.adapter.card import card_of
-from filet.adapter.state import FORMAT, MARK, describe, factors_of, key_of, set_rank, starts_of
+from filet.adapter.state import FORMAT, describe, factors_of, key_of, set_rank, starts_of
 from filet.distributed.group import current
 from filet.model.factors import StartedFactor, started_class
 from filet.model.fingerprint import check_weights
@@ -37,6 +37,7 @@ from filet.report.names import (
     CARD_FILE,
     CONFIG_FILE,
     FILET_FILE,
+    MARK,
     PLOT_FILE,
     REPORT_FILE,
     WEIGHTS_FILE,

@@ -27,13 +27,12 @@ from torch import Tensor
 from filet.model.factors import OF_ADAPTER, StartedFactor
 from filet.model.fingerprint import fingerprints
 from filet.model.targets import Target, check_peft_model, find_targets, layers_of
-from filet.report.names import FILET_FILE, WEIGHTS_FILE
+from filet.report.names import FILET_FILE, MARK, WEIGHTS_FILE
 from filet.system.files import replaced
 from filet.system.tensorfile import write_tensors
 
 __all__ = [
     "FORMAT",
-    "MARK",
     "FiletLoraConfig",
     "describe",
     "factors_of",
@@ -45,7 +44,6 @@ __all__ = [
 ]
 
 FORMAT = "filet-adapter-2"  # of FILET_FILE
-MARK = "filet"  # in the metadata of weights with a frozen half, whose FILET_FILE might get lost
 
 # Attribute of a FiletLoraConfig: the config that the adapter had before, where that is known.
 _GIVEN = "_filet_given"

@@ -206,8 +206,7 @@ class Blockwise:
             self.times.passed("reverse", start)
             self.times.waited["weights"] = self.stream.settle() - waited
             self.memory.reset()
-        if self.show:
-            say(self.times.text())
+        self._say(self.times.text())
 
     def _prepare(self, stack: contextlib.ExitStack) -> tuple[Boundaries, Arena]:
         """The first block's inputs, room for what follows, and the plan."""
@@ -222,9 +221,16 @@ class Blockwise:
         of_block = rehearsal.block(hidden)
         on_disk = disk_seconds(boundaries, hidden, self.journal, self.machine.disk)
         self.plan = plan_of(self.work, boundaries, self.journal, of_block, of_head, on_disk)
-        if self.show:
-            say(self.plan.text())
+        self._say(self.plan.text())
         return boundaries, hidden
+
+    def _say(self, text: str) -> None:
+        if self.show:
+            say(
+                text
+                if self.group is None
+                else f"{self.group}, of its share of the samples:\n{text}"
+            )
 
     def _room(self, stack: contextlib.ExitStack, hidden: Tensor | None) -> Boundaries:
         """Decide what is kept where, now that the first batch shows what a boundary is like."""
@@ -318,6 +324,7 @@ class Blockwise:
             seconds=self.times.seconds,
             peak_memory=most,
             config=dataclasses.asdict(self.config),
+            keep=self.work.kept,
             **self.work.counts,
         )
         write_folder(model.peft_model, report, output)

@@ -91,9 +91,16 @@ class Work:
         self.copies = Copies(self.device)
         self.throttle = Throttle(self.device)
 
+    @property
+    def kept(self) -> dict[str, Any]:
+        """Of data to keep, for a report; empty without."""
+        counts: dict[str, Any] = {name: self.keep_counts[name] for name in ("samples", "tokens")}
+        return {**counts, "from": "batches"} if counts["samples"] else {}
+
     def progress(self, what: str, blocks: int, batches: range) -> Progress:
         """Of ``batches`` through ``blocks``."""
         of, steps = self.model.number, len(batches)
+        what = what if self.group is None else f"{self.group}: {what}"
         return Progress(what, blocks, of, self.batches, steps, self.device, self.show)
 
     def on_device(self, batch: Batch) -> dict[str, Any]:
@@ -233,6 +240,7 @@ class Work:
             keep=keep,
             keep_samples=self.keep_counts["samples"],
             keep_tokens=self.keep_counts["tokens"],
+            keep_from=self.kept.get("from", ""),
             owners=taken.owners,
         )
 

@@ -60,10 +60,11 @@ def make_parser() -> argparse.ArgumentParser:
     _add_inspect(
         commands.add_parser(
             "inspect",
-            help="print the table of an initialisation and draw its energies, or compare two",
-            description="Print the report that 'filet init' wrote and draw the energies, layer by "
-            "layer, with the chosen directions marked. Or say how alike two adapters are, by the "
-            "overlap of their directions, or two files of statistics, by their moments' cosine.",
+            help="print the table of an initialisation, or compare two",
+            description="Print the report that 'filet init' wrote; with --plot also draw the "
+            "energies, layer by layer, the chosen directions marked. Or say how alike two adapters "
+            "are, by the overlap of their directions, or two files of statistics, by their "
+            "moments' cosine. Nothing is written but what --plot and --html name.",
         )
     )
     return parser
@@ -155,7 +156,7 @@ def _add_inspect(inspect: argparse.ArgumentParser) -> None:
         "--plot",
         type=Path,
         metavar="FILE.png",
-        help=f"where to draw (default: FOLDER/{PLOT_FILE}; with SECOND nowhere)",
+        help=f"also draw it (of one adapter, what 'filet init' wrote beside it as {PLOT_FILE})",
     )
     inspect.add_argument(
         "--html",

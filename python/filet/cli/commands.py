@@ -186,7 +186,7 @@ def _merged(files: Sequence[Path]) -> Any:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Print the table of a report and draw its energies; or how alike two adapters are."""
+    """Print the table of a report, or how alike two adapters are; the folders are only read."""
     if args.second is not None:
         _compare(args)
         return
@@ -195,10 +195,9 @@ def inspect(args: argparse.Namespace) -> None:
     report = FiletReport.load(args.folder)
     say(report.table())
     folder = args.folder if args.folder.is_dir() else args.folder.parent
-    path = args.plot or folder / PLOT_FILE
-    if report.modules:
-        report.plot(path)
-        say_entry("drawn", path)
+    if args.plot is not None:
+        report.plot(args.plot)
+        say_entry("drawn", args.plot)
     if args.html is not None:
         _write(args.html, report.page(f"FILet: {folder.resolve().name}").encode())
 
@@ -244,6 +243,8 @@ def _run(
         tokens=None if tokens is None else -(-tokens // processes),
         keep=keep is not None,
     )
+    if processes > 1:
+        say(f"rank {rank} of {processes}, of its share of the samples:")
     say(str(plan))
     passes, size = agreed(plan.passes, plan.batch_size)
     if tokens is None and args.batch_size == "auto":

@@ -24,8 +24,16 @@ def load_data(args: argparse.Namespace) -> Any:
         _show(encoded, tokenizer)
     else:
         encoded = _images(args, source) if args.task == IMAGES else _texts(args, source)
+    _say_cut(args, encoded, "--data")
     check_same("the hash of what was drawn of --data", encoded.digest())
     return encoded
+
+
+def _say_cut(args: argparse.Namespace, encoded: Any, option: str) -> None:
+    """How many of the samples that are used lost their end, where some did."""
+    if cut := getattr(encoded, "cut", 0):  # no image does
+        of = f"{len(encoded)} samples of {option} {'was' if cut == 1 else 'were'}"
+        say_entry("cut", f"{cut} of {of} cut to {args.max_length} tokens (--max-length)")
 
 
 def _texts(args: argparse.Namespace, source: Any) -> Any:
@@ -163,6 +171,7 @@ def load_keep(args: argparse.Namespace) -> Any:
         encoded = _causal_keep(args, source)
     else:
         encoded = _keep_of_task(args, source)
+    _say_cut(args, encoded, "--keep")
     check_same("the hash of what was drawn of --keep", encoded.digest())
     return encoded
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from filet.cli.arguments import make_parser
 from filet.cli.commands import init, inspect, stats
-from filet.cli.output import expected_errors, one_line, show_warning
+from filet.cli.output import Said, expected_errors, one_line, say_error, show_warning
 from filet.cli.processes import launched
 
 __all__ = ["main"]
@@ -60,8 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
+        except Said:
+            return 1
         except expected_errors() as error:
             if args.debug:
                 raise
-            print(f"filet: error: {one_line(error)}", file=sys.stderr)
+            say_error(one_line(error))
             return 1

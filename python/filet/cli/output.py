@@ -10,12 +10,14 @@ from typing import Any
 from filet.system.files import check_place, index_of, inside
 
 __all__ = [
+    "Said",
     "check_file_output",
     "check_folder_output",
     "expected_errors",
     "one_line",
     "say",
     "say_entry",
+    "say_error",
     "show_warning",
 ]
 
@@ -68,6 +70,14 @@ def say_entry(label: str, text: object) -> None:
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"filet: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+class Said(Exception):
+    """Ends a command whose error was printed already."""
+
+
+def say_error(text: str) -> None:
+    print(f"filet: error: {text}", file=sys.stderr, flush=True)
 
 
 def expected_errors() -> tuple[type[Exception], ...]:

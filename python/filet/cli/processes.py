@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from filet.cli.output import Said, expected_errors, one_line, say_error
+
 __all__ = ["agreed", "check_same", "launched", "rank_and_size"]
 
 
@@ -16,7 +18,7 @@ __all__ = ["agreed", "check_same", "launched", "rank_and_size"]
 def launched(args: argparse.Namespace) -> Iterator[None]:
     """Inside, a command of one process among ``WORLD_SIZE``; nothing is done where that is not set.
 
-    The first process alone says something, errors apart.
+    The first process alone says something, errors apart: of these each is said once.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
@@ -34,8 +36,33 @@ def launched(args: argparse.Namespace) -> Iterator[None]:
         if group.rank:
             args.no_progress = True
             stack.enter_context(_silence())
-        with group:
-            yield
+        try:
+            with group:
+                yield
+        except Exception as error:
+            if not args.debug:
+                _say_once(group, error)
+            raise
+
+
+def _say_once(group: Any, error: Exception) -> None:
+    """Print what processes had as errors, the same one once, by the lowest rank that had it.
+
+    Before any of them ends: launchers end the others with the first, whatever they had to say.
+    Raises :class:`Said` then. Where the others cannot be asked, or one had what no user can cause,
+    nothing is printed here.
+    """
+    printed = isinstance(error, expected_errors()) and not isinstance(error, BrokenPipeError)
+    said = group.accounts(error, one_line(error) if printed else "")
+    if "" in said or not any(said):
+        return
+    text = said[group.rank]
+    if text is not None and said.index(text) == group.rank:
+        everywhere = said.count(text) == group.size
+        say_error(text if everywhere else f"rank {group.rank}: {text}")
+    with contextlib.suppress(ConnectionError):
+        group.settle()  # all of it is printed
+    raise Said from error
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -20,11 +20,14 @@ class Batches:
     """The batches of a dataloader, which is read once. With ``keep`` they can be read again.
 
     Kept are copies in host memory of the batches that were read.
+
+    Attributes:
+        samples: how many there are; None where that is not known before they are read.
+        keep: whether what is read is kept.
     """
 
     def __init__(self, dataloader: Iterable[Any]) -> None:
-        check_dataloader(dataloader)
-        self.dataset = getattr(dataloader, "dataset", None)
+        self.samples = check_dataloader(dataloader)
         self.keep = False
         self._source = iter(dataloader)
         self._kept: list[Any] = []

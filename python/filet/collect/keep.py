@@ -113,7 +113,7 @@ def collect_keep(
         title += f", pass {number} of {len(parts)}" if len(parts) > 1 else ""
         hooks = hooks_to_keep(targets, part, config, moments, shared_input)
         run = _Run(peft_model, config, forward_fn, hooks, together)
-        data = Unlabelled(batches, batches.dataset) if run.drops_labels else batches
+        data = Unlabelled(batches, batches.samples) if run.drops_labels else batches
         counts = over_batches(
             run, hooks, data, config, title, show_progress_bar, "data to keep", together
         )
@@ -164,8 +164,9 @@ def with_unseen(
 class Unlabelled:
     """Batches without their labels: no loss is asked for, and whether they fit does not matter."""
 
-    def __init__(self, batches: Iterable[Any], dataset: Any = None) -> None:
-        self.dataset = dataset
+    def __init__(self, batches: Iterable[Any], samples: int | None = None) -> None:
+        """``samples``: how many there are, where that is known."""
+        self.samples = samples
         self._batches = batches
 
     def __iter__(self) -> Iterator[Any]:

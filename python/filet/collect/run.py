@@ -127,9 +127,11 @@ def over_batches(
     With ``together`` the counts are of all processes; one of them may have no sample.
     """
     batches = PreparedBatches(dataloader, config, run.inputs, run.shift)
+    known = getattr(dataloader, "samples", None)
+    title = title if together is None else f"{together.group}: {title}"
     counts = {"samples": 0, "tokens": 0, "loss_terms": 0, "data": 0}
     with (
-        _Progress(dataloader, config.samples, title, show_progress_bar) as progress,
+        _Progress(known, config.samples, title, show_progress_bar) as progress,
         hooks,
         named_shortage("pass", lambda: _place(hooks, batches.index, run.batch)),
     ):
@@ -195,17 +197,14 @@ class _Run(BatchRun):
 
 
 class _Progress:
-    """A bar of samples, with tokens a second."""
+    """A bar of this process's samples, with tokens a second."""
 
-    def __init__(
-        self, dataloader: Iterable[Any], samples: int | None, title: str, show: bool
-    ) -> None:
-        self._bar = tqdm(
-            total=_expected_samples(dataloader, samples),
-            unit="sample",
-            desc=title,
-            disable=not show,
-        )
+    def __init__(self, known: int | None, most: int | None, title: str, show: bool) -> None:
+        """``known``: how many there are, None where only reading tells; ``most``: are taken."""
+        total = min((each for each in (known, most) if each is not None), default=None)
+        if known is None and most is not None:
+            title = f"{title}, at most {most} samples"
+        self._bar = tqdm(total=total, unit="sample", desc=title, disable=not show)
 
     def __enter__(self) -> _Progress:
         return self
@@ -266,12 +265,3 @@ def _input_device(model: nn.Module) -> torch.device:
     return next(
         (p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu")
     )
-
-
-def _expected_samples(dataloader: Iterable[Any], samples: int | None) -> int | None:
-    dataset = getattr(dataloader, "dataset", None)
-    try:
-        available = len(dataset)  # type: ignore[arg-type]
-    except TypeError:
-        return samples
-    return available if samples is None else min(samples, available)

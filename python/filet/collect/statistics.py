@@ -66,6 +66,8 @@ class Statistics:
         keep: module → the moment of its input on data that is not to be forgotten, in the space of
             its input moment and shared as that is; None where there was no such data.
         keep_samples, keep_tokens: how much of that they saw.
+        keep_from: where it came from, "batches" or "the model itself, seed 0"; "" where there was
+            none, and of files that do not say.
         owners: module → the rank that has its sums, where several processes took them together; on
             the others they are on the meta device (docs/distributed.md). None: all are here.
         shards: of a data set in parts, which these are of; None: of no part, or of all.
@@ -84,6 +86,7 @@ class Statistics:
     keep: dict[str, SecondMoment] | None = None
     keep_samples: int = 0
     keep_tokens: int = 0
+    keep_from: str = ""
     owners: dict[str, int] | None = None
     shards: Shards | None = None
     data: int = 0
@@ -153,7 +156,7 @@ class Statistics:
         header = {
             "modules": modules,
             "shared_input": self.shared_input,
-            **{key: getattr(self, key) for key in (*_COUNTS, *_OF_KEEP)},
+            **{key: getattr(self, key) for key in (*_COUNTS, *_OF_KEEP, "keep_from")},
             "data": f"{self.data:x}",
             "shards": self.shards and self.shards.as_json(),
         }
@@ -247,6 +250,7 @@ class Statistics:
             else None,
             keep_samples=header.get("keep_samples", 0),  # files of 0.1 have neither
             keep_tokens=header.get("keep_tokens", 0),
+            keep_from=header.get("keep_from", ""),
             shards=Shards.of_json(header.get("shards")),
         )
 
@@ -322,6 +326,8 @@ class Statistics:
                     both(theirs_too[0], theirs_too[-1]) if theirs_too[1:] else theirs_too[0]
                 )
         counts = {key: getattr(self, key) + getattr(other, key) for key in (*_SUMS, *_OF_KEEP)}
+        sources = dict.fromkeys(each.keep_from for each in (self, other) if each.keep_samples)
+        counts["keep_from"] = " and ".join(sources) if all(sources) else ""
         counts["data"] = self.data + other.data if self.data and other.data else 0
         counts |= {"fisher": self.fisher, "peak_memory": max(self.peak_memory, other.peak_memory)}
         return Statistics(
@@ -469,6 +475,7 @@ def statistics_of(
         keep=kept,
         keep_samples=kept_counts["samples"],
         keep_tokens=kept_counts["tokens"],
+        keep_from=_source_of(keep, config),
         owners=None if together is None else {name: together.owners[name] for name in targets},
     )
 
@@ -495,6 +502,13 @@ def _passes(
             else passes_that_fit(peft_model, targets, first, config, forward_fn, keep)
         )
     return passes if group is None else max(group.exchanged(passes))
+
+
+def _source_of(keep: Keep | None, config: FiletConfig) -> str:
+    """Where data to keep come from."""
+    if keep is None:
+        return ""
+    return f"the model itself, seed {config.seed}" if isinstance(keep, str) else "batches"
 
 
 def moments_of_all(

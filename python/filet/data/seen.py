@@ -15,7 +15,7 @@ from torch import Tensor
 from filet.data.pictures import Pictures, count_of
 from filet.data.samples import AnySample, Chat, Fields, Tokens, sample_of
 from filet.data.sources import Source, draw
-from filet.data.tokens import Encoded, Row, pad_of, row_of, stacked, usable
+from filet.data.tokens import Encoded, Row, Used, pad_of, row_of, stacked, why_not
 from filet.model.batch import IGNORED
 
 __all__ = ["Seen", "seen_of"]
@@ -72,6 +72,10 @@ class Seen:
     @property
     def tokens(self) -> int:
         return self.text.tokens
+
+    @property
+    def cut(self) -> int:
+        return self.text.cut
 
     def digest(self) -> str:
         """Hexadecimal SHA-256 of all ids, labels and images, in their order."""
@@ -146,24 +150,25 @@ def seen_of(
     """
     pictures = Pictures(source)
     places = {getattr(settings, name, None) for name in _PLACES} - {None}
-    found: list[tuple[Row, _More]] = []
-    drawn = 0
+    used, found = Used(), list[_More]()
     for where, row in draw(source, samples, seed):
-        drawn += 1
         sample = sample_of(where, row, fields)
         if isinstance(sample, Tokens):
             raise ValueError(f"{where}: 'input_ids' are for --task causal-lm; expected text")
         images = pictures.of_row(where, row)
         if isinstance(sample, Chat):
             sample = pictures.placed(sample, images)
-        made = _encoded(sample, processor, images, places, max_length, count_prompt)
-        if made is not None:
-            found.append(made)
-    if not drawn:
+        its, more = _encoded(sample, processor, images, places, count_prompt)
+        why = why_not(its[1], max_length)
+        if any(each in places for each in its[0][max_length:]):
+            why = f"not the whole of an image within max_length={max_length}"
+        used.add((its[0][:max_length], its[1][:max_length]), len(its[0]) > max_length, why)
+        if why is None:
+            of_tokens = {key: value[:max_length] for key, value in more.of_tokens.items()}
+            found.append(dataclasses.replace(more, of_tokens=of_tokens))
+    if not used:
         raise ValueError(f"{source.path}: no sample in it")
-    why = f"nothing to predict, or not the whole of an image, within max_length={max_length}"
-    rows = usable([row for row, _ in found], drawn, why)
-    return Seen(Encoded(rows, pad_of(processor.tokenizer)), [more for _, more in found])
+    return Seen(used.encoded(pad_of(processor.tokenizer)), found)
 
 
 def _encoded(
@@ -171,24 +176,13 @@ def _encoded(
     processor: Any,
     images: Sequence[Any],
     places: set[Any],
-    max_length: int,
     count_prompt: bool,
-) -> tuple[Row, _More] | None:
-    """A sample's row and the rest; None where ``max_length`` leaves nothing to predict."""
+) -> tuple[Row, _More]:
+    """A sample's row, of any length, and the rest."""
     reader = _Reader(processor, images, sample.where)
     ids, labels = row_of(sample, reader, count_prompt=count_prompt)
-    more = reader.more(ids)
-    if any(each in places for each in ids[max_length:]):
-        return None
-    ids = ids[:max_length]
-    labels = [
-        IGNORED if its in places else label
-        for its, label in zip(ids, labels[:max_length], strict=True)
-    ]
-    if all(label == IGNORED for label in labels[1:]):
-        return None
-    of_tokens = {key: value[:max_length] for key, value in more.of_tokens.items()}
-    return (ids, labels), dataclasses.replace(more, of_tokens=of_tokens)
+    counted = [IGNORED if i in places else label for i, label in zip(ids, labels, strict=True)]
+    return (ids, counted), reader.more(ids)
 
 
 class _Reader:

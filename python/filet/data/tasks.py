@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy
 
 from filet.data.samples import Fields, Sample, read_samples
 from filet.data.sources import Source, draw
-from filet.data.tokens import Encoded, Row, pad_of, usable
+from filet.data.tokens import Encoded, Row, Used, beyond, pad_of
 from filet.model.batch import IGNORED
 
 __all__ = ["class_of", "column_of", "encoded_for"]
@@ -63,39 +63,35 @@ def encoded_for(
     Samples longer than ``max_length`` lose their end. Raises ValueError, naming the row, for what
     has not these columns or another label, and where nothing is left.
     """
+    cutting = _Cutting(tokenizer, max_length)
+    rows: Iterable[Row]  # made one by one: what was cut is asked in between
     if task in _COLUMNS and not labelled:
-        rows = [
-            _unlabelled(where, row, tokenizer, max_length)
-            for where, row in draw(source, samples, seed)
-        ]
-        if not rows:
+        chosen: list[Any] = list(draw(source, samples, seed))
+        if not chosen:
             raise ValueError(f"{source.path}: no sample in it")
-        form = "none"
+        rows, form = (_unlabelled(where, row, cutting) for where, row in chosen), "none"
     elif task in _COLUMNS:
-        names = _COLUMNS[task]
-        chosen = _labelled(source, names, fields, samples, seed)
+        chosen = _labelled(source, _COLUMNS[task], fields, samples, seed)
         make = _one_class if task == "seq-cls" else _classes
-        rows = [make(each, tokenizer, settings, max_length) for each in chosen]
+        rows = (make(each, cutting, settings) for each in chosen)
         form = "one" if task == "seq-cls" else "own"
     else:
-        texts = _texts(read_samples(source, fields=fields, samples=samples, seed=seed), task)
+        chosen = _texts(read_samples(source, fields=fields, samples=samples, seed=seed), task)
         if task == "seq2seq-lm":
-            rows = [_pair(text, tokenizer, max_length) for text in texts]
-            form = "other"
+            rows, form = (_pair(each, cutting) for each in chosen), "other"
         else:
-            rows = [
-                _masked(text, tokenizer, settings, max_length, numpy.random.default_rng((seed, n)))
-                for n, text in enumerate(texts)
-            ]
+            rows = (
+                _masked(each, cutting, settings, numpy.random.default_rng((seed, n)))
+                for n, each in enumerate(chosen)
+            )
             form = "own"
-    pad = pad_of(tokenizer)
-    kept = [
-        row
-        for row in rows
-        if row[0] and (form == "none" or any(label != IGNORED for label in row[1]))
-    ]
-    why = f"nothing to {'read' if form == 'none' else 'predict'} within max_length={max_length}"
-    return Encoded(usable(kept, len(rows), why), pad, form)  # type: ignore[arg-type]
+    used = Used()
+    for row in rows:
+        cut = cutting.since()
+        some = row[0] and (form == "none" or any(label != IGNORED for label in row[1]))
+        nothing = f"nothing to {'read' if form == 'none' else 'predict'}"
+        used.add(row, cut, None if some else beyond(max_length) if cut else nothing)
+    return used.encoded(pad_of(tokenizer), form)
 
 
 def _texts(samples: Sequence[Any], task: str) -> list[Sample]:
@@ -106,23 +102,41 @@ def _texts(samples: Sequence[Any], task: str) -> list[Sample]:
     return list(samples)
 
 
-def _ids(tokenizer: Any, max_length: int, *text: Any, **more: Any) -> Any:
-    return tokenizer(*text, truncation=True, max_length=max_length, **more)
+class _Cutting:
+    """A tokenizer that cuts what is longer than ``max_length``, its special tokens left in."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self._max_length = max_length
+        self._cut = False
+
+    def __call__(self, *text: Any, **more: Any) -> Any:
+        found = self.tokenizer(*text, verbose=False, **more)
+        if len(found["input_ids"]) <= self._max_length:
+            return found
+        self._cut = True
+        return self.tokenizer(*text, truncation=True, max_length=self._max_length, **more)
+
+    def since(self) -> bool:
+        """Whether anything was cut since this was last asked."""
+        cut, self._cut = self._cut, False
+        return cut
 
 
-def _pair(sample: Sample, tokenizer: Any, max_length: int) -> Row:
+def _pair(sample: Sample, cutting: _Cutting) -> Row:
     response = (sample.response or "").lstrip()
     return (
-        list(_ids(tokenizer, max_length, sample.prompt.rstrip())["input_ids"]),
-        list(_ids(tokenizer, max_length, text_target=response)["input_ids"]),
+        list(cutting(sample.prompt.rstrip())["input_ids"]),
+        list(cutting(text_target=response)["input_ids"]),
     )
 
 
-def _masked(sample: Sample, tokenizer: Any, settings: Any, max_length: int, draws: Any) -> Row:
+def _masked(sample: Sample, cutting: _Cutting, settings: Any, draws: Any) -> Row:
+    tokenizer = cutting.tokenizer
     if tokenizer.mask_token_id is None:
         raise ValueError("--model: the tokenizer has no mask token, which --task masked-lm needs")
     text = sample.prompt + (sample.response or "")
-    ids = list(_ids(tokenizer, max_length, text)["input_ids"])
+    ids = list(cutting(text)["input_ids"])
     special = tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
     places = [place for place, bit in enumerate(special) if not bit]
     if not places:
@@ -164,20 +178,20 @@ def column_of(where: str, row: Mapping[str, Any], names: Sequence[str]) -> Any:
     raise ValueError(f"{where}: no column {' or '.join(names)}; found {', '.join(sorted(row))}")
 
 
-def _unlabelled(where: str, row: Mapping[str, Any], tokenizer: Any, max_length: int) -> Row:
+def _unlabelled(where: str, row: Mapping[str, Any], cutting: _Cutting) -> Row:
     """A text, or words, without a class."""
     text = column_of(where, row, [name for names, _ in _COLUMNS.values() for name in names])
     words = isinstance(text, list)
     if not all(isinstance(each, str) for each in (text if words else [text])):
         raise ValueError(f"{where}: expected a text, or a list of words")
-    return list(_ids(tokenizer, max_length, text, is_split_into_words=words)["input_ids"]), []
+    return list(cutting(text, is_split_into_words=words)["input_ids"]), []
 
 
-def _one_class(sample: _Labelled, tokenizer: Any, settings: Any, max_length: int) -> Row:
+def _one_class(sample: _Labelled, cutting: _Cutting, settings: Any) -> Row:
     if not isinstance(sample.text, str):
         kind = type(sample.text).__name__
         raise ValueError(f"{sample.where}: the text is a {kind}; expected a string")
-    ids = list(_ids(tokenizer, max_length, sample.text)["input_ids"])
+    ids = list(cutting(sample.text)["input_ids"])
     if settings.num_labels == 1:
         if isinstance(sample.label, bool) or not isinstance(sample.label, (int, float)):
             raise ValueError(f"{sample.where}: label {sample.label!r}; expected a number")
@@ -185,13 +199,13 @@ def _one_class(sample: _Labelled, tokenizer: Any, settings: Any, max_length: int
     return ids, [class_of(sample.where, sample.label, settings)]
 
 
-def _classes(sample: _Labelled, tokenizer: Any, settings: Any, max_length: int) -> Row:
+def _classes(sample: _Labelled, cutting: _Cutting, settings: Any) -> Row:
     words, labels = sample.text, sample.label
     if not isinstance(words, list) or not isinstance(labels, list) or len(words) != len(labels):
         raise ValueError(f"{sample.where}: expected a list of words, and a list of as many labels")
-    if not getattr(tokenizer, "is_fast", False):
+    if not getattr(cutting.tokenizer, "is_fast", False):
         raise ValueError("--model: --task token-cls needs a tokenizer with tokenizer.json")
-    found = _ids(tokenizer, max_length, words, is_split_into_words=True)
+    found = cutting(words, is_split_into_words=True)
     of_token = found.word_ids()
     counted = [
         IGNORED

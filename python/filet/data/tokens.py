@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import warnings
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +17,18 @@ from filet.data.chat import encode_chat, shared_length
 from filet.data.samples import AnySample, Chat, Sample, Tokens
 from filet.model.batch import IGNORED
 
-__all__ = ["Encoded", "Row", "batches", "encode", "pad_of", "row_of", "stacked", "usable"]
+__all__ = [
+    "Encoded",
+    "Row",
+    "Used",
+    "batches",
+    "beyond",
+    "encode",
+    "pad_of",
+    "row_of",
+    "stacked",
+    "why_not",
+]
 
 
 Row = tuple[list[int], list[Any]]
@@ -33,11 +45,14 @@ class Encoded:
         form: of the labels. "next": one for each token, predicted by the one before it. "own": one
             for each token, predicted there. "other": a sequence of its own. "one": a single one.
             "none": there are none, and batches have none.
+        cut: how many of the samples were longer and lost their end; of all that were drawn, also
+            in a share.
     """
 
     rows: list[Row]
     pad: int
     form: Literal["next", "own", "other", "one", "none"] = "next"
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -145,16 +160,26 @@ def encode(
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, got {max_length}")
-    rows: list[Row] = []
+    used = Used()
     for sample in samples:
         ids, labels = row_of(sample, tokenizer, count_prompt=count_prompt)
-        ids, labels = ids[:max_length], labels[:max_length]
-        # The model predicts labels[1:] from what stands before them.
-        if any(label != IGNORED for label in labels[1:]):
-            rows.append((ids, labels))
+        row = ids[:max_length], labels[:max_length]
+        used.add(row, len(ids) > max_length, why_not(labels, max_length))
+    return used.encoded(pad_of(tokenizer))
 
-    why = f"fewer than 2 tokens, or no answer, or nothing to predict within max_length={max_length}"
-    return Encoded(usable(rows, len(samples), why), pad_of(tokenizer))
+
+def why_not(labels: Sequence[int], max_length: int) -> str | None:
+    """Why a sample of these labels, of the next token, cannot be used; None where it can."""
+    # The model predicts labels[1:] from what stands before them.
+    first = next((at for at, label in enumerate(labels) if at and label != IGNORED), None)
+    if first is None:
+        return "fewer than 2 tokens, or no answer"
+    return None if first < max_length else beyond(max_length)
+
+
+def beyond(max_length: int) -> str:
+    """Why a sample cannot be used that could be if it had not been cut."""
+    return f"all that is to be predicted lies beyond max_length={max_length}"
 
 
 def pad_of(tokenizer: Any) -> int:
@@ -172,16 +197,44 @@ def row_of(sample: AnySample, tokenizer: Any, *, count_prompt: bool) -> Row:
     return _encode_text(sample, tokenizer, tokenizer.eos_token_id, count_prompt)
 
 
-def usable(rows: list[Row], samples: int, why: str) -> list[Row]:
-    """The rows; a warning where some samples made none, a ValueError where none did."""
-    if not samples:
-        raise ValueError("no samples")
-    if not rows:
-        raise ValueError(f"no usable sample among {samples}: {why}")
-    if len(rows) < samples:
-        dropped = f"dropped {samples - len(rows)} of {samples} samples: {why}"
-        warnings.warn(dropped, stacklevel=3)
-    return rows
+class Used:
+    """The samples of which there is something to predict, and why the others are not used.
+
+    Attributes:
+        rows: of those that are used.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self._cut = 0
+        self._dropped: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        """All that were added."""
+        return len(self.rows) + self._dropped.total()
+
+    def add(self, row: Row, cut: bool, why: str | None) -> None:
+        """A sample's row; ``cut``: it lost its end; ``why`` it cannot be used, None if it can."""
+        if why is not None:
+            self._dropped[why] += 1
+            return
+        self.rows.append(row)
+        self._cut += cut
+
+    def encoded(self, pad: int, form: Any = "next") -> Encoded:
+        """What is used; a warning where some samples are not, a ValueError where none is."""
+        reasons = [
+            f"{why} ({number})" if len(self._dropped) > 1 else why
+            for why, number in self._dropped.items()
+        ]
+        if not self:
+            raise ValueError("no samples")
+        if not self.rows:
+            raise ValueError(f"no usable sample among {len(self)}: {'; '.join(reasons)}")
+        if reasons:
+            dropped = f"dropped {self._dropped.total()} of {len(self)} samples"
+            warnings.warn(f"{dropped}: {'; '.join(reasons)}", stacklevel=3)
+        return Encoded(self.rows, pad, form, self._cut)
 
 
 def batches(

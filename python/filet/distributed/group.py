@@ -86,10 +86,15 @@ class Group:
         self._nccl = "nccl" in dist.get_backend_config(world)
         self._depth = 0
         self._known: BaseException | None = None  # a failure that all have heard of
+        self._heard: BaseException | None = None  # one that was another process's
         self._broken = False  # nobody can be told anything any more
         self._untold = False  # nor of what this call raised
         self._warned: dict[str, type[Warning]] = {}
         self._stack = contextlib.ExitStack()
+
+    def __str__(self) -> str:
+        """What is this process's own is labelled so."""
+        return f"rank {self.rank} of {self.size}"
 
     def __enter__(self) -> Group:
         if self._depth == 0:
@@ -114,10 +119,7 @@ class Group:
 
     def _tell(self, error: BaseException) -> None:
         """Let the others hear of an exception, where they have not."""
-        at: BaseException | None = error
-        while at is not None and at is not self._known:
-            at = at.__cause__
-        if self._broken or self._untold or at is not None:
+        if self._broken or self._untold or _comes_from(error, self._known):
             return
         self._known = error
         with contextlib.suppress(ConnectionError):  # the exception itself is what is raised
@@ -145,9 +147,24 @@ class Group:
         said = self._gathered(None, value)
         for rank, (failure, _) in enumerate(said):
             if failure is not None:
-                self._known = failure.error(rank)
+                self._known = self._heard = failure.error(rank)
                 raise self._known
         return [value for _, value in said]
+
+    def accounts(self, error: BaseException, text: str) -> list[str | None]:
+        """Of the errors that ended this call, the ``text`` of every process that had one itself.
+
+        None for a process that heard of its error from another, and all None where not all can be
+        asked any more. Collective, outside of the context.
+        """
+        unknown: list[str | None] = [None] * self.size
+        if self._broken or self._untold:
+            return unknown
+        try:
+            said = self._gathered(None, None if _comes_from(error, self._heard) else text)
+        except ConnectionError:
+            return unknown
+        return [text for _, text in said]
 
     def from_first(self, value: T) -> T:
         """What the first process gave, to the others a copy. Collective."""
@@ -263,7 +280,7 @@ class Group:
         except RuntimeError as error:
             self._broken = True
             raise ConnectionError(
-                f"rank {self.rank} of {self.size} lost another process, which ended or did not "
+                f"{self} lost another process, which ended or did not "
                 f"make the same call within {TIMEOUT} ({error}); expected every rank to call this "
                 "function"
             ) from error
@@ -291,6 +308,14 @@ class Group:
                 if text not in shown:
                     warnings.warn(f"rank {rank}: {text}", category, stacklevel=3)
             shown |= texts.keys()
+
+
+def _comes_from(error: BaseException, other: BaseException | None) -> bool:
+    """Whether an error is another one, or was raised from it."""
+    at: BaseException | None = error
+    while at is not None and at is not other:
+        at = at.__cause__
+    return at is not None
 
 
 def _as_tensor(content: bytes) -> Tensor:

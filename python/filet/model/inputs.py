@@ -52,8 +52,11 @@ _LOADER = (
 )
 
 
-def check_dataloader(dataloader: Any, name: str = "dataloader") -> None:
-    """TypeError for what gives no batches: a data set, one batch, no iterable at all."""
+def check_dataloader(dataloader: Any, name: str = "dataloader") -> int | None:
+    """How many samples it has, None where that is not known before it is read.
+
+    TypeError for what gives no batches: a data set, one batch, no iterable at all.
+    """
     kind = type(dataloader).__name__
     packages = {each.__module__.partition(".")[0] for each in type(dataloader).__mro__}
     is_dataset = isinstance(dataloader, Dataset) or "datasets" in packages
@@ -68,6 +71,26 @@ def check_dataloader(dataloader: Any, name: str = "dataloader") -> None:
         raise TypeError(f"{name} is a {kind}; expected an iterable of batches, a list of one say")
     if not hasattr(dataloader, "__iter__") and not hasattr(dataloader, "__getitem__"):
         raise TypeError(f"{name} is a {kind}; expected an iterable of batches")
+    return _samples_of(dataloader)
+
+
+def _samples_of(dataloader: Any) -> int | None:
+    if isinstance(dataloader, (list, tuple)):
+        try:
+            return sum(map(samples_in, dataloader))
+        except TypeError:  # of a batch, which says so when it is read
+            return None
+    source: Any = getattr(dataloader, "dataset", None)
+    whole = 1  # a number of samples of which there are as many as come out even
+    if isinstance(dataloader, DataLoader):
+        batches: Any = dataloader.batch_sampler  # none where the items are batches
+        source = getattr(batches, "sampler", None)
+        whole = batches.batch_size if getattr(batches, "drop_last", False) else 1
+    try:
+        number = len(source)
+    except TypeError:
+        return None
+    return number // whole * whole
 
 
 def check_batch(batch: Any, forward_fn: Callable[[Any, Any], Any] | None) -> None:

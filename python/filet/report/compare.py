@@ -21,10 +21,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from filet.report.names import FILET_FILE, REPORT_FILE, WEIGHTS_FILE
+from filet.report.names import FILET_FILE, MARK, REPORT_FILE, WEIGHTS_FILE
 from filet.report.page import page
 from filet.report.report import FiletReport
 from filet.report.table import lines_of, scientific, summary
+from filet.report.weights import PREFIX, SUFFIX
 from filet.system.tensorset import find_index, metadata_of, opened
 from filet.system.text import plural
 
@@ -39,8 +40,6 @@ __all__ = [
     "overlap",
 ]
 
-_PREFIX = "base_model.model."  # PEFT's, before the name of a module
-_SUFFIX = ".lora_A.weight"
 _STATISTICS = "filet-statistics-"  # how the format of such a file begins
 
 
@@ -162,9 +161,14 @@ def _factors(folder: Path) -> dict[str, Tensor]:
     found = {}
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
+            if halves and MARK not in (file.metadata() or {}):
+                raise ValueError(
+                    f"{folder / FILET_FILE} describes another adapter than lies beside it, which "
+                    "has no frozen half; expected them of one save"
+                )
             for key in file.keys():
-                if key.startswith(_PREFIX) and key.endswith(_SUFFIX):
-                    name = key.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+                if key.startswith(PREFIX) and key.endswith(SUFFIX):
+                    name = key.removeprefix(PREFIX).removesuffix(SUFFIX)
                     found[name] = file.get_tensor(key)[: halves.get(name)]
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error

@@ -11,6 +11,7 @@ __all__ = [
     "CARD_FILE",
     "CONFIG_FILE",
     "FILET_FILE",
+    "MARK",
     "PLOT_FILE",
     "REPORT_FILE",
     "WEIGHTS_FILE",
@@ -23,6 +24,9 @@ CONFIG_FILE = "adapter_config.json"
 
 FILET_FILE = "filet.json"
 """Which half of an adapter is frozen, where one is."""
+
+MARK = "filet"
+"""In the metadata of weights with a frozen half: their FILET_FILE may get lost, or be another's."""
 
 CARD_FILE = "README.md"
 """The model card, by the name that the Hub shows."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from filet.report.names import REPORT_FILE
 from filet.report.page import page
 from filet.report.plot import caption_of, picture
 from filet.report.table import HEADER, cells, entries_of, rows, summary
+from filet.report.weights import check_beside, digest_of
 from filet.system.files import replaced
 from filet.system.tensorfile import write_tensors
 
@@ -45,6 +46,8 @@ class FiletReport:
         loss_terms: labels that entered the loss.
         config: the :class:`filet.FiletConfig` as a JSON-able dict.
         data: of :class:`filet.Statistics`: which samples they were; 0 where it is not known.
+        keep: of the data to keep by which directions were chosen, how many "samples" and "tokens"
+            there were and where they came "from" (:class:`filet.Statistics`); empty without.
     """
 
     modules: dict[str, ModuleReport]
@@ -56,6 +59,7 @@ class FiletReport:
     loss_terms: int
     config: dict[str, Any]
     data: int = 0  # reports of 0.1 do not say it
+    keep: dict[str, Any] = field(default_factory=dict)
 
     def table(self) -> str:
         """A table for a terminal: one row a module, then summary lines.
@@ -73,6 +77,7 @@ class FiletReport:
             tokens=self.tokens,
             loss_terms=self.loss_terms,
             data=self.data,
+            keep=self.keep,
             config=self.config,
             seconds=self.seconds,
             peak_memory=self.peak_memory,
@@ -120,7 +125,8 @@ class FiletReport:
         """Write ``filet_report.safetensors`` into ``folder`` and return its path.
 
         The energies and indices are the tensors ``<module>.energies`` and ``<module>.indices``;
-        the rest is JSON under ``report`` in the metadata.
+        the rest is JSON under ``report`` in the metadata. Beside it is a hash of the adapter's
+        weights where they lie in the folder already, by which :meth:`load` knows them again.
 
         Raises:
             OSError: the file cannot be written; an existing one is left as it was.
@@ -131,11 +137,12 @@ class FiletReport:
             its_tensors, values = module.parts()
             tensors |= its_tensors
             described.append({"key": name, **values})
-        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        content = {each.name: getattr(self, each.name) for each in fields(self)}
         content["data"] = f"{self.data:x}"
         del content["modules"]  # they come last
         content["modules"] = described
         metadata = {"format": _FORMAT, "version": _VERSION, "report": json.dumps(content)}
+        metadata["adapter"] = digest_of(Path(folder))
         path = Path(folder) / REPORT_FILE
         write_tensors(path, tensors, metadata)
         return path
@@ -144,15 +151,20 @@ class FiletReport:
     def load(cls, folder_or_file: str | os.PathLike[str]) -> FiletReport:
         """Read a report that :meth:`save` wrote, from its folder or from the file itself.
 
+        From a folder the adapter beside it is looked at: a warning where that was saved again
+        since, which may be after training.
+
         Raises:
             FileNotFoundError: there is no such file, or no report in the folder.
-            ValueError: the file is not a filet report, or of a version this package cannot read.
+            ValueError: the file is not a filet report, or of a version this package cannot read; or
+                the adapter in the folder has other modules or ranks.
         """
         from safetensors import SafetensorError, safe_open
 
         path = Path(folder_or_file)
-        if path.is_dir():
-            path = path / REPORT_FILE
+        folder = path if path.is_dir() else None
+        if folder is not None:
+            path = folder / REPORT_FILE
         if not path.is_file():
             raise FileNotFoundError(
                 f"no filet report at {path}; expected what filet init wrote, or save_as_lora with "
@@ -168,9 +180,12 @@ class FiletReport:
                     key = described.pop("key")
                     modules[key] = ModuleReport.of_parts(file.get_tensor, described)
             content["data"] = int(content.get("data", "0"), 16)
-            return cls(modules=modules, **content)
+            report = cls(modules=modules, **content)
         except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a readable filet report: {error}") from error
+        if folder is not None:
+            check_beside(folder, modules, metadata.get("adapter", ""))
+        return report
 
 
 def _check_format(path: Path, metadata: dict[str, str]) -> None:

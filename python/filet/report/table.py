@@ -20,6 +20,7 @@ __all__ = [
     "count",
     "entries_of",
     "hash_text",
+    "kept_text",
     "lines_of",
     "rows",
     "scientific",
@@ -67,6 +68,7 @@ def entries_of(
     tokens: int,
     loss_terms: int,
     data: int,
+    keep: Mapping[str, Any],
     config: Mapping[str, Any],
     seconds: Mapping[str, float],
     peak_memory: int,
@@ -76,6 +78,8 @@ def entries_of(
     seen = [plural(samples, "sample"), plural(tokens, "token"), plural(loss_terms, "loss term")]
     seen += [f"hash {hash_text(data)}"] if data else []
     entries = [("initialised", _initialised(modules)), ("data", ", ".join(seen))]
+    if keep:
+        entries.append(("data to keep", kept_text(keep)))
     if config:
         entries.append(("config", ", ".join(f"{k}={_plain(v)}" for k, v in config.items())))
     excluded = [number for module in modules if (number := int(module.energies.isnan().sum()))]
@@ -92,6 +96,12 @@ def entries_of(
         entries.append(("peak memory", readable(peak_memory)))
     entries += [("left default", text) for text in _by_reason(left_default)]
     return entries
+
+
+def kept_text(keep: Mapping[str, Any]) -> str:
+    """How much data to keep there was, and where it came from, where that is known."""
+    counts = [plural(keep["samples"], "sample"), plural(keep["tokens"], "token")]
+    return ", ".join(counts) + (f", from {keep['from']}" if keep["from"] else "")
 
 
 def hash_text(data: int) -> str:
