@@ -315,7 +315,7 @@ def initialize_folder(
     with current() or contextlib.nullcontext() as group:
         config, device = checked_folder_arguments(
             folder, batches, output, lora_config, config, engine, _own_device(group, device),
-            host_memory, overwrite, saved, task,
+            host_memory, overwrite, saved, quantization_config, task,
         )  # fmt: skip
         how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         how |= {"task": task, "quantization_config": quantization_config}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from cli_cases import adapter_weights, arguments, error_of
+from cli_cases import adapter_weights, arguments, error_of, sentence
 
 from filet.cli.main import main
+from made_data import write_jsonl
+from models import CLASSES, case
 
 pytestmark = pytest.mark.skipif(
     find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -61,6 +64,52 @@ def test_a_quantised_folder_is_loaded_as_it_is(
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     line = error_of(capsys, [*init, "--model", str(folder), "--quantize", "nf4", "--overwrite"])
     assert "is quantised already" in line and "--quantize" in line
+
+
+@pytest.mark.usefixtures("no_picture")
+@pytest.mark.parametrize("new", [False, True], ids=["trained head", "new head"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_head_of_classes_is_left_whole(
+    kind: str, new: bool, init: list[str], model_folder: Path, data: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It is trained whole and saved with the adapter; plain PEFT loads both."""
+    from peft import PeftModel
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+    )
+
+    folder, output = tmp_path / "bert", tmp_path / "out" / "adapter"
+    model = case("bert class").model
+    (model.base_model if new else model).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    write_jsonl(data, *({"text": sentence(n), "label": n % CLASSES} for n in range(9)))
+    command = arguments(*init, "--model", folder, "--task", "seq-cls")
+    more = arguments("--new-head", 1, "--num-labels", CLASSES) if new else []
+    assert main([*command, *more, "--quantize", kind]) == 0
+    head = {key: v for key, v in adapter_weights(output).items() if "classifier" in key}
+    assert head and all(value.is_floating_point() for value in head.values())
+
+    def quantised(*whole: str) -> Any:
+        bits = {"load_in_4bit": kind == "nf4", "load_in_8bit": kind == "int8"}
+        config = BitsAndBytesConfig(**bits, llm_int8_skip_modules=list(whole))
+        return AutoModelForSequenceClassification.from_pretrained(
+            folder, quantization_config=config, num_labels=CLASSES
+        )
+
+    loaded = PeftModel.from_pretrained(quantised("classifier"), str(output))
+    assert torch.isfinite(loaded(input_ids=torch.arange(2, 9)[None]).logits).all()
+    found = loaded.base_model.model.classifier.modules_to_save["default"]
+    assert torch.equal(found.weight, head["base_model.model.classifier.weight"])
+    if new:
+        return
+    packed = quantised("none of it")
+    packed.save_pretrained(tmp_path / "packed")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "packed")
+    line = error_of(capsys, [*command, "--model", str(tmp_path / "packed"), "--overwrite"])
+    assert "classifier.weight is quantised, and a head is trained whole" in line
 
 
 def test_options_that_do_not_fit(init: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
 from safetensors import safe_open
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from filet.blockwise.division import size_of
 from filet.blockwise.quantised import Unsupported, begin_packed, quantizer_of
@@ -19,6 +21,7 @@ from filet.distributed.group import current
 from filet.model.checkpoint import entries, shard_files, understood
 from filet.model.folder import outline, settings_of
 from filet.model.inputs import check_dataloader
+from filet.model.packed import check_tied
 from filet.model.targets import adapted, check_init, find_targets
 from filet.model.tasks import CAUSAL, SEEING
 from filet.system.files import check_place, index_of, inside
@@ -49,6 +52,7 @@ def checked_folder_arguments(
     host_memory: int | None,
     overwrite: bool,
     save_statistics: Path | None,
+    quantization_config: Any,
     task: str,
 ) -> tuple[FiletConfig, torch.device]:
     """The config and device that :func:`filet.initialize_folder` is to take.
@@ -64,6 +68,11 @@ def checked_folder_arguments(
     if not isinstance(lora_config, LoraConfig):
         raise TypeError(f"lora_config is a {type(lora_config).__name__}; expected a LoraConfig")
     check_init(lora_config)
+    if not isinstance(quantization_config, (QuantizationConfigMixin, Mapping, NoneType)):
+        raise TypeError(
+            f"quantization_config={quantization_config!r}; expected transformers' "
+            "BitsAndBytesConfig(...), or None"
+        )
     if host_memory is not None and host_memory < 1:
         raise ValueError(f"host_memory={host_memory}; expected a positive number of bytes")
     _check_output(output, overwrite)
@@ -156,6 +165,7 @@ def empty_model(
     with understood(folder):
         how: Any = {"trust_remote_code": trust_remote_code, "task": task}
         model = outline(settings, given, quantizer=quantizer, **how)
+        check_tied(model)
         begin_packed(folder, model, files, given)
     return model
 

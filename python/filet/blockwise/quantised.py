@@ -30,7 +30,7 @@ _IN_MEMORY = "engine='memory'"
 _ROUTES = {
     "gptq": f"{_IN_MEMORY} (by gptqmodel)",
     "awq": f"{_IN_MEMORY} (by gptqmodel)",
-    "hqq": _IN_MEMORY,
+    "hqq": f"{_IN_MEMORY} (by a transformers that loads it)",
     "torchao": _IN_MEMORY,
     "compressed-tensors": _WHOLE,
     "mxfp4": _WHOLE,

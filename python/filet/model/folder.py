@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from filet.model.checkpoint import check_shapes, missing_weight, understood, warn_of_unused
+from filet.model.packed import check_tied
 from filet.model.targets import adapted
 from filet.model.tasks import CAUSAL, SEEING, TASKS
 from filet.system.memory import named_shortage
@@ -176,6 +177,8 @@ def load_model(
     if saved is not None or quantization_config is not None:
         quantised["device_map"] = {"": device}  # as it is loaded: some cannot be moved later
     if quantization_config is not None:
+        if TASKS[task].classifies:
+            quantization_config = _but_heads(quantization_config, settings, trust_remote_code, task)
         quantised["quantization_config"] = quantization_config
     with understood(folder), named_shortage("loading", lambda: f"the loading of {folder}"):
         if saved is None:
@@ -197,6 +200,7 @@ def load_model(
                 **quantised,
                 **({} if head is None else {"config": settings}),
             )
+        check_tied(model)
         check_shapes(folder, sorted(found["mismatched_keys"]))
         # Without those that are tied to one that is there.
         _check_missing(folder, model, sorted(found["missing_keys"]), TASKS[task].classifies, head)
@@ -237,7 +241,8 @@ def quantization_of(
 ) -> Any:
     """transformers' config by which bitsandbytes quantises a folder's model as it is loaded.
 
-    4-bit layers compute in the model's dtype, ``double`` quantises their scales once more.
+    4-bit layers compute in the model's dtype, in float32 where neither ``dtype`` nor config.json
+    says one; ``double`` quantises their scales once more.
     """
     from transformers import BitsAndBytesConfig
 
@@ -299,8 +304,37 @@ def load_adapted(
         model.gradient_checkpointing_enable()
         model.train()  # it checkpoints in this mode only; dropout is off in the pass
     if TASKS[task].classifies:
+        _check_heads(folder, model)
         lora_config = _with_head(lora_config, model)
     return adapted(model, lora_config, seed)
+
+
+def _heads_of(model: Any) -> list[str]:
+    """All beside the base model that has parameters: it is trained whole."""
+    return [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+
+
+def _but_heads(config: Any, settings: Any, trust_remote_code: bool, task: str) -> Any:
+    """bitsandbytes' config by which the heads of a classifier are left as they are."""
+    model = outline(settings, torch.float32, trust_remote_code=trust_remote_code, task=task)
+    config = copy.deepcopy(config)
+    config.llm_int8_skip_modules = [*(config.llm_int8_skip_modules or ()), *_heads_of(model)]
+    return config
+
+
+def _check_heads(folder: str | os.PathLike[str], model: Any) -> None:
+    heads = _heads_of(model)
+    for head in heads:
+        for name, parameter in model.get_submodule(head).named_parameters():
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"{folder}: {head}.{name} is quantised, and a head is trained whole; expected "
+                    f"a model that was quantised with llm_int8_skip_modules={heads}"
+                )
 
 
 def _with_head(lora_config: LoraConfig, model: Any) -> LoraConfig:
@@ -308,11 +342,7 @@ def _with_head(lora_config: LoraConfig, model: Any) -> LoraConfig:
 
     PEFT knows heads that are called classifier or score, and no pooler before them.
     """
-    heads = [
-        name
-        for name, module in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in module.parameters())
-    ]
+    heads = _heads_of(model)
     config = copy.copy(lora_config)
     config.modules_to_save = heads
     config.exclude_modules = rf"({'|'.join(map(re.escape, heads))})(\..*)?"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Packed", "begin_quantised", "begin_stored", "is_packed", "packed_of"]
+__all__ = ["Packed", "begin_quantised", "begin_stored", "check_tied", "is_packed", "packed_of"]
 
 _OFFSET = "offset"  # of a double quantisation; a file has it in the text of its state
 _STATE = "weight.quant_state."
@@ -26,6 +26,18 @@ _STATE = "weight.quant_state."
 def is_packed(module: nn.Module) -> bool:
     """Whether bitsandbytes keeps the weight of this module packed."""
     return type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+
+
+def check_tied(model: Any) -> None:
+    """ValueError for a packed layer whose weight is an embedding's, which is never packed."""
+    for key in getattr(model, "all_tied_weights_keys", None) or {}:
+        name = key.rpartition(".")[0]
+        if is_packed(model.get_submodule(name)):
+            raise ValueError(
+                f"{name} was to be quantised, and its weight is tied to another that is not, so "
+                "that it cannot run; expected it among llm_int8_skip_modules of "
+                "quantization_config, or no such list"
+            )
 
 
 def begin_quantised(module: nn.Module, dtype: torch.dtype) -> None:

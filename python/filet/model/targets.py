@@ -217,6 +217,7 @@ def find_targets(
     unsupported: dict[str, str] = {}
     wrapped: list[str] = []  # whose inner layers PEFT handles as parts of them
     tied = _embedding_storages(peft_model, adapter_name)
+    firsts: dict[int, str] = {}
     dtype = dtype_of_model(peft_model.base_model.model)
     for name, layer in layers_of(peft_model, adapter_name):
         if name.startswith(tuple(wrapped)):
@@ -228,6 +229,8 @@ def find_targets(
         except Unreadable as error:
             unsupported[name] = str(error)
             continue
+        if not values.shareable:
+            _check_alone(name, values, firsts)
         if loaded and values.device.type == "meta":
             raise ValueError(
                 f"the base weight of {name} is on the meta device (not loaded, offloaded by "
@@ -237,6 +240,17 @@ def find_targets(
         beside = is_beside(peft_model.base_model.model, name)
         targets[name] = Target.of(name, layer, adapter_name, values, beside)
     return targets, unsupported
+
+
+def _check_alone(name: str, values: Values, firsts: dict[int, str]) -> None:
+    """ValueError where a layer before has this weight too. Mutates ``firsts``: weight → layer."""
+    first = firsts.setdefault(id(values.module.weight), name)
+    if first != name:
+        raise ValueError(
+            f"{first} and {name} share one weight in {values.kind} (layer_replication), and the "
+            "library multiplies by codes without their scales in one of them; expected a base in "
+            "4 bits, or one that is not quantised"
+        )
 
 
 def layers_of(peft_model: PeftModel, adapter_name: str) -> list[tuple[str, LoraLayer]]:

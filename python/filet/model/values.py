@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from filet.model.parts import comes_from, flat, numbers, tensors_in
 from filet.model.sharded import local
 
 __all__ = ["LORA_LAYERS", "Unreadable", "Values", "as_trained", "dtype_of_model", "values_of"]
@@ -62,12 +63,14 @@ class Values:
         rounds: x and g of a wider dtype are rounded to W's before they are multiplied, and y and
             h are given back in theirs.
         casts: False where it fails on an x of another dtype than W's.
+        shareable: two modules with one weight multiply by the same W.
     """
 
     quantised = False
     multiplies = False
     rounds = False
     casts = True
+    shareable = True
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         """``dtype``: of the model's hidden states, for a base that multiplies in that of its x."""
@@ -219,10 +222,10 @@ class _Bnb4bit(_Quantised):
 
     def stored(self) -> list[Tensor]:
         data, state = self.packed()
-        parts = [data, state.absmax, state.code, _numbers(state.blocksize)]
+        parts = [data, state.absmax, state.code, numbers(state.blocksize)]
         if state.nested:
             inner = state.state2
-            parts += [inner.absmax, inner.code, state.offset, _numbers(inner.blocksize)]
+            parts += [inner.absmax, inner.code, state.offset, numbers(inner.blocksize)]
         return parts
 
 
@@ -232,6 +235,8 @@ class _Bnb8bit(_Quantised):
     W = CB diag(SCB) / 127, by rows, rounded to the dtype of x as in its backward. The rounding of x
     and its outliers is the layer's own affair: y = W x and h = Wᵀ g are not.
     """
+
+    shareable = False  # SCB moves to the state of the first, and the second multiplies by bare CB
 
     @classmethod
     def claims(cls, module: Any) -> bool:
@@ -321,8 +326,8 @@ class _Hqq(_Quantised):
 
     def stored(self) -> list[Tensor]:
         meta = self.module.meta
-        numbers = _numbers(*(meta[key] or 0 for key in ("nbits", "group_size", "axis")))
-        return [self.module.W_q.detach(), *_tensors(meta), numbers]
+        of_codes = numbers(*(meta[key] or 0 for key in ("nbits", "group_size", "axis")))
+        return [self.module.W_q.detach(), *tensors_in(meta), of_codes]
 
 
 class _Torchao(_Quantised):
@@ -332,7 +337,7 @@ class _Torchao(_Quantised):
 
     @classmethod
     def claims(cls, module: Any) -> bool:
-        return isinstance(module, nn.Linear) and _from(type(module.weight), "torchao")
+        return isinstance(module, nn.Linear) and comes_from(type(module.weight), "torchao")
 
     @property
     def kind(self) -> str:
@@ -376,7 +381,7 @@ class _Torchao(_Quantised):
         return W
 
     def stored(self) -> list[Tensor]:
-        return _flat(self.module.weight.detach())
+        return flat(self.module.weight.detach())
 
 
 class _GptqModel(_Quantised):
@@ -384,7 +389,7 @@ class _GptqModel(_Quantised):
 
     @classmethod
     def claims(cls, module: Any) -> bool:
-        return _from(type(module), "gptqmodel") and hasattr(module, "SUPPORTS_TRAINING")
+        return comes_from(type(module), "gptqmodel") and hasattr(module, "SUPPORTS_TRAINING")
 
     @property
     def _method(self) -> str:
@@ -495,7 +500,9 @@ def values_of(module: nn.Module, dtype: torch.dtype) -> Values:
 
 def _refuse(module: Any, kind: str) -> None:
     """:class:`Unreadable` for what no class here is for."""
-    compressed = hasattr(module, "quantization_scheme") or _from(type(module), "compressed_tensors")
+    compressed = hasattr(module, "quantization_scheme") or comes_from(
+        type(module), "compressed_tensors"
+    )
     if compressed and ("forward" in vars(module) or not _is_plain(module)):
         raise Unreadable(
             "compressed-tensors' layers are not trained on as they are: load with "
@@ -565,33 +572,5 @@ def as_trained(model: nn.Module) -> Iterator[set[nn.Module]]:
 
 def _is(module: nn.Module, library: str, name: str) -> bool:
     """Whether a module is of this class, or of one made from it; the library is not imported."""
-    return any(each.__name__ == name and _from(each, library) for each in type(module).__mro__)
-
-
-def _from(kind: type, library: str) -> bool:
-    return kind.__module__.partition(".")[0] == library
-
-
-def _numbers(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def _tensors(meta: dict[str, Any]) -> list[Tensor]:
-    """Those in a dictionary and in the dictionaries in it, by their keys."""
-    found: list[Tensor] = []
-    for key in sorted(meta):
-        value = meta[key]
-        if isinstance(value, Tensor):
-            found.append(value.detach())
-        elif isinstance(value, dict):
-            found += _tensors(value)
-    return found
-
-
-def _flat(tensor: Any) -> list[Tensor]:
-    """The plain tensors that a tensor of torchao's is made of."""
-    if not _from(type(tensor), "torchao"):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    parts = [getattr(tensor, name) for name in names]
-    return [plain for part in parts if part is not None for plain in _flat(part)]
+    kinds = type(module).__mro__
+    return any(each.__name__ == name and comes_from(each, library) for each in kinds)

@@ -1,0 +1,40 @@
+"""The plain tensors that quantised ones are made of, for fingerprints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["comes_from", "flat", "numbers", "tensors_in"]
+
+
+def comes_from(kind: type, library: str) -> bool:
+    """Whether a class is of a library, which is not imported."""
+    return kind.__module__.partition(".")[0] == library
+
+
+def numbers(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def tensors_in(meta: dict[str, Any]) -> list[Tensor]:
+    """Those in a dictionary and in the dictionaries in it, by their keys."""
+    found: list[Tensor] = []
+    for key in sorted(meta):
+        value = meta[key]
+        if isinstance(value, Tensor):
+            found.append(value.detach())
+        elif isinstance(value, dict):
+            found += tensors_in(value)
+    return found
+
+
+def flat(tensor: Any) -> list[Tensor]:
+    """The plain tensors that a tensor of torchao's is made of."""
+    if not comes_from(type(tensor), "torchao"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    parts = [getattr(tensor, name) for name in names]
+    return [plain for part in parts if part is not None for plain in flat(part)]
