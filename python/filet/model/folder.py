@@ -177,9 +177,9 @@ def load_model(
     if saved is not None or quantization_config is not None:
         quantised["device_map"] = {"": device}  # as it is loaded: some cannot be moved later
     if quantization_config is not None:
-        if TASKS[task].classifies:
-            quantization_config = _but_heads(quantization_config, settings, trust_remote_code, task)
-        quantised["quantization_config"] = quantization_config
+        quantised["quantization_config"] = _but_heads(
+            quantization_config, settings, trust_remote_code, task
+        )
     with understood(folder), named_shortage("loading", lambda: f"the loading of {folder}"):
         if saved is None:
             make = partial(
@@ -200,9 +200,7 @@ def load_model(
                 **quantised,
                 **({} if head is None else {"config": settings}),
             )
-        check_tied(model)
         check_shapes(folder, sorted(found["mismatched_keys"]))
-        # Without those that are tied to one that is there.
         _check_missing(folder, model, sorted(found["missing_keys"]), TASKS[task].classifies, head)
         model = model if quantised else model.to(device)
     unused = found["unexpected_keys"]
@@ -215,7 +213,11 @@ def load_model(
 def _check_missing(
     folder: Path, model: Any, names: list[str], classifies: bool, head: NewHead | None
 ) -> None:
-    """ValueError for weights that no file has, but those of a new head."""
+    """ValueError for weights that no file has, but those of a new head.
+
+    ``names`` is without those that are tied to one that is there; a packed one cannot be.
+    """
+    check_tied(model)
     new = [name for name in names if not name.startswith(f"{model.base_model_prefix}.")]
     new = new if classifies else []
     rest = [name for name in names if name not in new]
@@ -319,7 +321,9 @@ def _heads_of(model: Any) -> list[str]:
 
 
 def _but_heads(config: Any, settings: Any, trust_remote_code: bool, task: str) -> Any:
-    """bitsandbytes' config by which the heads of a classifier are left as they are."""
+    """bitsandbytes' config; of a classifier's model one by which its heads are left as they are."""
+    if not TASKS[task].classifies:
+        return config
     model = outline(settings, torch.float32, trust_remote_code=trust_remote_code, task=task)
     config = copy.deepcopy(config)
     config.llm_int8_skip_modules = [*(config.llm_int8_skip_modules or ()), *_heads_of(model)]
