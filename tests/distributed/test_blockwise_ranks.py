@@ -275,7 +275,7 @@ def test_a_sample_is_the_same_in_any_batch() -> None:
 
 
 def interrupted(rank: int, folder: Path, model: Path, size: int, block: int, how: Any) -> None:
-    """One rank fails when it is to finish a block; what was begun to be written is there."""
+    """One rank fails when it is to finish a block; what the others need to go on is there."""
     finish, machine = Reverse.finish, in_step()
 
     def failing(reverse: Reverse, number: int, *args: Any) -> Any:
@@ -286,14 +286,14 @@ def interrupted(rank: int, folder: Path, model: Path, size: int, block: int, how
         return finish(reverse, number, *args)
 
     Reverse.finish = failing  # type: ignore[method-assign]
-    is_behind = Journal.is_behind
+    save_gradient = Journal.save_gradient
 
-    def waited(journal: Journal) -> bool:
-        """Of a disk that is behind, on a machine with other work, a block would be done again."""
+    def at_once(journal: Journal, *args: Any) -> None:
+        """On a machine with other work a disk is behind, and a block would be done again."""
+        save_gradient(journal, *args)
         journal.settle()
-        return is_behind(journal)
 
-    Journal.is_behind = waited  # type: ignore[method-assign]
+    Journal.save_gradient = at_once  # type: ignore[method-assign]
     group = current()
     assert group is not None
     with group:
