@@ -188,7 +188,7 @@ def test_samples_that_are_cut_are_counted(
     kept = tmp_path / "keep.txt"
     kept.write_text("\n".join(sentence(n) for n in (0, 8)))  # 5 and 13
     assert main([*init, "--max-length", "9", "--keep", str(kept)]) == 0
-    lengths = [min(len(sentence(n).split()) + 1, 99) for n in range(24)]
+    lengths = [len(sentence(n).split()) + 1 for n in range(24)]
     out = capsys.readouterr().out
     assert [line for line in out.splitlines() if line.startswith("cut ")] == [
         f"cut           {sum(n > 9 for n in lengths)} of 24 samples of --data were cut to 9 tokens "

@@ -226,11 +226,8 @@ class Blockwise:
 
     def _say(self, text: str) -> None:
         if self.show:
-            say(
-                text
-                if self.group is None
-                else f"{self.group}, of its share of the samples:\n{text}"
-            )
+            whose = "" if self.group is None else f"{self.group}, of its share of the samples:\n"
+            say(whose + text)
 
     def _room(self, stack: contextlib.ExitStack, hidden: Tensor | None) -> Boundaries:
         """Decide what is kept where, now that the first batch shows what a boundary is like."""

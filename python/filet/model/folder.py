@@ -215,9 +215,8 @@ def _check_missing(
 ) -> None:
     """ValueError for weights that no file has, but those of a new head.
 
-    ``names`` is without those that are tied to one that is there; a packed one cannot be.
+    ``names`` is without those that are tied to one that is there.
     """
-    check_tied(model)
     new = [name for name in names if not name.startswith(f"{model.base_model_prefix}.")]
     new = new if classifies else []
     rest = [name for name in names if name not in new]
@@ -302,6 +301,7 @@ def load_adapted(
         task=task,
         head=head,
     )
+    check_tied(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.train()  # it checkpoints in this mode only; dropout is off in the pass
