@@ -112,9 +112,11 @@ def tuned(
             by[record.variant][record.rate][record.seed] = record
     found = {}
     for variant, rates in by.items():
-        most = max(map(len, rates.values()))
-        full = {rate: of for rate, of in rates.items() if len(of) == most}
-        means = {rate: sum(r.reached for r in of.values()) / most for rate, of in full.items()}
+        # A rate at which runs diverged is no reason to leave out those that have fewer seeds.
+        went = {r: of for r, of in rates.items() if all(math.isfinite(x.loss) for x in of.values())}
+        most = max(map(len, (went or rates).values()))
+        full = {rate: of for rate, of in rates.items() if len(of) >= most}
+        means = {r: sum(x.reached for x in of.values()) / len(of) for r, of in full.items()}
         rate = min(means, key=lambda r: (means[r], r))
         # Each rate's loss and the best one's: over all seeds, or of seed 0 where it has no more.
         both = {rate: (means[rate], means[rate])}

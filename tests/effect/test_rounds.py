@@ -126,6 +126,18 @@ def test_intervals_are_those_of_a_paired_test():
     assert {row[0] for row in rows} == {"lora", "pissa"} and all("edge" in row[1] for row in rows)
 
 
+def test_a_rate_at_which_all_runs_diverged_is_never_the_best():
+    """It may be the only one that was run with all seeds."""
+    at_rates = {1e-3: (1.0, 1.1), 1e-2: (math.nan, math.nan, math.nan)}
+    records = [
+        record(Run("task", Member("lora", rate, seed=seed)), loss)
+        for rate, losses in at_rates.items()
+        for seed, loss in enumerate(losses)
+    ]
+    one = tuned(records, "task")["lora", 1.0, 1.0, 0.0]
+    assert (one.rate, one.loss, sorted(one.seeds)) == (1e-3, pytest.approx(1.05), [0, 1])
+
+
 def test_forms_stand_beside_lora_of_their_own_magnitude():
     method = FORMS[0][0]
     losses = {("lora", 2.0): (3.0, 4.0), (method, 2.0): (2.5, 3.5), (method, 4.0): (1.0, 1.0)}
