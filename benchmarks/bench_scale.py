@@ -179,7 +179,7 @@ def _in_memory(
         "what": f"{shape.title}, in memory, {how}: all",
         "seconds": whole,
         "reduce_s": sum(seconds for seconds, _ in reductions),
-        "selection_s": report.seconds["selection"],
+        **{f"{part}_s": seconds for part, seconds in report.seconds.items()},
         "GPU_GiB": max(together(peak)) / GIB,
     }
     if sharded:
