@@ -28,6 +28,7 @@ MODEL := $(FILET_SMOLLM2)/config.json
 DEMO := build/demo
 PEFT_TESTS := build/.peft-tests
 OLDEST_PEFT := build/oldest-peft
+GPTQMODEL := build/gptqmodel
 
 .PHONY: help demo test bench bench-methods bench-model bench-syrk bench-quadform bench-blockwise
 .PHONY: bench-contrast bench-overlap bench-qlora bench-scale
@@ -50,7 +51,7 @@ demo: $(INSTALLED) $(MODEL)  ## initialise a real model with FILet, fine-tune it
 	$(BIN)/python examples/finetune.py --model $(FILET_SMOLLM2) --data $(DEMO) \
 	    --adapter $(DEMO)/adapter --keep-adapter $(DEMO)/keep-adapter
 
-test: $(INSTALLED) $(MODEL) $(PEFT_TESTS) $(OLDEST_PEFT)/.installed  ## run the test suite
+test: $(INSTALLED) $(MODEL) $(PEFT_TESTS) $(OLDEST_PEFT)/.installed $(GPTQMODEL)/.installed  ## run the test suite
 	$(if $(TOGETHER),OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(TOGETHER) $(PYTEST_ARGS)
 
 test-peft: $(INSTALLED) $(PEFT_TESTS)  ## run PEFT's own tests of LoRA, with FILet in every adapter
@@ -139,4 +140,10 @@ $(PEFT_TESTS): | $(INSTALLED)
 $(OLDEST_PEFT)/.installed: pyproject.toml | $(INSTALLED)
 	rm -rf $(OLDEST_PEFT)
 	$(PIP) --no-deps --target $(OLDEST_PEFT) "$$($(BIN)/python tests/oldest_peft.py --requirement)"
+	@touch $@
+
+# Its kernels for GPUs are not built: the tests run those of plain torch.
+$(GPTQMODEL)/.installed: tests/quantised/gptqmodel.txt | $(INSTALLED)
+	rm -rf $(GPTQMODEL)
+	BUILD_CUDA_EXT=0 $(PIP) --no-deps --no-build-isolation --target $(GPTQMODEL) -r $<
 	@touch $@

@@ -146,8 +146,14 @@ def test_fp8_without_a_gpu_becomes_numbers(dtype: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "by gptq .*engine='memory' \\(by gptqmodel\\)"),
-        ({"quant_method": "awq", "bits": 4}, "by awq .*engine='memory' \\(by gptqmodel\\)"),
+        (
+            {"quant_method": "gptq", "bits": 4, "backend": "marlin"},
+            "backend 'marlin' .*'auto', 'torch', or engine='memory'",
+        ),
+        (
+            {"quant_method": "awq", "bits": 4, "backend": "gemv"},
+            "backend 'gemv' .*'auto', 'torch_awq', or engine='memory'",
+        ),
         ({"quant_method": "compressed-tensors"}, "by compressed-tensors .*dequantize=True"),
         ({"quant_method": "mxfp4"}, "by mxfp4 .*dequantize=True"),
         ({"quant_method": "hqq"}, "by hqq .*engine='memory'"),

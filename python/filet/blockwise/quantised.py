@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from filet.model.checkpoint import Header, Names, check_shapes, headers_of, missing_weight
+from filet.model.gptq import KERNELS, choose_kernel, method_of
 from filet.model.packed import begin_quantised, begin_stored, is_packed
 
 __all__ = ["Unsupported", "begin_packed", "quantizer_of"]
@@ -21,15 +22,13 @@ class Unsupported(ValueError):
 
 
 _QUANTISES: tuple[str, ...] = ("bitsandbytes",)
-_TAKEN = (*_QUANTISES, "fp8")
+_TAKEN = (*_QUANTISES, "fp8", *KERNELS)
 
 # Where what is not taken may go.
 _UNKNOWN = "weights in 32 or 16 bits"
 _WHOLE = "the model loaded with dequantize=True, and what that saves"
 _IN_MEMORY = "engine='memory'"
 _ROUTES = {
-    "gptq": f"{_IN_MEMORY} (by gptqmodel)",
-    "awq": f"{_IN_MEMORY} (by gptqmodel)",
     "hqq": f"{_IN_MEMORY} (by a transformers that loads it)",
     "torchao": _IN_MEMORY,
     "compressed-tensors": _WHOLE,
@@ -46,14 +45,15 @@ def quantizer_of(folder: Path, settings: Any, quantization_config: Any) -> Any:
     """
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    choose_kernel(settings)
     there = getattr(settings, "quantization_config", None)
     if there is None and quantization_config is None:
         return None
     if there is None:
-        name, taken = _method_of(quantization_config), _QUANTISES
+        name, taken = method_of(quantization_config), _QUANTISES
         what = f"quantization_config is of {name}, by which the blockwise engine does not quantise"
     else:
-        name, taken = _method_of(there), _TAKEN
+        name, taken = method_of(there), _TAKEN
         if quantization_config is not None:
             raise ValueError(
                 f"{folder} is quantised already, by {name} (quantization_config in config.json); "
@@ -68,6 +68,7 @@ def quantizer_of(folder: Path, settings: Any, quantization_config: Any) -> Any:
             f"{what}; expected {' or '.join(taken)}, or {_ROUTES.get(name, _UNKNOWN)}"
         )
     config = quantization_config if there is None else there
+    _check_kernel(folder, name, config)
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=there is not None)
     quantizer.validate_environment(device_map={"": "cpu"})
     if getattr(quantizer.quantization_config, "llm_int8_has_fp16_weight", False):
@@ -79,12 +80,14 @@ def quantizer_of(folder: Path, settings: Any, quantization_config: Any) -> Any:
     return quantizer
 
 
-def _method_of(config: Any) -> str:
-    values = config if isinstance(config, Mapping) else config.to_dict()
-    if values.get("load_in_4bit") or values.get("load_in_8bit"):
-        return "bitsandbytes"
-    method = values.get("quant_method")
-    return str(getattr(method, "value", method))
+def _check_kernel(folder: Path, method: str, config: Any) -> None:
+    """GPTQ's and AWQ's others keep more than what files have, or repack it."""
+    kernel = KERNELS.get(method)
+    if kernel is not None and (given := config.get("backend")) != kernel:
+        raise Unsupported(
+            f"{folder} has backend {given!r} (quantization_config in config.json), which the "
+            f"blockwise engine does not run; expected 'auto', {kernel!r}, or {_IN_MEMORY}"
+        )
 
 
 def begin_packed(folder: Path, model: Any, files: Sequence[Path], dtype: torch.dtype) -> None:

@@ -36,7 +36,7 @@ _PIECE = 2**27  # bytes of a pinned buffer
 
 def whole_bytes(group: Sequence[Entry]) -> int:
     """Bytes of the largest weight of a group that is quantised on its way: of its place before."""
-    return max((entry.nbytes for entry in group if _is_quantised(entry)), default=0)
+    return max((entry.nbytes for entry in group if _quantised(entry)), default=0)
 
 
 class WeightStream:
@@ -248,9 +248,9 @@ class Loading:
         wanted: list[Entry] = []
         for entry, parts, mine in self._mine(division, place):
             stored = entry.stored
-            if _is_quantised(entry):
+            if (packed := _quantised(entry)) is not None:
                 wanted += stored
-                ways[id(entry)] = _view(entry, self._whole, 0), 0, entry.packed, parts
+                ways[id(entry)] = _view(entry, self._whole, 0), 0, packed, parts
                 continue
             for each, view in zip(stored, parts.values(), strict=True):
                 start, stop = _overlap(view, place, mine)
@@ -304,9 +304,10 @@ def _fill(goal: Tensor, first: int, values: Tensor | Stored, start: int) -> None
         goal.copy_(values.reshape(-1)[start : start + goal.numel()])  # by all of torch's threads
 
 
-def _is_quantised(entry: Entry) -> bool:
-    """Whether that is done on the way to the device."""
-    return entry.packed is not None and entry.packed.quantises
+def _quantised(entry: Entry) -> Packed | None:
+    """How, of a weight that is quantised on the way to the device."""
+    packed = entry.packed
+    return packed if isinstance(packed, Packed) and packed.quantises else None
 
 
 def _view(entry: Entry, place: Tensor, offset: int) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from filet.model.gptq import Buffers, is_gptqmodel
 from filet.model.packed import Packed, packed_of
 from filet.system.tensorfile import DTYPES
 
@@ -59,7 +60,7 @@ class Entry:
     shape: torch.Size
     dtype: torch.dtype
     places: tuple[tuple[nn.Module, str], ...]
-    packed: Packed | None = None
+    packed: Packed | Buffers | None = None
 
     @property
     def nbytes(self) -> int:
@@ -70,9 +71,9 @@ class Entry:
         """What lies in memory, by name; of a plain weight itself."""
         if self.packed is None:
             return {"": self}
-        path = self.names[0].removesuffix("weight")
+        path = self.names[0].rpartition(".")[0]
         return {
-            name: Entry((path + name,), value.shape, value.dtype, ())
+            name: Entry((f"{path}.{name}",), value.shape, value.dtype, ())
             for name, value in self.packed.parts.items()
         }
 
@@ -105,6 +106,8 @@ def entries(model: nn.Module) -> list[Entry]:
             for key, value in module._buffers.items()
             if key not in module._non_persistent_buffers_set
         }
+        if is_gptqmodel(module):
+            own = {"qweight": own["qweight"]}  # stands for all that the layer has
         for key, value in own.items():
             if value is None:
                 continue
@@ -113,9 +116,8 @@ def entries(model: nn.Module) -> list[Entry]:
             places.append((module, key))
     result = []
     quantizer = getattr(model, "hf_quantizer", None)
-    quantises = quantizer is not None and not quantizer.pre_quantized
     for value, names, places in found.values():
-        packed = packed_of(places[0][0], value, quantises)
+        packed = packed_of(places[0][0], value, quantizer)
         if packed is not None:
             part = packed.stored_weight
             result.append(Entry(tuple(names), part.shape, part.dtype, tuple(places), packed))

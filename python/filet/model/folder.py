@@ -6,6 +6,7 @@ its own: whoever only looks at the exit status trains on an initialisation of no
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import re
@@ -18,6 +19,7 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from filet.model.checkpoint import check_shapes, missing_weight, understood, warn_of_unused
+from filet.model.gptq import KERNELS, choose_kernel, method_of
 from filet.model.packed import check_tied
 from filet.model.targets import adapted
 from filet.model.tasks import CAUSAL, SEEING, TASKS
@@ -125,18 +127,27 @@ def outline(
         )
     model.tie_weights()  # again: the meta device parted them
     if quantizer is not None:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)  # biases of its layers
-        try:
+        _put_in_layers(model, dtype, quantizer)
+    return model.eval()
+
+
+def _put_in_layers(model: Any, dtype: Any, quantizer: Any) -> None:
+    """The quantizer's, without the tensors that files have."""
+    streamed = method_of(quantizer.quantization_config) in KERNELS
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # biases of its layers
+    try:
+        with torch.device("meta") if streamed else contextlib.nullcontext():
             quantizer.preprocess_model(
                 model=model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=[],
                 use_kernels=False,
             )  # fmt: skip
-        finally:
-            torch.set_default_dtype(before)
-        quantizer.postprocess_model(model)
-        model.hf_quantizer = quantizer
-    return model.eval()
+    finally:
+        torch.set_default_dtype(before)
+    if streamed:  # each layer is finished when its tensors are there
+        quantizer._process_model_after_weight_loading = lambda model, **_: model
+    quantizer.postprocess_model(model)
+    model.hf_quantizer = quantizer
 
 
 def load_model(
@@ -167,6 +178,7 @@ def load_model(
     settings = settings_of(folder, trust_remote_code=trust_remote_code, task=task)
     if head is not None and head.classes is not None:
         settings.num_labels = head.classes
+    choose_kernel(settings)
     saved = getattr(settings, "quantization_config", None)
     if saved is not None and quantization_config is not None:
         raise ValueError(
@@ -198,7 +210,7 @@ def load_model(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused here, by name
                 **quantised,
-                **({} if head is None else {"config": settings}),
+                config=settings,
             )
         check_shapes(folder, sorted(found["mismatched_keys"]))
         _check_missing(folder, model, sorted(found["missing_keys"]), TASKS[task].classifies, head)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from filet.model.gptq import Buffers, is_gptqmodel
+
 __all__ = ["Packed", "begin_quantised", "begin_stored", "check_tied", "is_packed", "packed_of"]
 
 _OFFSET = "offset"  # of a double quantisation; a file has it in the text of its state
@@ -90,11 +92,15 @@ def begin_stored(
     return [("weight", torch.Size(state.shape), shape), *parts]
 
 
-def packed_of(module: nn.Module, weight: Any, quantises: bool) -> Packed | None:
+def packed_of(module: nn.Module, weight: Any, quantizer: Any) -> Packed | Buffers | None:
     """How a weight is packed; None for a plain one, which is what most are.
 
-    ``quantises``: the files have it whole.
+    ``quantizer``: transformers', None where nothing is quantised. Of a layer of gptqmodel's the
+    first tensor stands for all.
     """
+    if is_gptqmodel(module):
+        return Buffers(module, quantizer)
+    quantises = quantizer is not None and not quantizer.pre_quantized
     if not is_packed(module) or weight is not module._parameters["weight"]:
         return None
     return Packed(module, weight, quantises)

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from filet.model.beside import is_beside
 from filet.model.factors import StartedFactor, plain_class
+from filet.model.gptq import is_gptqmodel
 from filet.model.sharded import (
     check_division,
     columns_in_use,
@@ -133,6 +134,7 @@ def adapted(model: Any, lora_config: LoraConfig, seed: int | None = None) -> Pef
     """
     check_init(lora_config)
     modules = dict(model.named_modules())
+    _name_all_linear(lora_config, model, modules)
     try:
         with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, for an embedding always
             if seed is not None:
@@ -152,6 +154,21 @@ def adapted(model: Any, lora_config: LoraConfig, seed: int | None = None) -> Pef
     # Not before: PEFT knows names of experts' layers that transformers has fused since.
     _check_names(lora_config, modules, type(model).__name__)
     return peft_model
+
+
+def _name_all_linear(lora_config: LoraConfig, model: Any, modules: Mapping[str, nn.Module]) -> None:
+    """Where layers are gptqmodel's, which PEFT takes for none, "all-linear" becomes names."""
+    names = lora_config.target_modules
+    if not isinstance(names, str) or names.lower() != "all-linear":
+        return
+    if any(map(is_gptqmodel, modules.values())):
+        head = model.get_output_embeddings()
+        lora_config.target_modules = {
+            path
+            for path, module in modules.items()
+            if module is not head
+            and (isinstance(module, (nn.Linear, Conv1D)) or is_gptqmodel(module))
+        }
 
 
 def _check_names(lora_config: LoraConfig, modules: dict[str, nn.Module], model: str) -> None:

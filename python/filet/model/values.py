@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from filet.model.gptq import is_gptqmodel
 from filet.model.parts import comes_from, flat, numbers, tensors_in
 from filet.model.sharded import local
 
@@ -389,7 +390,7 @@ class _GptqModel(_Quantised):
 
     @classmethod
     def claims(cls, module: Any) -> bool:
-        return comes_from(type(module), "gptqmodel") and hasattr(module, "SUPPORTS_TRAINING")
+        return is_gptqmodel(module)
 
     @property
     def _method(self) -> str:
@@ -432,16 +433,28 @@ class _GptqModel(_Quantised):
         else:
             from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 
+            scales = self._scales(dtype or self.dtype)
             W = dequantize_gemm(
-                module.qweight, module.qzeros, module.scales, module.bits, module.group_size
+                module.qweight, module.qzeros, scales, module.bits, module.group_size
             )
         turned: Tensor = W.detach().T  # theirs is (in, out)
         return turned.to(dtype or self.dtype)
 
     def stored(self) -> list[Tensor]:
-        names = ("qweight", "qzeros", "scales", "g_idx")
-        parts = [getattr(self.module, name, None) for name in names]
+        module = self.module
+        zeros, g_idx = (getattr(module, name, None) for name in ("qzeros", "g_idx"))
+        parts = [module.qweight, zeros, self._scales(self.dtype), g_idx]
         return [part for part in parts if part is not None]
+
+    def _scales(self, dtype: torch.dtype) -> Tensor:
+        """As they are multiplied by for an x of ``dtype``.
+
+        AWQ's kernels give them the dtype that they compute in, for good, when the first x comes.
+        """
+        scales: Tensor = self.module.scales
+        if self._method == "GPTQ":
+            return scales
+        return scales.to(dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16)
 
 
 class _Fp8(_Quantised):

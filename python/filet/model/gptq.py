@@ -1,0 +1,106 @@
+"""GPTQ's and AWQ's layers, by gptqmodel: their kernels, and their tensors where they are streamed.
+
+transformers puts the layers in, loads what the files have, and has the library finish each layer:
+GPTQ's zeros of the first format become those of the second, and what a kernel needs beside them is
+made. Whoever streams a model does the same each time that a layer's tensors are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from filet.model.parts import comes_from
+
+__all__ = ["KERNELS", "Buffers", "choose_kernel", "is_gptqmodel", "method_of"]
+
+KERNELS = {"gptq": "torch", "awq": "torch_awq"}
+"""By method, the kernel of plain torch: it trains, gives its values, and runs on any device."""
+
+_OPEN = (None, "auto", "auto_trainable")  # the library is to choose
+
+
+def is_gptqmodel(module: Any) -> bool:
+    """Whether it is a layer of gptqmodel's."""
+    return comes_from(type(module), "gptqmodel") and hasattr(module, "SUPPORTS_TRAINING")
+
+
+def method_of(config: Any) -> str:
+    """A quantisation's method as config.json writes it: "gptq"."""
+    values = config if isinstance(config, Mapping) else config.to_dict()
+    if values.get("load_in_4bit") or values.get("load_in_8bit"):
+        return "bitsandbytes"
+    method = values.get("quant_method")
+    return str(getattr(method, "value", method))
+
+
+def choose_kernel(settings: Any) -> None:
+    """Where a model's config leaves GPTQ's or AWQ's kernel open it will be :data:`KERNELS`'.
+
+    What the library would choose may be without a gradient, or not give its values.
+    """
+    config = getattr(settings, "quantization_config", None)
+    if not isinstance(config, MutableMapping):
+        return
+    kernel = KERNELS.get(method_of(config))
+    if kernel is not None and config.get("backend") in _OPEN:
+        settings.quantization_config = {**config, "backend": kernel}
+
+
+class Buffers:
+    """The tensors of a layer of gptqmodel's that files have; they are read as they are.
+
+    Attributes:
+        quantises: False; as of :class:`filet.model.packed.Packed`.
+        parts: by name below the module; shapes and dtypes.
+        stored_weight: the first of them.
+    """
+
+    quantises = False
+
+    def __init__(self, module: nn.Module, quantizer: Any) -> None:
+        """``module``: on the meta device, as transformers put it in. ``quantizer``: its own."""
+        left_out = module._non_persistent_buffers_set
+        own = {key: value for key, value in module._buffers.items() if key not in left_out}
+        self.parts = {key: value for key, value in own.items() if value is not None}
+        self.stored_weight = self.parts["qweight"]
+        self._module: Any = module
+        optimum = getattr(quantizer, "optimum_quantizer", None)
+        self._converts = getattr(optimum, "format", None) == "gptq"
+
+    @contextlib.contextmanager
+    def placed(self, views: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the layer has ``views`` and is finished; GPTQ's zeros in them are converted.
+
+        Once for each time that they are read, therefore.
+        """
+        module = self._module
+        before, buffers = dict(vars(module)), dict(module._buffers)
+        left_out = set(module._non_persistent_buffers_set)
+        module._buffers.update(views)
+        # torch.compile of each layer's values would be done anew for each block and sweep.
+        module.optimized = True
+        try:
+            with torch.no_grad():
+                self._finish()
+            yield
+        finally:
+            # Caches too: they go by addresses, at which another layer's tensors will lie.
+            before["training"] = module.training
+            vars(module).clear()
+            vars(module).update(before)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module._non_persistent_buffers_set = left_out
+
+    def _finish(self) -> None:
+        module = self._module
+        if self._converts and module.REQUIRES_FORMAT_V2:
+            from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module as convert
+
+            convert(module, bits=module.bits, pack_dtype=module.pack_dtype)
+        module.post_init()

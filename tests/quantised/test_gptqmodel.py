@@ -1,0 +1,33 @@
+"""with_gptqmodel.py, where the library that it needs is beside the environment, and not in it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+FOLDER = ROOT / "build" / "gptqmodel"
+
+
+@pytest.mark.skipif(not (FOLDER / "gptqmodel").is_dir(), reason="make test puts gptqmodel there")
+def test_with_gptqmodel() -> None:
+    """In a process of its own: imported, the library changes what others see.
+
+    Without its torch.compile of every layer, which takes half of the time.
+    """
+    paths = [str(FOLDER), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(filter(None, paths))
+    environment = {**os.environ, "PYTHONPATH": path, "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-r", "fE", "--tb=short",
+         str(HERE / "with_gptqmodel.py")],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert re.search(r"21 passed", done.stdout), done.stdout[-2000:]
