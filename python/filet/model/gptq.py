@@ -69,8 +69,8 @@ class Buffers:
         self.parts = {key: value for key, value in own.items() if value is not None}
         self.stored_weight = self.parts["qweight"]
         self._module: Any = module
-        optimum = getattr(quantizer, "optimum_quantizer", None)
-        self._converts = getattr(optimum, "format", None) == "gptq"
+        optimum = getattr(quantizer, "optimum_quantizer", None)  # of GPTQ alone
+        self._converts = optimum is not None and _format_of(optimum) == "gptq"
 
     @contextlib.contextmanager
     def placed(self, views: Mapping[str, Tensor]) -> Iterator[None]:
@@ -104,3 +104,9 @@ class Buffers:
 
             convert(module, bits=module.bits, pack_dtype=module.pack_dtype)
         module.post_init()
+
+
+def _format_of(optimum: Any) -> str:
+    """The format of the zeros in the files; older versions of optimum name it otherwise."""
+    found: str = optimum.format if hasattr(optimum, "format") else optimum.checkpoint_format
+    return found
