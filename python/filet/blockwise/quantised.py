@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from filet.model.checkpoint import Header, Names, check_shapes, headers_of, missing_weight
-from filet.model.gptq import KERNELS, choose_kernel, method_of
+from filet.model.gptq import KERNELS, method_of
 from filet.model.packed import begin_quantised, begin_stored, is_packed
 
 __all__ = ["Unsupported", "begin_packed", "quantizer_of"]
@@ -45,7 +45,6 @@ def quantizer_of(folder: Path, settings: Any, quantization_config: Any) -> Any:
     """
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    choose_kernel(settings)
     there = getattr(settings, "quantization_config", None)
     if there is None and quantization_config is None:
         return None

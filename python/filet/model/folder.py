@@ -50,7 +50,10 @@ _TASKS = ("CausalLM", "ConditionalGeneration")
 def settings_of(
     folder: str | os.PathLike[str], *, trust_remote_code: bool = False, task: str = CAUSAL
 ) -> Any:
-    """The folder's config, of a model for ``task``; else a ValueError that says what it is of."""
+    """The folder's config, of a model for ``task``; else a ValueError that says what it is of.
+
+    GPTQ's and AWQ's kernel is chosen where the folder leaves it open.
+    """
     import transformers
 
     folder = Path(folder)
@@ -74,6 +77,7 @@ def settings_of(
             f"{folder} has return_dict false in config.json, by which its outputs have no names; "
             "expected true, or none"
         )
+    choose_kernel(settings)
     return settings
 
 
@@ -178,7 +182,6 @@ def load_model(
     settings = settings_of(folder, trust_remote_code=trust_remote_code, task=task)
     if head is not None and head.classes is not None:
         settings.num_labels = head.classes
-    choose_kernel(settings)
     saved = getattr(settings, "quantization_config", None)
     if saved is not None and quantization_config is not None:
         raise ValueError(
