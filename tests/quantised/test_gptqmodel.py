@@ -15,7 +15,10 @@ ROOT = HERE.parents[1]
 FOLDER = ROOT / "build" / "gptqmodel"
 
 
-@pytest.mark.skipif(not (FOLDER / "gptqmodel").is_dir(), reason="make test puts gptqmodel there")
+@pytest.mark.skipif(
+    not (FOLDER / "gptqmodel").is_dir(),
+    reason="no gptqmodel in build/; make test puts it there, with a C compiler",
+)
 def test_with_gptqmodel() -> None:
     """In a process of its own: imported, the library changes what others see.
 
