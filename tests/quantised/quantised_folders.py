@@ -7,7 +7,8 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import models
+from filet.blockwise.stream import WeightStream
+from filet.blockwise.weights import ShardedWeights
+from filet.model.checkpoint import entries
 
 pytest.importorskip("bitsandbytes")  # whose version the configs ask for
 
@@ -107,3 +111,21 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     change(weights)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@contextmanager
+def streamed(model: Any, folder: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
+    """Inside, the model has its weights, from the folder."""
+    stream = WeightStream(ShardedWeights(folder, model), torch.device(device))
+    with closing(stream.loaded([entries(model)])) as all_of_it:
+        next(all_of_it)
+        yield model
+
+
+def assert_same(mine: Any, theirs: Any) -> None:
+    """Everything that two models would save, to the bit."""
+    ours, others = mine.state_dict(), theirs.state_dict()
+    assert ours.keys() == others.keys()
+    for name, value in others.items():
+        assert ours[name].dtype == value.dtype, name
+        assert torch.equal(ours[name], value), name

@@ -6,8 +6,6 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,14 @@ import pytest
 import torch
 from quantised_folders import (
     PACKED,
+    assert_same,
     changed_config,
     fp8,
     loaded,
     packed,
     packing,
     rewrite,
+    streamed,
     whole,
 )
 from torch import Tensor, nn
@@ -29,32 +29,12 @@ from transformers import FineGrainedFP8Config
 from filet.blockwise.division import size_of
 from filet.blockwise.folder import choose_engine, empty_model
 from filet.blockwise.quantised import Unsupported
-from filet.blockwise.stream import WeightStream
-from filet.blockwise.weights import ShardedWeights
 from filet.model.checkpoint import entries
 from filet.model.packed import begin_quantised
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 
 CPU = torch.device("cpu")
-
-
-@contextmanager
-def streamed(model: Any, folder: Path, device: torch.device = CPU) -> Iterator[Any]:
-    """Inside, the model has its weights, from the folder."""
-    stream = WeightStream(ShardedWeights(folder, model), device)
-    with closing(stream.loaded([entries(model)])) as all_of_it:
-        next(all_of_it)
-        yield model
-
-
-def assert_same(mine: Any, theirs: Any) -> None:
-    """Everything that two models would save, to the bit."""
-    ours, others = mine.state_dict(), theirs.state_dict()
-    assert ours.keys() == others.keys()
-    for name, value in others.items():
-        assert ours[name].dtype == value.dtype, name
-        assert torch.equal(ours[name], value), name
 
 
 @pytest.mark.parametrize("dtype", ["auto", torch.float16])

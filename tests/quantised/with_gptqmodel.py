@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,10 @@ import gptqmodel.nn_modules.qlinear.torch as gptq
 import gptqmodel.nn_modules.qlinear.torch_awq as awq
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel, get_peft_model
-from quantised_folders import changed_config
-from safetensors.torch import load_file, save_file
+from quantised_folders import assert_same, changed_config, streamed
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -24,9 +22,6 @@ import filet
 import models
 from filet import FiletConfig
 from filet.blockwise.folder import empty_model
-from filet.blockwise.stream import WeightStream
-from filet.blockwise.weights import ShardedWeights
-from filet.model.checkpoint import entries
 from filet.model.folder import load_model
 from filet.model.values import dtype_of_model, values_of
 
@@ -62,7 +57,7 @@ def packed(layer: nn.Linear, kind: str) -> dict[str, Tensor]:
     else:
         made = gptq.TorchLinear(**of, sym=False, bias=bias)
         made.pack(layer, scales.float(), zeros, torch.arange(n, dtype=torch.int32) // GROUP)
-    state = {key: value.contiguous() for key, value in made.state_dict().items()}
+    state = made.state_dict()
     if kind == "gptq":  # the first format has them one less
         state["qzeros"] -= 0x11111111
     return state
@@ -73,20 +68,13 @@ def folder(kind: str) -> Path:
     """Of a model, in several shards."""
     path = Path(_folders.name) / kind
     model = plain()
-    model.save_pretrained(path, max_shard_size="50KB")
-    index = json.loads((path / "model.safetensors.index.json").read_text())
-    places = index["weight_map"]
+    state = model.state_dict()
     for name, layer in model.model.layers.named_modules(prefix="model.layers"):
         if isinstance(layer, nn.Linear):
-            shard = path / places.pop(f"{name}.weight")
-            places.pop(f"{name}.bias", None)
-            state = load_file(shard)
-            state.pop(f"{name}.weight")
-            parts = {f"{name}.{key}": value for key, value in packed(layer, kind).items()}
-            save_file({**state, **parts}, shard, {"format": "pt"})
-            places |= dict.fromkeys(parts, shard.name)
-    drop_biases(path, places)
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+            del state[f"{name}.weight"]
+            state |= {f"{name}.{key}": value for key, value in packed(layer, kind).items()}
+    model.config.save_pretrained(path)
+    save_torch_state_dict(state, path, max_shard_size="50KB")
     config: dict[str, Any] = {"bits": 4, "group_size": GROUP, "desc_act": False}
     if kind == "awq":
         config |= {"quant_method": "awq", "version": "gemm", "zero_point": True}
@@ -94,25 +82,6 @@ def folder(kind: str) -> Path:
         config |= {"quant_method": "gptq", "sym": False, "checkpoint_format": kind}
     changed_config(path, config)
     return path
-
-
-def drop_biases(path: Path, places: dict[str, str]) -> None:
-    """A layer's own have been written beside its other tensors; one of them may lie elsewhere."""
-    for shard in path.glob("*.safetensors"):
-        state = load_file(shard)
-        save_file(
-            {k: v for k, v in state.items() if places.get(k) == shard.name}, shard, {"format": "pt"}
-        )
-
-
-@contextmanager
-def streamed(path: Path, dtype: Any) -> Iterator[Any]:
-    """Inside, the blockwise engine's model has its weights."""
-    model = empty_model(path, dtype=dtype)
-    stream = WeightStream(ShardedWeights(path, model), torch.device("cpu"))
-    with closing(stream.loaded([entries(model)])) as all_of_it:
-        next(all_of_it)
-        yield model
 
 
 def lora() -> LoraConfig:
@@ -133,11 +102,10 @@ def of_layers(model: Any) -> dict[str, Any]:
 def test_streamed_is_what_transformers_loads(kind: str, dtype: Any) -> None:
     reference = load_model(folder(kind), device="cpu", dtype=dtype)
     ids = batches()[0]["input_ids"]
-    with streamed(folder(kind), dtype) as model, torch.no_grad():
-        ours, theirs = model.state_dict(), reference.state_dict()
-        assert ours.keys() == theirs.keys() and len(of_layers(model)) == 21
-        for name, value in theirs.items():
-            assert ours[name].dtype == value.dtype and torch.equal(ours[name], value), name
+    model = empty_model(folder(kind), dtype=dtype)
+    with streamed(model, folder(kind)), torch.no_grad():
+        assert_same(model, reference)
+        assert len(of_layers(model)) == 21
         logits = []
         for each in (model, reference):
             each.eval()  # without dropout

@@ -64,9 +64,7 @@ class Buffers:
 
     def __init__(self, module: nn.Module, quantizer: Any) -> None:
         """``module``: on the meta device, as transformers put it in. ``quantizer``: its own."""
-        left_out = module._non_persistent_buffers_set
-        own = {key: value for key, value in module._buffers.items() if key not in left_out}
-        self.parts = {key: value for key, value in own.items() if value is not None}
+        self.parts: dict[str, Tensor] = dict(module.state_dict())
         self.stored_weight = self.parts["qweight"]
         self._module: Any = module
         optimum = getattr(quantizer, "optimum_quantizer", None)  # of GPTQ alone
@@ -79,11 +77,13 @@ class Buffers:
         Once for each time that they are read, therefore.
         """
         module = self._module
-        before, buffers = dict(vars(module)), dict(module._buffers)
-        left_out = set(module._non_persistent_buffers_set)
-        module._buffers.update(views)
-        # torch.compile of each layer's values would be done anew for each block and sweep.
-        module.optimized = True
+        before = dict(vars(module))
+        vars(module).update(
+            _buffers={**module._buffers, **views},
+            _non_persistent_buffers_set=set(module._non_persistent_buffers_set),
+            # torch.compile of each layer's values would be done anew for each block and sweep.
+            optimized=True,
+        )
         try:
             with torch.no_grad():
                 self._finish()
@@ -93,9 +93,6 @@ class Buffers:
             before["training"] = module.training
             vars(module).clear()
             vars(module).update(before)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            module._non_persistent_buffers_set = left_out
 
     def _finish(self) -> None:
         module = self._module
