@@ -8,7 +8,6 @@ newer ones have, may be run by hand.
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import subprocess
 import sys
 import tomllib
@@ -18,6 +17,8 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+from beside import finding
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -49,9 +50,7 @@ def needs(version: str, why: str) -> None:
 
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """A Python that finds that PEFT before the environment's, and no torchao."""
-    paths = [HERE / "without_torchao", FOLDER, os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(map(str, filter(None, paths)))
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = finding(HERE / "without_torchao", FOLDER)
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, text=True, **options
     )

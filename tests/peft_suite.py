@@ -20,6 +20,8 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
 
+from beside import finding
+
 HERE = Path(__file__).resolve().parent
 LIST = HERE / "peft_suite.txt"
 # Of every method of PEFT's; LoRA's by what their names say.
@@ -67,9 +69,8 @@ def fetch() -> Path:
 def run(place: Path, arguments: Sequence[str]) -> dict[str, bool]:
     """Test → whether it passed; without those that were skipped."""
     # No test may ask the hub, and none of ours ends up in a file of PEFT's.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    paths = [HERE, HERE.parent / "benchmarks", place, os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, paths)))
+    environment = finding(HERE, HERE.parent / "benchmarks", place)
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as results:
         file = Path(results) / "results.xml"
         done = subprocess.run(

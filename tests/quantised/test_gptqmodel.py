@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from beside import finding
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -24,9 +25,7 @@ def test_with_gptqmodel() -> None:
 
     Without its torch.compile of every layer, which takes half of the time.
     """
-    paths = [str(FOLDER), os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(filter(None, paths))
-    environment = {**os.environ, "PYTHONPATH": path, "TORCHDYNAMO_DISABLE": "1"}
+    environment = {**finding(FOLDER), "TORCHDYNAMO_DISABLE": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-r", "fE", "--tb=short",
          str(HERE / "with_gptqmodel.py")],
