@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from beside import finding
 
@@ -33,5 +32,4 @@ def test_with_gptqmodel() -> None:
         cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
-    cases = 21 * (1 + torch.cuda.is_available())
-    assert re.search(rf"\b{cases} passed", done.stdout), done.stdout[-2000:]
+    assert re.search(r"21 passed", done.stdout), done.stdout[-2000:]
