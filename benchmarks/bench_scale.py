@@ -486,8 +486,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         started_here(options, compared)
     if compared.rows:
         show(compared.rows)
-        print("\nby scale_model.py, not run:")
-        show(compared.predicted())
+        if predicted := compared.predicted():
+            print("\nby scale_model.py, not run:")
+            show(predicted)
         with contextlib.suppress(ImportError):
             scale_model.draw(compared.rows, options.output / "scale.png")
         about = shapes.about()

@@ -99,12 +99,17 @@ def predicted(
 def table(
     rows: Sequence[Mapping[str, Any]], measured: Shape, others: Sequence[Shape], most: int
 ) -> list[dict[str, Any]]:
-    """Of the measured shape by 1, 2, 4, … processes, beside what was measured; of others by all."""
+    """Of the measured shape by 1, 2, 4, … processes, beside what was measured; of others by all.
+
+    Nothing where no run of the blockwise engine was measured.
+    """
     took = {
         row["processes"]: row["seconds"]
         for row in rows
         if row["mode"] == "blockwise" and "error" not in row
     }
+    if not took:
+        return []
     found = []
     for count in sorted({2**k for k in range(int(math.log2(most)) + 1)} | took.keys()):
         row = predicted(rows, measured, measured, count)
