@@ -449,6 +449,8 @@ def assert_predicted(rows, found):
     assert lacking["reduce_s"] == lacking["block_s"] == lacking["all_s"] == needed
     assert lacking["tokens_s"] == large["tokens_s"]
     assert set(model.predicted([], tiny, tiny, 2).values()) == {tiny.title, 2, needed}
+    others = [row for row in rows if row["mode"] != "blockwise"]
+    assert others and model.table(others, tiny, [shapes.LARGEST], 8) == []
 
 
 @pytest.mark.skipif(CUDA, reason="each of its processes takes a GPU")
