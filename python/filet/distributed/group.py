@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import pickle
 import platform
 import warnings
@@ -22,6 +23,8 @@ from filet.system.memory import OutOfMemoryError
 __all__ = ["TIMEOUT", "Group", "current", "joined"]
 
 T = TypeVar("T")
+
+_NUMPY = (torch.float64, torch.float32, torch.float16, torch.int64)  # what numpy has as well
 
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others, torch's own default. A dead one is noticed at once."""
@@ -168,7 +171,7 @@ class Group:
 
     def from_first(self, value: T) -> T:
         """What the first process gave, to the others a copy. Collective."""
-        content = pickle.dumps(value) if self.rank == 0 else b""
+        content = _pickled(value) if self.rank == 0 else b""
         size = self.exchanged(len(content))[0]
         raw = torch.empty(size, dtype=torch.uint8) if self.rank else _as_tensor(content)
         self.settle()  # all have room for it
@@ -265,10 +268,21 @@ class Group:
         return self.world if tensor.is_cuda else self._control
 
     def _gathered(self, failure: _Failure | None, value: Any) -> list[tuple[_Failure | None, Any]]:
-        said: list[Any] = [None] * self.size
+        """Of every process both. Where all have nothing to say, at the cost of one number."""
+        nothing = failure is None and value is None
+        mine = b"" if nothing else _pickled((failure, value))
         with self.lost():
-            dist.all_gather_object(said, (failure, value), group=self._control)
-        return said
+            length = torch.tensor(len(mine))
+            dist.all_reduce(length, dist.ReduceOp.MAX, group=self._control)
+            if not length:
+                return [(None, None)] * self.size
+            raw = torch.zeros(int(length), dtype=torch.uint8)
+            raw.numpy()[: len(mine)] = memoryview(mine)
+            said = [torch.empty_like(raw) for _ in range(self.size)]
+            dist.all_gather(said, raw, group=self._control)
+        # A pickle does not begin with 0, and ends where it ends.
+        files = [io.BytesIO(each.numpy().tobytes()) if each[0] else None for each in said]
+        return [(None, None) if file is None else pickle.load(file) for file in files]
 
     @contextlib.contextmanager
     def lost(self) -> Iterator[None]:
@@ -316,6 +330,21 @@ def _comes_from(error: BaseException, other: BaseException | None) -> bool:
     while at is not None and at is not other:
         at = at.__cause__
     return at is not None
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors in host memory as numpy's arrays: torch's own way takes 0.2 ms for each."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is Tensor and value.device.type == "cpu" and value.dtype in _NUMPY:
+            return torch.from_numpy, (value.numpy(),)
+        return NotImplemented
+
+
+def _pickled(value: Any) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file, protocol=5).dump(value)
+    return file.getvalue()
 
 
 def _as_tensor(content: bytes) -> Tensor:
