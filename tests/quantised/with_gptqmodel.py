@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel, get_peft_model
-from quantised_folders import assert_same, changed_config, streamed
+from quantised_folders import assert_same, changed_config, rewrite, streamed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -187,3 +188,18 @@ def test_it_trains_and_plain_peft_loads_it(kind: str, start: Any, tmp_path: Path
         optimizer.zero_grad()
     with torch.no_grad():
         assert model.eval()(input_ids=ids, labels=ids).loss < before.loss - 0.1
+
+
+@pytest.mark.parametrize("engine", ["memory", "blockwise"])
+def test_a_group_that_is_none(engine: Any, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(folder("gptq"), base)
+
+    def change(weights: dict[str, Tensor]) -> None:
+        weights["model.layers.1.mlp.up_proj.g_idx"][5] = -1
+
+    rewrite(base, change)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.g_idx has numbers from -1 to 1"):
+        filet.initialize_folder(
+            base, batches(), tmp_path / "out", lora(), engine=engine, device=DEVICE
+        )

@@ -18,8 +18,9 @@ from filet.blockwise.division import size_of
 from filet.blockwise.quantised import Unsupported, begin_packed, quantizer_of
 from filet.config import FiletConfig, checked_config
 from filet.distributed.group import current
-from filet.model.checkpoint import entries, shard_files, understood
+from filet.model.checkpoint import check_codes, entries, shard_files, understood
 from filet.model.folder import outline, settings_of
+from filet.model.gptq import KERNELS, method_of
 from filet.model.inputs import check_dataloader
 from filet.model.packed import check_tied
 from filet.model.targets import adapted, check_init, find_targets
@@ -156,6 +157,8 @@ def empty_model(
         files = shard_files(folder)
     except FileNotFoundError as error:
         raise Unsupported(str(error)) from error
+    if quantizer is not None and method_of(quantizer.quantization_config) in KERNELS:
+        check_codes(folder)
     if dtype == "auto":
         with understood(folder):
             dtype = getattr(settings, "dtype", None) or _dtype_of(files)

@@ -10,7 +10,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from filet.model.checkpoint import Header, Names, check_shapes, headers_of, missing_weight
+from filet.model.checkpoint import (
+    Header,
+    Names,
+    check_shapes,
+    headers_of,
+    missing_weight,
+    understood,
+)
 from filet.model.gptq import KERNELS, method_of
 from filet.model.packed import begin_quantised, begin_stored, is_packed
 
@@ -68,8 +75,9 @@ def quantizer_of(folder: Path, settings: Any, quantization_config: Any) -> Any:
         )
     config = quantization_config if there is None else there
     _check_kernel(folder, name, config)
-    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=there is not None)
-    quantizer.validate_environment(device_map={"": "cpu"})
+    with understood(folder):
+        quantizer = AutoHfQuantizer.from_config(config, pre_quantized=there is not None)
+        quantizer.validate_environment(device_map={"": "cpu"})
     if getattr(quantizer.quantization_config, "llm_int8_has_fp16_weight", False):
         raise Unsupported(
             f"{folder}: llm_int8_has_fp16_weight keeps weights whole and quantises them in every "

@@ -28,6 +28,7 @@ __all__ = [
     "Entry",
     "Header",
     "Names",
+    "check_codes",
     "check_kinds",
     "check_numbers",
     "check_shapes",
@@ -160,6 +161,35 @@ def check_kinds(
                     f"{key} is {headers[key].kind} in {folder}, and config.json has no "
                     f"quantization_config that says what it means; expected {', '.join(_NUMBERS)}"
                 )
+
+
+def check_codes(folder: Path) -> None:
+    """ValueError for GPTQ's or AWQ's codes that are no whole numbers, or of groups that are not.
+
+    transformers would cast the ones, and the layer takes the groups' scales from the end, or none.
+    """
+    files = {path: headers_of(path) for path in _listed(folder, *_SAFETENSORS)}
+    groups = {
+        key.removesuffix(".scales"): header.shape[0]
+        for headers in files.values()
+        for key, header in headers.items()
+        if key.endswith(".scales")
+    }
+    for path, headers in files.items():
+        with safe_open(str(path), framework="pt") as file:
+            for key, header in headers.items():
+                stem, _, part = key.rpartition(".")
+                if stem not in groups or part not in ("qweight", "qzeros", "g_idx"):
+                    continue
+                if not header.kind.startswith("int"):
+                    raise ValueError(f"{key} is {header.kind} in {folder}; expected int32")
+                if part == "g_idx" and header.shape.numel():
+                    first, last = map(int, file.get_tensor(key).aminmax())
+                    if first < 0 or last >= groups[stem]:
+                        raise ValueError(
+                            f"{key} has numbers from {first} to {last} in {folder}; expected 0 to "
+                            f"{groups[stem] - 1}, the rows of {stem}.scales"
+                        )
 
 
 class Names:

@@ -18,7 +18,14 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel
 
-from filet.model.checkpoint import check_shapes, missing_weight, understood, warn_of_unused
+from filet.model.checkpoint import (
+    check_codes,
+    check_numbers,
+    check_shapes,
+    missing_weight,
+    understood,
+    warn_of_unused,
+)
 from filet.model.gptq import KERNELS, choose_kernel, method_of
 from filet.model.packed import check_tied
 from filet.model.targets import adapted
@@ -77,7 +84,7 @@ def settings_of(
             f"{folder} has return_dict false in config.json, by which its outputs have no names; "
             "expected true, or none"
         )
-    choose_kernel(settings)
+    choose_kernel(folder, settings)
     return settings
 
 
@@ -176,8 +183,6 @@ def load_model(
     """
     import transformers
 
-    from filet.model.checkpoint import check_numbers
-
     folder = Path(folder)
     settings = settings_of(folder, trust_remote_code=trust_remote_code, task=task)
     if head is not None and head.classes is not None:
@@ -196,11 +201,7 @@ def load_model(
             quantization_config, settings, trust_remote_code, task
         )
     with understood(folder), named_shortage("loading", lambda: f"the loading of {folder}"):
-        if saved is None:
-            make = partial(
-                outline, settings, torch.float32, trust_remote_code=trust_remote_code, task=task
-            )
-            check_numbers(folder, make, pickled=allow_pickle)
+        _check_stored(folder, settings, allow_pickle, trust_remote_code, task)
         with torch.random.fork_rng(devices=[], enabled=head is not None):
             if head is not None:
                 torch.manual_seed(head.seed)
@@ -223,6 +224,20 @@ def load_model(
         unused = [name for name in unused if name.startswith(f"{model.base_model_prefix}.")]
     warn_of_unused(folder, model, unused)
     return model
+
+
+def _check_stored(
+    folder: Path, settings: Any, allow_pickle: bool, trust_remote_code: bool, task: str
+) -> None:
+    """ValueError for what the files have and transformers would take for something else."""
+    saved = getattr(settings, "quantization_config", None)
+    if saved is None:
+        how: Any = {"trust_remote_code": trust_remote_code, "task": task}
+        check_numbers(
+            folder, partial(outline, settings, torch.float32, **how), pickled=allow_pickle
+        )
+    elif method_of(saved) in KERNELS:
+        check_codes(folder)
 
 
 def _check_missing(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ KERNELS = {"gptq": "torch", "awq": "torch_awq"}
 """By method, the kernel of plain torch: it trains, gives its values, and runs on any device."""
 
 _OPEN = (None, "auto", "auto_trainable")  # the library is to choose
+_BITS = (2, 3, 4, 8)
 
 
 def is_gptqmodel(module: Any) -> bool:
@@ -38,17 +40,50 @@ def method_of(config: Any) -> str:
     return str(getattr(method, "value", method))
 
 
-def choose_kernel(settings: Any) -> None:
+def choose_kernel(folder: Path, settings: Any) -> None:
     """Where a model's config leaves GPTQ's or AWQ's kernel open it will be :data:`KERNELS`'.
 
-    What the library would choose may be without a gradient, or not give its values.
+    What the library would choose may be without a gradient, or not give its values. Raises
+    ValueError for settings by which transformers would read the codes wrongly, or not at all.
     """
     config = getattr(settings, "quantization_config", None)
     if not isinstance(config, MutableMapping):
         return
-    kernel = KERNELS.get(method_of(config))
-    if kernel is not None and config.get("backend") in _OPEN:
-        settings.quantization_config = {**config, "backend": kernel}
+    method = method_of(config)
+    kernel = KERNELS.get(method)
+    if kernel is None:
+        return
+    backend = config.get("backend")
+    backend = backend.lower() if isinstance(backend, str) else backend
+    backend = kernel if backend in _OPEN else backend
+    _check(folder, method, config, backend)
+    settings.quantization_config = {**config, "backend": backend}
+
+
+def _check(folder: Path, method: str, config: Mapping[str, Any], backend: str) -> None:
+    """ValueError for the first setting that does not fit; defaults are transformers'."""
+    awq = method == "awq"
+    bits, group = config.get("bits", 4 if awq else None), config.get("group_size", 128)
+    keys = ("version", "format") if awq else ("checkpoint_format", "format")
+    key = next((key for key in keys if config.get(key) is not None), keys[0])
+    form = str(config.get(key, "gemm" if awq else "gptq")).lower()
+    forms: tuple[str, ...] = ("gemm",) if awq else ("gptq", "gptq_v2", "gptq_p")
+    if awq and backend != KERNELS["awq"]:  # of another kernel the layer itself will be asked
+        forms = (form,)
+    elif bits == 3:  # transformers does not pass on that gptq_p has these in planes
+        forms = forms[:2]
+    for name, value, right, expected in (
+        ("bits", bits, type(bits) is int and bits in _BITS, "2, 3, 4 or 8"),
+        ("group_size", group, type(group) is int and (group == -1 or group > 0), "-1, or above 0"),
+        (key, form, form in forms, " or ".join(map(repr, forms))),
+        # Layers with settings of their own, or left whole: transformers drops it.
+        ("dynamic", config.get("dynamic"), not config.get("dynamic"), "none"),
+    ):
+        if not right:
+            raise ValueError(
+                f"{folder} has {name} {value!r} (quantization_config in config.json), and is "
+                f"quantised by {method}; expected {expected}"
+            )
 
 
 class Buffers:
