@@ -53,7 +53,7 @@ def _say_once(group: Any, error: Exception) -> None:
     nothing is printed here.
     """
     printed = isinstance(error, expected_errors()) and not isinstance(error, BrokenPipeError)
-    said = group.accounts(error, one_line(error) if printed else "")
+    said = group.accounts(one_line(error) if printed else "")
     if "" in said or not any(said):
         return
     text = said[group.rank]

@@ -44,7 +44,7 @@ class Channel:
         """Whether all processes are fine, which this one is. Collective."""
         if not self.open:
             return False
-        failed = torch.zeros(1, dtype=torch.int32)
+        failed = torch.zeros(1, dtype=torch.int32, device="cpu")
         try:
             with self.group.lost():
                 dist.all_reduce(failed, group=self._control)
@@ -61,7 +61,7 @@ class Channel:
         """
         if self.open:
             self.open = False
-            failed = torch.ones(1, dtype=torch.int32)
+            failed = torch.ones(1, dtype=torch.int32, device="cpu")
             with contextlib.suppress(RuntimeError):  # a process that is gone
                 work = dist.all_reduce(failed, group=self._control, async_op=True)
                 self._last = failed, work  # which are used until it has ended

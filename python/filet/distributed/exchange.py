@@ -147,11 +147,11 @@ def gathered(group: Group, squares: Iterable[tuple[int, Tensor]]) -> list[Tensor
         if owner == 0:
             found += [square] if group.rank == 0 else []
             continue
-        flat = whole = torch.empty(0)
+        flat = whole = torch.empty(0, device="cpu")
         if group.rank in (0, owner):
-            flat = torch.empty(packed_size(len(square)), dtype=square.dtype)
+            flat = torch.empty(packed_size(len(square)), dtype=square.dtype, device="cpu")
         if group.rank == 0:
-            whole = torch.zeros(square.shape, dtype=square.dtype)
+            whole = torch.zeros(square.shape, dtype=square.dtype, device="cpu")
         elif group.rank == owner:
             pack(square.cpu(), flat)
         group.settle()
