@@ -183,7 +183,8 @@ def _iterated(M: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     the "thick" kind: Wu and Simon, 2000). It waits for the device once a restart.
     """
     n, block = M.shape[0], _block(rank)
-    start = torch.randn(n, block, generator=torch.Generator().manual_seed(0), dtype=M.dtype)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(n, block, generator=generator, dtype=M.dtype, device="cpu")
     V, MV = M.new_empty(2, n, _BLOCKS * block)
     following = added(start.to(M.device), V[:, :0])
     filled = 0

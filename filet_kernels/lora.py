@@ -61,7 +61,9 @@ def select(energies: Tensor, rank: int, how: Selection = "min", *, seed: int = 0
     if how == "random":
         candidates = (~energies.isnan()).nonzero().squeeze(1)
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(candidates.numel(), generator=generator).to(candidates.device)
+        order = torch.randperm(candidates.numel(), generator=generator, device="cpu").to(
+            candidates.device
+        )
         chosen = candidates[order[:rank]]
     else:
         keys = energies if how == "min" else -energies

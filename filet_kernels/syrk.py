@@ -137,7 +137,7 @@ def turns_on(device: torch.device) -> Tensor:
     may be replayed on any stream.
     """
     if device.type != "cuda":
-        return torch.zeros(64, dtype=torch.int32)
+        return torch.zeros(64, dtype=torch.int32, device="cpu")
     key = (device, stream_of(device))
     capturing = torch.cuda.is_current_stream_capturing()
     if not capturing and key in _kept_turns:

@@ -299,7 +299,8 @@ def _by_contrast(
             columns = target.weight.double() @ rows.to(device).T
             lengths = torch.linalg.vector_norm(columns, dim=0)
             B0 = (columns * (root / torch.where(lengths > 0, lengths, 1))).to(target.dtype)
-        yield name, values.clone(), torch.arange(rank), A0, B0  # one file has all of them
+        indices = torch.arange(rank, device="cpu")
+        yield name, values.clone(), indices, A0, B0  # one file has all of them
 
 
 def _tokens(
@@ -344,7 +345,9 @@ def _energies(
     sides = _Sides()
     if torch.cuda.is_initialized():
         # In one piece: an allocation of pinned memory may wait for all that a GPU does.
-        pinned = torch.empty(sum(sizes.values()), dtype=torch.float64, pin_memory=True)
+        pinned = torch.empty(
+            sum(sizes.values()), dtype=torch.float64, device="cpu", pin_memory=True
+        )
         places = dict(zip(sizes, pinned.split(list(sizes.values())), strict=True))
 
     def begun(name: str, target: Target, columns: slice) -> _Energies:

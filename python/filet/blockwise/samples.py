@@ -18,7 +18,8 @@ __all__ = ["digest_of", "samples_of"]
 def samples_of(batch: Batch) -> list[Sample]:
     """The samples of a batch, in their order. Padding is what its attention_mask leaves out."""
     ids: Tensor = batch.inputs["input_ids"]
-    labels = torch.full((ids.numel(),), IGNORED).index_copy(0, batch.rows, batch.labels.long())
+    labels = torch.full_like(ids, IGNORED, dtype=torch.int64).flatten()
+    labels = labels.index_copy(0, batch.rows, batch.labels.long())
     own = {**batch.inputs, "labels": labels.view_as(ids), COUNTED: batch.mask}
     mask = batch.inputs.get("attention_mask")
     if mask is None or mask.shape != ids.shape:

@@ -55,7 +55,7 @@ class Stored:
 
     def read(self, start: int, goal: Tensor) -> None:
         """The elements from ``start`` on into ``goal``: contiguous, on the CPU, of any dtype."""
-        raw = goal if goal.dtype == self.dtype else torch.empty(goal.shape, dtype=self.dtype)
+        raw = goal if goal.dtype == self.dtype else torch.empty_like(goal, dtype=self.dtype)
         array: Any = raw.view(-1).view(torch.uint8).numpy()
         whole = memoryview(array)
         offset = self.offset + start * self.dtype.itemsize
@@ -73,7 +73,7 @@ class Stored:
         read_at(self.file, self.path, *part)
 
     def tensor(self) -> Tensor:
-        result = torch.empty(self.shape, dtype=self.dtype)
+        result = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         self.read(0, result)
         return result
 

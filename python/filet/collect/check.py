@@ -24,7 +24,7 @@ class OnHost:
     def of(cls, flags: Tensor) -> OnHost:
         if not flags.is_cuda:
             return cls(flags, None)
-        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        host = torch.empty(flags.shape, dtype=flags.dtype, device="cpu", pin_memory=True)
         with torch.cuda.device(flags.device):
             host.copy_(flags, non_blocking=True)
             event = torch.cuda.Event(blocking=True)

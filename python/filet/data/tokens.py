@@ -126,7 +126,7 @@ class Encoded:
         counted = [[1] * len(row) for row in ids]
         batch = {"input_ids": stacked(ids, self.pad), "attention_mask": stacked(counted, 0)}
         if self.form == "one":
-            batch["labels"] = torch.tensor([label for (label,) in labels])
+            batch["labels"] = torch.tensor([label for (label,) in labels], device="cpu")
         elif self.form != "none":
             batch["labels"] = stacked(labels, IGNORED)
         return batch
@@ -268,7 +268,7 @@ def _encode_text(
 
 def stacked(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
     """(rows, longest) int64, filled up to the right."""
-    found = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.int64)
+    found = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.int64, device="cpu")
     for line, row in zip(found, rows, strict=True):
-        line[: len(row)] = torch.tensor(row)
+        line[: len(row)] = torch.tensor(row, device="cpu")
     return found

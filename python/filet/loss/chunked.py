@@ -120,8 +120,8 @@ class ChunkedLoss:
         index = predicts.flatten().nonzero().squeeze(1)
         # Of every token the row that it is, and of the others one more row, of zeros: the gradient
         # of a selection that is one itself, and needs no atomics.
-        row = torch.full((predicts.numel(),), index.numel())
-        row[index] = torch.arange(index.numel())
+        row = torch.full_like(predicts.flatten(), index.numel(), dtype=torch.int64)
+        row[index] = torch.arange(index.numel(), device="cpu")
         self.head = head
         self.hidden = hidden
         self.row = row.to(hidden.device, non_blocking=True)

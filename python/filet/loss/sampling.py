@@ -36,7 +36,7 @@ def drawn(logits: Tensor, uniform: Tensor) -> Tensor:
 def uniform(config: FiletConfig, batch: Any, index: int, rows: int) -> Tensor:
     """Numbers in [0, 1) by which a sample's labels are drawn, (rows, 1) float64 on the CPU."""
     generator = torch.Generator().manual_seed(_sample_seed(config, batch, index))
-    return torch.rand(rows, 1, generator=generator, dtype=torch.float64)
+    return torch.rand(rows, 1, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _sample_seed(config: FiletConfig, batch: Any, index: int) -> int:

@@ -71,7 +71,8 @@ def sampled_text(
     total = -(-samples // _TOGETHER)
     for start in range(0, samples, _TOGETHER):
         number = min(_TOGETHER, samples - start)
-        shares = torch.rand(number, longest - 1, generator=generator, dtype=torch.float64)
+        how: Any = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+        shares = torch.rand(number, longest - 1, **how)
         index = start // _TOGETHER
         mine = index % size == rank
         idle = in_step and index % size == 0 and index + rank >= total  # the last round is shorter

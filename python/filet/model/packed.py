@@ -52,7 +52,7 @@ def begin_quantised(module: nn.Module, dtype: torch.dtype) -> None:
     made.whole = whole
     state = getattr(made, "quant_state", None)
     if state is not None and state.nested:
-        state.offset = torch.zeros(())  # a state dict asks for its value
+        state.offset = torch.zeros((), device="cpu")  # a state dict asks for its value
     module._parameters["weight"] = made
 
 
@@ -83,7 +83,7 @@ def begin_stored(
     )
     state = made.quant_state
     if state.nested:
-        state.offset = torch.tensor(float(said["nested_offset"]))
+        state.offset = torch.tensor(float(said["nested_offset"]), device="cpu")
     module._parameters["weight"] = made
     like = torch.empty(state.shape, dtype=state.dtype, device="meta")
     its = {"compress_statistics": state.nested, "quant_storage": weight.dtype}
@@ -228,7 +228,7 @@ def _in_4bit(whole: Tensor, blocksize: int, quant_type: str, **how: Any) -> Any:
         # bitsandbytes' table for scales stays on the device that first asks for it, for as long as
         # the process runs. On meta it would let nothing be quantised twice any more.
         with torch.device("cpu"):
-            bnb.functional.quantize_blockwise(torch.zeros(1))
+            bnb.functional.quantize_blockwise(torch.zeros(1, device="cpu"))
     weight, state = bnb.functional.quantize_4bit(whole, **how)
     return bnb.nn.Params4bit(
         weight, requires_grad=False, quant_state=state, bnb_quantized=True, **how

@@ -16,7 +16,7 @@ def comes_from(kind: type, library: str) -> bool:
 
 
 def numbers(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def tensors_in(meta: dict[str, Any]) -> list[Tensor]:

@@ -297,8 +297,8 @@ def _draw_bands(axes: Axes, panel: Panel, floor: float, width: float) -> None:
 
 def _quantiles(panel: Panel, floor: float) -> torch.Tensor:
     """log10 energies at ``_LEVELS`` of every column, (columns, 7) float64; NaN for an empty one."""
-    levels = torch.tensor(_LEVELS, dtype=torch.float64)
-    found = torch.full((len(panel.columns), len(levels)), float("nan"), dtype=torch.float64)
+    levels = torch.tensor(_LEVELS, dtype=torch.float64, device="cpu")
+    found = levels.new_full((len(panel.columns), len(levels)), float("nan"))
     for row, modules in enumerate(panel.columns):
         energies = torch.cat([module.energies for module in modules])
         values = log10_energies(energies, floor).sort().values

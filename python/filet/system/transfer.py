@@ -48,7 +48,7 @@ def background_copies(tensors: Mapping[str, Tensor]) -> Iterator[Callable[[str],
         if not source.is_cuda or not source.is_contiguous():
             return source.to("cpu", copy=True)
         if not buffers:
-            buffers.extend(torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=True) for _ in "12")
+            buffers.extend(_pinned(_CHUNK) for _ in "12")
         target = torch.empty_like(source, device="cpu")
         taken, given = (x.view(-1).view(torch.uint8) for x in (source, target))
         waiting: list[tuple[torch.cuda.Event, Tensor, Tensor]] = []
@@ -80,13 +80,17 @@ def background_copies(tensors: Mapping[str, Tensor]) -> Iterator[Callable[[str],
         pool.shutdown(cancel_futures=True)
 
 
+def _pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
 class Staging:
     """Two pinned buffers on the way from files or pageable memory to a GPU's current stream."""
 
     def __init__(self, piece: int = _CHUNK) -> None:
         """``piece``: bytes of each buffer."""
         self._piece = piece
-        self._buffers = [torch.empty(piece, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._buffers = [_pinned(piece) for _ in range(2)]
         self._events: list[torch.cuda.Event | None] = [None, None]
         self._next = 0
 
