@@ -177,7 +177,7 @@ def test_dropped_samples_are_one_line_of_warning(
     assert main([*init, "--target-modules", "q_proj"]) == 0
     err = capsys.readouterr().err
     assert [line for line in err.splitlines() if "dropped" in line] == [
-        "filet: warning: dropped 1 of 25 samples: fewer than 2 tokens, or no answer"
+        "filet: warning: dropped 1 of 25 samples: fewer than 2 tokens"
     ]
 
 

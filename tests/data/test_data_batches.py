@@ -117,7 +117,7 @@ def test_one_token_predicts_nothing() -> None:
 def test_what_was_cut_is_counted() -> None:
     """Of the samples that are used; why others are not is said apart."""
     samples = [Sample("ab"), Sample("abcd"), Sample("abcde", "f"), Sample("", ""), Tokens([1], [1])]
-    why = r"all that .* lies beyond max_length=5 \(1\); fewer than 2 tokens, or no answer \(1\)"
+    why = r"all that .* lies beyond max_length=5 \(1\); fewer than 2 tokens \(1\)"
     with pytest.warns(UserWarning, match=rf"dropped 2 of 5 samples: {why}$"):
         encoded = encode(samples, Letters(), max_length=5)
     assert (len(encoded), encoded.cut) == (3, 1)  # "" is BOS and EOS, "abcd" lost its EOS
@@ -176,3 +176,12 @@ def test_by_length_of_one_sample_a_batch() -> None:
     assert [batch["input_ids"].shape[1] for batch in found] == [5, 3]
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         encode([Sample("a")], Letters(), max_length=5).batches(0)
+
+
+def test_why_a_sample_is_not_used() -> None:
+    for sample, why in (
+        (Tokens([1], [1]), "fewer than 2 tokens"),
+        (Tokens([1, 2], [1, -100]), "no answer in it"),
+    ):
+        with pytest.raises(ValueError, match=rf"no usable sample among 1: {why}$"):
+            encode([sample], Letters(), max_length=5)

@@ -173,7 +173,7 @@ def why_not(labels: Sequence[int], max_length: int) -> str | None:
     # The model predicts labels[1:] from what stands before them.
     first = next((at for at, label in enumerate(labels) if at and label != IGNORED), None)
     if first is None:
-        return "fewer than 2 tokens, or no answer"
+        return "fewer than 2 tokens" if len(labels) < 2 else "no answer in it"
     return None if first < max_length else beyond(max_length)
 
 
