@@ -21,7 +21,8 @@ def added(X: Tensor, V: Tensor) -> Tensor:
     """
     shift = 8 * max(X.shape[1], X.shape[0] ** 0.5) * torch.finfo(X.dtype).eps
     for _ in range(3):
-        X = X - V @ (V.T @ X)
+        if V.shape[1]:  # else three launches each time, of products with nothing
+            X = X - V @ (V.T @ X)
         gram = X.T @ X
         gram.diagonal().add_(shift * gram.diagonal().amax())
         factor, _ = torch.linalg.cholesky_ex(gram)
