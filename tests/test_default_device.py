@@ -1,4 +1,7 @@
-"""What the library makes lies where it says, whatever ``torch.set_default_device`` was given."""
+"""What the library makes lies where it says and has the dtype that it says.
+
+Whatever ``torch.set_default_device`` and ``torch.set_default_dtype`` were given.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,12 @@ class Placed(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def test_every_factory_names_a_device() -> None:
+# Whose dtype is torch's default where none is named; that of what they are given, of numbers.
+TYPED = {"empty", "eye", "full", "linspace", "ones", "rand", "randn", "tensor", "zeros"}
+
+
+@pytest.mark.parametrize("word", ["device", "dtype"])
+def test_every_factory_names_its(word: str) -> None:
     """Also those that only a GPU reaches."""
     names = {func.__name__ for func in _device_constructors()} - {"frombuffer"}  # in host memory
     without = [
@@ -53,8 +61,9 @@ def test_every_factory_names_a_device() -> None:
         for call in ast.walk(ast.parse(path.read_text()))
         if isinstance(call, ast.Call)
         and isinstance(call.func, ast.Attribute)
-        and ast.unparse(call.func) in {f"torch.{name}" for name in names}
-        and not any(word.arg in ("device", None) for word in call.keywords)
+        and ast.unparse(call.func)
+        in {f"torch.{name}" for name in (TYPED if word == "dtype" else names)}
+        and not any(each.arg in (word, None) for each in call.keywords)
     ]
     assert not without
 

@@ -23,7 +23,7 @@ from blockwise_runs import (
     kept,
     lora,
 )
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from quantised_folders import PACKED, fp8, loaded, packed, packing, whole
 
 import filet
@@ -191,3 +191,32 @@ def test_another_quantisation_does_not_go_on(other: str | None, said: str, tmp_p
         blockwise(whole(), tmp_path / "out", "nf4", machine=failing)
     with pytest.raises(ValueError, match=said):
         blockwise(whole(), tmp_path / "out", other)
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["packed", "quantised"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_whatever_torch_makes_tensors_in(
+    quantised: bool, default: torch.dtype, tmp_path: Path
+) -> None:
+    """The offset of the scales among them, which bitsandbytes reads in the default dtype."""
+    folder, quantize = both("nf4 twice", quantised)
+    torch.set_default_dtype(default)
+    try:
+        mine = blockwise(folder, tmp_path / "blockwise", quantize)
+        theirs = in_memory(folder, tmp_path / "memory", quantize)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_equal(mine, theirs, 1e-5)
+    assert_same_adapter(tmp_path / "blockwise", tmp_path / "memory")
+
+
+@pytest.mark.parametrize("engine", ["memory", "blockwise"])
+@pytest.mark.parametrize("kind", PACKED)
+def test_dora_is_refused_by_name(kind: str, engine: Any, tmp_path: Path) -> None:
+    """Before PEFT multiplies by weights that are not there."""
+    with pytest.raises(ValueError, match="use_dora=True: its adapters are DoraLinearVariant"):
+        filet.initialize_folder(
+            whole(), batches(), tmp_path / "out",
+            LoraConfig(r=2, target_modules=["q_proj"], use_dora=True),
+            engine=engine, device="cpu", quantization_config=packing(kind),
+        )  # fmt: skip

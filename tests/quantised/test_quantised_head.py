@@ -11,11 +11,12 @@ import pytest
 import torch
 from blockwise_runs import MARKS, adapter, assert_equal, batches, initialize
 from quantised_bases import kinds, peft_of
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import models
-from filet import FiletConfig, initialize_lora_filet_weights
+from filet import FiletConfig, initialize_lora_filet_weights, load, save_as_lora
 from filet.blockwise import head
 
 pytestmark = MARKS
@@ -92,3 +93,32 @@ def test_a_label_beyond_the_vocabulary_is_named(kind: str) -> None:
         initialize_lora_filet_weights(
             peft_of(model), wrong, FiletConfig(samples=None), show_progress_bar=False
         )
+
+
+@pytest.mark.parametrize("how", ["ours", "peft"])
+@pytest.mark.parametrize("kind", kinds("nf4", "int8"))
+def test_an_adapter_on_the_head_is_saved_without_its_codes(
+    kind: str, how: str, tmp_path: Path
+) -> None:
+    """Which PEFT saves, and another base would take for the weight of its head."""
+    quantised = {"quantization_config": packing(kind, torch.float32), "device_map": {"": "cpu"}}
+    bases = [
+        functools.partial(AutoModelForCausalLM.from_pretrained, folder(torch.float32), **more)
+        for more in (quantised, {"dtype": torch.float32})
+    ]
+    peft_model = peft_of(bases[0](), target_modules=["q_proj", "lm_head"])
+    given = batches()
+    initialize_lora_filet_weights(
+        peft_model, given, FiletConfig(samples=None), show_progress_bar=False
+    )
+    if how == "ours":
+        save_as_lora(peft_model, tmp_path)
+        assert all(".lora_" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    else:
+        peft_model.save_pretrained(tmp_path)
+    ids = given[0]["input_ids"]
+    for base in bases:  # B is 0: each has the logits that it has
+        loaded = load(base(), tmp_path).eval()
+        assert sum("lora_A" in name for name, _ in loaded.named_parameters()) == 3
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(ids).logits, base().eval()(ids).logits)

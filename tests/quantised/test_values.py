@@ -11,6 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from quantised_bases import kinds, linears, peft_of, quantised
 from torch import Tensor, nn
+from transformers.integrations.bitnet import AutoBitLinear
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
 
 from filet.model import values as values_module
 from filet.model.fingerprint import fingerprints_of
@@ -237,6 +240,10 @@ class Awq(nn.Module):
             lambda: type("CompressedLinear", (nn.Module,), {"quantization_scheme": object()})(),
             r"compressed-tensors.*CompressedTensorsConfig\(dequantize=True\)",
         ),
+        (
+            lambda: type("CompressedTensorsFP8Linear", (nn.Linear,), {})(4, 4, dtype=torch.uint8),
+            r"CompressedTensorsConfig\(dequantize=True\)",
+        ),
         (lambda: type("AqlmLinear", (nn.Module,), {})(), "AqlmLinear is not a linear module"),
         (lambda: of_dtype(torch.float8_e4m3fn), "is torch.float8_e4m3fn: quantised as nothing"),
         (lambda: of_dtype(torch.int8), "is torch.int8: quantised as nothing"),
@@ -251,6 +258,74 @@ def of_dtype(dtype: torch.dtype) -> nn.Linear:
     linear = nn.Linear(4, 4)
     linear.weight = nn.Parameter(linear.weight.data.to(dtype), requires_grad=False)
     return linear
+
+
+class Upcast(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
+
+
+class Rounded(nn.Linear):
+    """As a layer that is trained to be quantised rounds its weight, to 8 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = self.weight.abs().max() / 127
+        return nn.functional.linear(x, (self.weight / step).round() * step, self.bias)
+
+
+class Normed(nn.Linear):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.norm = nn.LayerNorm(sizes[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
+class Counted(nn.Linear):
+    """Keeps something of what it sees, and draws random numbers."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += x.abs().max()
+        return super().forward(x)
+
+
+class Routed(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x).topk(2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_forward_of_its_own_that_is_a_product(bias: bool, device: str) -> None:
+    """On the meta device as well, where a streamed model's weights are at first."""
+    for kind in (FalconLinear, Upcast, Counted):
+        module = kind(6, 4, bias).to(device) if kind is not Counted else kind(6, 4).to(device)
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        assert values_of(module, torch.float32).weight() is not None
+        for name, value in module.state_dict().items():
+            assert device == "meta" or torch.equal(value, before[name])
+
+
+def test_conv1d_and_a_class_made_from_it() -> None:
+    kind = type("Own", (Conv1D,), {"forward": lambda self, x: Conv1D.forward(self, x)})
+    half = type("Half", (Conv1D,), {"forward": lambda self, x: Conv1D.forward(self, x) / 2})
+    for module in (Conv1D(4, 6), kind(4, 6)):
+        assert values_of(module, torch.float32).shape == (4, 6)
+    with pytest.raises(Unreadable, match="the forward of this Half is its own"):
+        values_of(half(4, 6), torch.float32)
+
+
+@pytest.mark.parametrize("kind", [AutoBitLinear, Rounded, Normed, Routed])
+@pytest.mark.parametrize("size", [6, 64])
+def test_a_forward_that_is_no_product_is_refused(kind: Any, size: int) -> None:
+    """Energies of its weight would be those of a W that it does not multiply by."""
+    with pytest.raises(Unreadable, match=f"the forward of this {kind.__name__} is its own and no"):
+        values_of(kind(size, size), torch.float32)
 
 
 @pytest.mark.parametrize("kind", kinds("torchao"))

@@ -111,7 +111,10 @@ def _save(
     with tempfile.TemporaryDirectory(prefix=".filet.", dir=folder) as beside:
         try:
             describe(peft_model, adapter_name)  # with scalings that somebody changed, for now
-            peft_model.save_pretrained(beside, selected_adapters=[adapter_name], state_dict=state)
+            peft_model.save_pretrained(
+                beside, selected_adapters=[adapter_name], state_dict=state,
+                save_embedding_layers=_with_embeddings(peft_model),
+            )  # fmt: skip
         finally:
             peft_model.peft_config[adapter_name] = config
         place = Path(beside) / ("" if adapter_name == "default" else adapter_name)
@@ -119,6 +122,37 @@ def _save(
         if report is not None:
             names += _described_by(report, peft_model, adapter_name, place, folder / CARD_FILE)
         replaced_together(place, folder, [*names, CONFIG_FILE])
+
+
+def _with_embeddings(peft_model: PeftModel) -> Any:
+    """PEFT saves the weight of a head that has LoRA; not where that is packed.
+
+    Another base would take the codes for its weight: PEFT loads them without a word.
+    """
+    model: Any = peft_model.base_model.model
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    base = head.get_base_layer() if isinstance(head, LoraLayer) else None
+    return False if isinstance(base, nn.Module) and _is_packed(base, model) else "auto"
+
+
+def _is_packed(base: nn.Module, model: Any) -> bool:
+    try:
+        return values_of(base, dtype_of_model(model)).quantised
+    except Unreadable:
+        return any(not value.is_floating_point() for value in base.parameters())
+
+
+def _without_packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of an adapter without the codes of a packed head, which PEFT's own saving has there.
+
+    They are the base's, where it is the same; any other would be left with no head.
+    """
+    packed = {
+        key.removesuffix("weight")
+        for key, value in tensors.items()
+        if key.endswith(".base_layer.weight") and not value.is_floating_point()
+    }
+    return {k: value for k, value in tensors.items() if not k.startswith(tuple(packed))}
 
 
 def _described_by(
@@ -272,7 +306,7 @@ def _kept_on_error(base_model: nn.Module, tensors: Mapping[str, Tensor]) -> Iter
 
 def _described(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
     """The layers of the adapter in a folder that have a frozen half, and all its tensors."""
-    tensors = load_peft_weights(str(folder), device="cpu")
+    tensors = _without_packed(load_peft_weights(str(folder), device="cpu"))
     try:
         description = json.loads((folder / FILET_FILE).read_text())
     except FileNotFoundError:

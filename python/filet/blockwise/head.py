@@ -34,7 +34,7 @@ def head(work: Work, boundaries: Boundaries, hidden: Arena, then: Groups) -> Gra
     gradients = boundaries.get()
     half = boundaries.layout.half
     scale = FP16_PEAK if half else 1.0
-    peak = torch.zeros((), device=work.device)
+    peak = torch.zeros((), dtype=torch.float32, device=work.device)
     progress = work.progress("FILet head", 1, work.task)
     with progress, closing(work.stream.loaded([work.model.others])) as loaded:
         next(loaded)

@@ -170,7 +170,7 @@ class Loading:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
         # Whoever still holds this object holds no places: 3.9 GiB of a 70B's embedding and head.
         self._free, self._ready = queue.Queue(), queue.Queue()
-        self._whole = torch.empty(0, device="cpu")
+        self._whole = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def _leave(self) -> None:
         self._in_model.close()

@@ -197,7 +197,7 @@ class Reverse:
         by ``factor`` to be times ``scale``. Returns the largest number of what is made in float16.
         """
         work, half = self.work, self.boundaries.layout.half
-        peak = torch.zeros((), device=work.device)
+        peak = torch.zeros((), dtype=torch.float32, device=work.device)
 
         def through(index: int, hidden: Tensor, gradient: Tensor, *leaves: Tensor) -> Tensor:
             gradient = gradient if factor == 1.0 else gradient * factor

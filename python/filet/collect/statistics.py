@@ -236,7 +236,7 @@ class Statistics:
                 of(module["input"]),
                 of(module["output"]),
                 (m, n),
-                torch.tensor(header["loss_terms"], device=device),
+                torch.tensor(header["loss_terms"], dtype=torch.int64, device=device),
             )
         return cls(
             moments,

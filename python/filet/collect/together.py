@@ -288,7 +288,7 @@ class Together:
         for name, target in targets.items():
             leader = known[name].leader
             input, output = sides[name if leader is None else leader, 0], sides[name, 1]
-            terms = torch.tensor(loss_terms, device=output.count.device)
+            terms = torch.tensor(loss_terms, dtype=torch.int64, device=output.count.device)
             result[name] = Moments(input, output, target.shape, terms)
         return result
 
@@ -355,7 +355,7 @@ class Together:
                     continue  # it is another holder's as well, perhaps this process's
                 # A count is there on every rank, beside a sum that is not.
                 place = torch.device("cpu") if sum_.is_meta else sum_.device
-                count = torch.tensor(counts[part.name][part.side], device=place)
+                count = torch.tensor(counts[part.name][part.side], dtype=torch.int64, device=place)
                 sides[key] = SecondMoment(part.space, sum_, count)
         return sides
 

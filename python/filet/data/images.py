@@ -53,7 +53,9 @@ class Images:
             part = self.rows[start : start + batch_size]
             batch = {"pixel_values": torch.stack([pixels for pixels, _ in part])}
             if self.labelled:
-                batch["labels"] = torch.tensor([label for _, label in part], device="cpu")
+                batch["labels"] = torch.tensor(
+                    [label for _, label in part], dtype=torch.int64, device="cpu"
+                )
             found.append(batch)
         return found
 

@@ -126,7 +126,9 @@ class Encoded:
         counted = [[1] * len(row) for row in ids]
         batch = {"input_ids": stacked(ids, self.pad), "attention_mask": stacked(counted, 0)}
         if self.form == "one":
-            batch["labels"] = torch.tensor([label for (label,) in labels], device="cpu")
+            found = [label for (label,) in labels]
+            kind = torch.float32 if isinstance(found[0], float) else torch.int64  # a regression's
+            batch["labels"] = torch.tensor(found, dtype=kind, device="cpu")
         elif self.form != "none":
             batch["labels"] = stacked(labels, IGNORED)
         return batch
@@ -270,5 +272,5 @@ def stacked(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
     """(rows, longest) int64, filled up to the right."""
     found = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.int64, device="cpu")
     for line, row in zip(found, rows, strict=True):
-        line[: len(row)] = torch.tensor(row, device="cpu")
+        line[: len(row)] = torch.tensor(row, dtype=torch.int64, device="cpu")
     return found

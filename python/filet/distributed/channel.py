@@ -37,7 +37,7 @@ class Channel:
             self._nccl = dist.new_group(backend="nccl", timeout=TIMEOUT)
             # NCCL connects at the first use: here, while no other thread has it connect as well.
             for each in (group.world, self._nccl):
-                dist.broadcast(torch.zeros(1, device=device), 0, group=each)
+                dist.broadcast(torch.zeros(1, dtype=torch.uint8, device=device), 0, group=each)
             torch.cuda.synchronize(device)
 
     def agreed(self) -> bool:

@@ -147,7 +147,7 @@ def gathered(group: Group, squares: Iterable[tuple[int, Tensor]]) -> list[Tensor
         if owner == 0:
             found += [square] if group.rank == 0 else []
             continue
-        flat = whole = torch.empty(0, device="cpu")
+        flat = whole = torch.empty(0, dtype=torch.uint8, device="cpu")
         if group.rank in (0, owner):
             flat = torch.empty(packed_size(len(square)), dtype=square.dtype, device="cpu")
         if group.rank == 0:

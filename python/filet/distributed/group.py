@@ -276,7 +276,7 @@ class Group:
         nothing = failure is None and value is None
         mine = b"" if nothing else _pickled((failure, value))
         with self.lost():
-            length = torch.tensor(len(mine), device="cpu")
+            length = torch.tensor(len(mine), dtype=torch.int64, device="cpu")
             dist.all_reduce(length, dist.ReduceOp.MAX, group=self._control)
             if not length:
                 return [(None, None)] * self.size

@@ -78,7 +78,7 @@ def sampled_text(
         idle = in_step and index % size == 0 and index + rank >= total  # the last round is shorter
         if not mine and not idle:
             continue
-        begun = torch.full((number, 1), first, device=device)
+        begun = torch.full((number, 1), first, dtype=torch.int64, device=device)
         ids = _continued(peft_model, begun, shares).cpu()
         if mine:
             batches.append({"input_ids": ids, "labels": ids})

@@ -257,7 +257,7 @@ _PROJECTIONS = {
 
 
 def _rows() -> Tensor:
-    scale = 2.0 ** torch.tensor(_MAGNITUDES, device="cpu").unsqueeze(1)
+    scale = 2.0 ** torch.tensor(_MAGNITUDES, dtype=torch.float32, device="cpu").unsqueeze(1)
     return _numbers(_SHAPE, torch.float32)[0] * scale
 
 
@@ -298,7 +298,8 @@ def _example(reference: Callable[..., Any], inputs: tuple[Tensor, ...], watched:
 @functools.cache
 def _numbers(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(sum(shape))
-    return [(2 * torch.randn(shape, generator=generator, device="cpu")).to(dtype) for _ in range(3)]
+    how: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    return [(2 * torch.randn(shape, **how)).to(dtype) for _ in range(3)]
 
 
 def _gives(function: Callable[..., Any], example: _Example) -> bool:

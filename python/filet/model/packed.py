@@ -52,7 +52,9 @@ def begin_quantised(module: nn.Module, dtype: torch.dtype) -> None:
     made.whole = whole
     state = getattr(made, "quant_state", None)
     if state is not None and state.nested:
-        state.offset = torch.zeros((), device="cpu")  # a state dict asks for its value
+        # A state dict asks for its value. In float32, whatever torch.set_default_dtype was given:
+        # the offset of a double quantisation goes to where this one lies.
+        state.offset = torch.zeros((), dtype=torch.float32, device="cpu")
     module._parameters["weight"] = made
 
 
@@ -83,7 +85,9 @@ def begin_stored(
     )
     state = made.quant_state
     if state.nested:
-        state.offset = torch.tensor(float(said["nested_offset"]), device="cpu")
+        # Rounded as bitsandbytes rounds it, which makes a weight in memory.
+        default = torch.get_default_dtype()
+        state.offset = torch.tensor(float(said["nested_offset"]), dtype=default, device="cpu")
     module._parameters["weight"] = made
     like = torch.empty(state.shape, dtype=state.dtype, device="meta")
     its = {"compress_statistics": state.nested, "quant_storage": weight.dtype}
@@ -165,7 +169,7 @@ class Packed:
         if state.nested:
             offset = views.get(_OFFSET)
             if offset is None:
-                offset = torch.full((), float(state.offset), device=weight.device)
+                offset = state.offset.to(weight.device, copy=True)
             second = bnb.functional.QuantState(
                 absmax=views["weight.nested_absmax"],
                 code=views["weight.nested_quant_map"],
@@ -228,7 +232,7 @@ def _in_4bit(whole: Tensor, blocksize: int, quant_type: str, **how: Any) -> Any:
         # bitsandbytes' table for scales stays on the device that first asks for it, for as long as
         # the process runs. On meta it would let nothing be quantised twice any more.
         with torch.device("cpu"):
-            bnb.functional.quantize_blockwise(torch.zeros(1, device="cpu"))
+            bnb.functional.quantize_blockwise(torch.zeros(1, dtype=torch.float32, device="cpu"))
     weight, state = bnb.functional.quantize_4bit(whole, **how)
     return bnb.nn.Params4bit(
         weight, requires_grad=False, quant_state=state, bnb_quantized=True, **how

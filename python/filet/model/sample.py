@@ -76,15 +76,15 @@ def hash_of(batch: Any, is_encoder_decoder: bool) -> int:
     }
     if not is_divisible(batch):
         whole = {str(key): each.detach().cpu()[None] for key, each in enumerate(tensors_in(batch))}
-        return int(sample_of(whole, torch.ones(1, 1, device="cpu"), 0).digest, 16)
+        return int(sample_of(whole, _ones(1, 1), 0).digest, 16)
     size, shape = samples_in(batch), ids_shape(batch)
     mask = own.get("attention_mask")
     if mask is None or mask.shape != shape or mask.dim() != 2:
-        mask = torch.ones(size, 1 if shape is None else shape[-1], device="cpu")
+        mask = _ones(size, 1 if shape is None else shape[-1])
     target: dict[str, Tensor] = {}
     if is_encoder_decoder:
         target = {key: own.pop(key) for key in list(own) if key.startswith(("labels", "decoder"))}
-    labels = target.get("labels", torch.zeros(size, 1, device="cpu"))
+    labels = target.get("labels", torch.zeros(size, 1, dtype=torch.float32, device="cpu"))
     its_mask = target.get("decoder_attention_mask", labels.reshape(size, -1) != IGNORED)
     total = 0
     for index in range(size):
@@ -92,3 +92,7 @@ def hash_of(batch: Any, is_encoder_decoder: bool) -> int:
             own["target"] = sample_of(target, its_mask, index).digest
         total += int(sample_of(own, mask, index).digest, 16)
     return total
+
+
+def _ones(rows: int, columns: int) -> Tensor:
+    return torch.ones(rows, columns, dtype=torch.float32, device="cpu")

@@ -133,6 +133,11 @@ def adapted(model: Any, lora_config: LoraConfig, seed: int | None = None) -> Pef
     sequences to sequences that this PEFT cannot wrap.
     """
     check_init(lora_config)
+    if lora_config.use_dora:  # PEFT would look at weights first, which may not be there yet
+        raise ValueError(
+            "lora_config has use_dora=True: its adapters are DoraLinearVariant, not plain LoRA; "
+            "expected use_dora=False"
+        )
     modules = dict(model.named_modules())
     _name_all_linear(lora_config, model, modules)
     try:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from filet.model.gptq import is_gptqmodel
 from filet.model.parts import comes_from, flat, numbers, tensors_in
+from filet.model.product import is_product
 from filet.model.sharded import local
 
 __all__ = ["LORA_LAYERS", "Unreadable", "Values", "as_trained", "dtype_of_model", "values_of"]
@@ -513,9 +514,8 @@ def values_of(module: nn.Module, dtype: torch.dtype) -> Values:
 
 def _refuse(module: Any, kind: str) -> None:
     """:class:`Unreadable` for what no class here is for."""
-    compressed = hasattr(module, "quantization_scheme") or comes_from(
-        type(module), "compressed_tensors"
-    )
+    compressed = hasattr(module, "quantization_scheme") or kind.startswith("CompressedTensors")
+    compressed |= comes_from(type(module), "compressed_tensors")
     if compressed and ("forward" in vars(module) or not _is_plain(module)):
         raise Unreadable(
             "compressed-tensors' layers are not trained on as they are: load with "
@@ -532,6 +532,10 @@ def _refuse(module: Any, kind: str) -> None:
         raise Unreadable(
             f"the weight of this {kind} is a {weight.__module__}.{weight.__name__}, which FILet "
             f"does not read; {_READABLE}"
+        )
+    if not is_product(module):
+        raise Unreadable(
+            f"the forward of this {kind} is its own and no product with its weight; {_READABLE}"
         )
 
 
