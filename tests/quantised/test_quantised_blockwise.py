@@ -199,7 +199,7 @@ def test_whatever_torch_makes_tensors_in(
     quantised: bool, default: torch.dtype, tmp_path: Path
 ) -> None:
     """The offset of the scales among them, which bitsandbytes reads in the default dtype."""
-    folder, quantize = both("nf4 twice", quantised)
+    folder, quantize = both("double", quantised)
     torch.set_default_dtype(default)
     try:
         mine = blockwise(folder, tmp_path / "blockwise", quantize)

@@ -241,7 +241,9 @@ class Awq(nn.Module):
             r"compressed-tensors.*CompressedTensorsConfig\(dequantize=True\)",
         ),
         (
-            lambda: type("CompressedTensorsFP8Linear", (nn.Linear,), {})(4, 4, dtype=torch.uint8),
+            lambda: of_dtype(
+                torch.float8_e4m3fn, type("CompressedTensorsFP8Linear", (nn.Linear,), {})
+            ),
             r"CompressedTensorsConfig\(dequantize=True\)",
         ),
         (lambda: type("AqlmLinear", (nn.Module,), {})(), "AqlmLinear is not a linear module"),
@@ -254,8 +256,8 @@ def test_what_is_refused_says_what_to_do(module: Any, said: str) -> None:
         values_of(module(), torch.bfloat16)
 
 
-def of_dtype(dtype: torch.dtype) -> nn.Linear:
-    linear = nn.Linear(4, 4)
+def of_dtype(dtype: torch.dtype, kind: Any = nn.Linear) -> nn.Linear:
+    linear: nn.Linear = kind(4, 4)
     linear.weight = nn.Parameter(linear.weight.data.to(dtype), requires_grad=False)
     return linear
 
