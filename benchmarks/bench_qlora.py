@@ -141,13 +141,14 @@ def show(
     rows = [("(a) bare forward and backward", a, found.get("bare peak", float("nan")))]
     rows.append(("(b) collect_statistics", found["statistics"], found["statistics peak"]))
     rows.append(("(c) apply_statistics", found["apply"], found["apply peak"]))
+    rows.append(("energies and choice of (c)", found["selection"], float("nan")))
     rows.append(("(b) and (c)", found["statistics"] + found["apply"], float("nan")))
     print("\nseconds, ms a batch, × (a), GiB over the weights at the peak")
     for what, seconds, peak in rows:
         print(f"{seconds:8.3f} {1e3 * seconds / count:9.2f} {seconds / a:7.3f} {peak:8.2f}  {what}")
     print(
-        f"of (c): energies and choice {found['selection']:.3f} s, writing {found['writing']:.3f}; "
-        f"weights {weights:.2f} GiB, moments {found['moments']:.2f} GiB",
+        f"of (c): writing {found['writing']:.3f} s; weights {weights:.2f} GiB, "
+        f"moments {found['moments']:.2f} GiB",
         flush=True,
     )
     about = {**shapes.about(), "bitsandbytes": bitsandbytes.__version__}

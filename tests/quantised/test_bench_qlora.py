@@ -33,7 +33,7 @@ def test_bench_qlora(more: list[str], tmp_path: Path) -> None:
     name = "qlora_tiny_checkpointing.csv" if checkpointing else "qlora_tiny.csv"
     with open(tmp_path / name, newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["what"][:3] for row in rows] == ["(a)", "(b)", "(c)", "(b)"]
+    assert [row["what"][:3] for row in rows] == ["(a)", "(b)", "(c)", "ene", "(b)"]
     assert {row["kind"] for row in rows} == {"fp4" if "fp4" in more else "nf4"}
     assert {row["checkpointing"] for row in rows} == {str(checkpointing)}
     seconds = [float(row["seconds"]) for row in rows]
