@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from effect import tables
 
 ROOT = Path(__file__).parents[2]
