@@ -18,7 +18,7 @@ from effect.records import ALL, Record, Run
 from effect.runs import train_population
 from effect.start import Start, scaled
 from effect.tasks import Row, Task, order
-from effect.train import Recipe
+from effect.train import FROZEN, Recipe
 from effect.variants import VARIANTS
 
 __all__ = ["Bench"]
@@ -79,7 +79,7 @@ class Bench:
     def start(self, run: Run) -> Mapping[str, Start]:
         """Where the run starts; what depends on neither seed nor task is computed once."""
         member = run.member
-        method = member.method
+        method = member.method.removesuffix(FROZEN)
         seed = member.seed if method in SEEDED or method.startswith("filet-R") else 0
         key = (method, seed, run.rank, *(() if method in OF_WEIGHTS else (run.task, run.samples)))
         if key not in self.starts:

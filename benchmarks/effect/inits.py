@@ -12,7 +12,9 @@ what they are made of:
     eva-ref, eva-ref.p-0.25                               rows times λ^p
     filet-keep.d{0.1, 0.01}, filet-keep.d0.01.self        the library's keep=, of data or "self"
     {contrast, contrast-row}.d{0.1, 0.01, 0.001}[.p0.25, .p0.5][.untouched]
+    filet-keep.d0.01.both                                 and B by the output side, subtracted
     groups.{sigma, energy}.{min, max}.{00 … 31}           a group of singular directions
+    {lora, filet-keep.d0.01, filet-M-orthogonal.fisher.relative.zero}.frozen   of which B trains
 
 α = r and the scaling is 1 everywhere; a group has its own r. All but the orthogonal one, whose B A
 vanishes to rounding, start at exactly the base's function.
@@ -26,11 +28,12 @@ from typing import Any
 
 from effect.context import Context
 from effect.directions import contrast, eva_like
-from effect.filet_forms import filet, filet_keep
+from effect.filet_forms import filet, filet_keep, filet_keep_both
 from effect.groups import GROUPS, KEYS, SCALES, group_start
 from effect.of_peft import BY_PEFT, starts_of
 from effect.published import cg_lora, farss, lora_da, milora, whitened
 from effect.start import Start
+from effect.train import FROZEN
 
 __all__ = ["START"]
 
@@ -102,6 +105,11 @@ START: dict[str, Method] = {
     "filet-keep.d0.1": partial(filet_keep, damping=0.1),
     "filet-keep.d0.01": partial(filet_keep, damping=0.01),
     "filet-keep.d0.01.self": partial(filet_keep, damping=0.01, own_text=True),
+    "filet-keep.d0.01.both": partial(filet_keep_both, damping=0.01),
     **_contrasts(),
     **_groups(),
+}
+START |= {
+    method + FROZEN: START[method]
+    for method in ("lora", "filet-keep.d0.01", "filet-M-orthogonal.fisher.relative.zero")
 }

@@ -51,6 +51,7 @@ FIRST = (
     *("contrast.d0.1", "contrast.d0.01", "contrast.d0.001", "contrast.d0.01.untouched"),
     *("contrast-row.d0.1", "contrast-row.d0.01", "contrast-row.d0.001"),
     *("contrast.d0.01.p0.25", "contrast.d0.01.p0.5"),
+    *("filet-keep.d0.01.both", "filet-keep.d0.01.frozen", "lora.frozen"),
     *("dora", "kasa", "neat", "lora-dash"),
 )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from effect.groups import GROUPS, KEYS, SCALES
 from effect.plan import DEFAULT, KEEP, best, missing, step
 from effect.records import ALL, OWN, RANK, SAMPLES, Record, Run, Variant
-from effect.train import Member
+from effect.train import FROZEN, Member
 
 __all__ = [
     "BY_RANK",
@@ -49,7 +49,8 @@ def table4_method(selection: str, scaling: str) -> str:
 
 
 def family(method: str) -> str:
-    """The method; of a group, what it shares with the other groups, without its number."""
+    """What a start is computed by: the method but for how it trains, of groups their kind."""
+    method = method.removesuffix(FROZEN)
     return method.rpartition(".")[0] if method.startswith("groups.") else method
 
 

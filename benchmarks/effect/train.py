@@ -10,7 +10,9 @@ import torch
 
 from effect.population import Flat, Population
 
-__all__ = ["Member", "Optimizer", "Recipe"]
+__all__ = ["FROZEN", "Member", "Optimizer", "Recipe"]
+
+FROZEN = ".frozen"  # ends the name of a method of whose A and B only B trains
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Member:
     """A run: an initialisation, its magnitude, and what trains it.
 
     Attributes:
-        method: a name of :data:`effect.inits.START`.
+        method: a name of :data:`effect.inits.START`. Where it ends in ".frozen", only B trains.
         scale: by which A and B are multiplied at the start, each.
         rate: the peak learning rate.
         ratio: the rate of B over that of A (LoRA+).
@@ -32,6 +34,11 @@ class Member:
     ratio: float = 1.0
     decay: float = 0.0
     seed: int = 0
+
+    @property
+    def frozen(self) -> bool:
+        """Whether A stays where it starts."""
+        return self.method.endswith(FROZEN)
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Optimizer:
     """torch's AdamW and clip_grad_norm_ for K members at once, each with a rate of its own.
 
     A population's parameters are rows of a few (K, D) tensors: what differs from member to member
-    is one factor a row.
+    is one factor a row. A frozen member's A has no part in its norm.
     """
 
     def __init__(self, population: Population, members: Sequence[Member], recipe: Recipe) -> None:
@@ -66,6 +73,9 @@ class Optimizer:
     def step(self) -> None:
         """Clip, move every parameter, and leave gradients of 0."""
         beta1, beta2 = self.recipe.betas
+        for part in self.parts:
+            if len(part.still):
+                part.flat.gradient.index_fill_(0, part.still, 0)
         squares = [torch.linalg.vector_norm(p.flat.gradient, dim=1).square_() for p in self.parts]
         norm = torch.stack(squares).sum(0).sqrt_()
         clip = (self.recipe.clip / (norm + 1e-6)).clamp_(max=1).unsqueeze(1)
@@ -90,6 +100,8 @@ class _Part:
     def __init__(self, flat: Flat, members: Sequence[Member], faster: bool) -> None:
         self.flat = flat
         self.mean, self.square = torch.zeros_like(flat.values), torch.zeros_like(flat.values)
+        still = [k for k, m in enumerate(members) if m.frozen and not faster]
+        self.still = torch.tensor(still, dtype=torch.long, device=flat.values.device)
         rates = [[m.rate * m.ratio if faster else m.rate] for m in members]
-        self.rates = torch.tensor(rates).to(flat.values)
+        self.rates = torch.tensor(rates).to(flat.values).index_fill_(0, self.still, 0)
         self.decays = torch.tensor([[m.decay] for m in members]).to(flat.values)

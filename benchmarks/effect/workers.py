@@ -13,6 +13,7 @@ from torch.multiprocessing import get_context
 
 from effect.records import Record, Run
 from effect.sweeps import family
+from effect.train import FROZEN
 from effect.variants import VARIANTS
 
 __all__ = ["Trains", "chunks", "devices", "subtracts", "trained"]
@@ -32,9 +33,10 @@ def devices() -> list[torch.device]:
 
 def subtracts(method: str) -> bool:
     """Whether its start is subtracted from the base: those have populations of their own."""
+    method = method.removesuffix(FROZEN)
     zero = method.endswith(".zero") or method in ("lora", "gaussian", "orthogonal", "eva")
     form = method.startswith(("contrast", "eva-ref", "filet-keep"))
-    return not zero and not (form and not method.endswith(".untouched"))
+    return not zero and not (form and not method.endswith((".untouched", ".both")))
 
 
 def chunks(runs: Sequence[Run], members: int) -> list[list[Run]]:
