@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -294,6 +295,47 @@ def test_the_contrast_within_what_the_weight_sees(kind):
         same_rows(within[name].A, normalize(z @ W, dim=1) / math.sqrt(3))
         assert not torch.allclose(plain[name].A.abs(), within[name].A.abs(), atol=1e-3)
     assert narrow
+
+
+def fisher_of_outputs(sample, layers):
+    """S_Y of a layer's outputs over all labels a model may draw after a text, float64."""
+    model = copy.deepcopy(task("llama").model).double().eval()
+    outputs = {}
+    hooks = [
+        model.get_submodule(n).register_forward_hook(lambda _, args, y, n=n: outputs.update({n: y}))
+        for n in layers
+    ]
+    logs = model(**sample).logits[0].log_softmax(1)
+    for hook in hooks:
+        hook.remove()
+    S = {n: 0 for n in layers}
+    for log in logs:
+        for value in log:
+            gs = torch.autograd.grad(value, outputs.values(), retain_graph=True)
+            for name, g in zip(outputs, gs, strict=True):
+                S[name] = S[name] + value.exp().detach() * g[0].T @ g[0] / len(logs)
+    return S
+
+
+def test_keep_weighs_the_outputs_as_the_inputs(one_thread):
+    """Their quotient is the largest there is, of labels drawn so often that they are all."""
+    its = context("llama")
+    ids = kept("llama")[0]["input_ids"][None]
+    right = torch.nn.functional.pad(ids, (0, 3), value=1)  # padding that is a word
+    mask = (torch.arange(right.shape[1]) < ids.shape[1]).long().expand(400, -1)
+    keep = [{"input_ids": right.expand(400, -1), "attention_mask": mask}]
+    many = Context(its.load, its.targets, RANK, 0, its.batches, keep)
+    found, inputs = (START[f"filet-keep.d0.01{n}"](many) for n in (".both", ""))
+    exact_S = fisher_of_outputs({"input_ids": ids}, its.targets)
+    for name, S0 in exact_S.items():
+        start, S = found[name], its.moments[name].S_Y
+        assert torch.equal(start.A, inputs[name].A)
+        damped = S0 + 0.01 * S0.diagonal().mean() * torch.eye(len(S0), dtype=S0.dtype)
+        values, _ = contrasted(S, damped, 0.0)
+        B = start.B.double()
+        close(B.norm(dim=0), torch.full((RANK,), 3**-0.5, dtype=B.dtype))
+        reached = torch.linalg.solve(B.T @ damped @ B, B.T @ S @ B).trace()
+        assert 0.9 < reached / values.sum() <= 1 + 1e-9, name
 
 
 # FILet.
