@@ -71,10 +71,7 @@ DEFAULT: Variant = ("filet-M-orthogonal.fisher.relative.zero", 2.0, 1.0, 0.0)
 KEEP: Variant = ("filet-keep.d0.01", 2.0, 1.0, 0.0)
 # What the second round compares, each at the better of its two magnitudes in the first on GSM8K.
 SECOND: tuple[Variant, ...] = (
-    ("lora", 1.0, 1.0, 0.0),
-    ("lora", 2.0, 1.0, 0.0),
-    ("lora", 4.0, 1.0, 0.0),
-    ("lora", 1.0, 1.0, 0.3),
+    *CONTROLS,
     ("pissa", 2.0, 1.0, 0.0),
     ("milora", 1.0, 1.0, 0.0),
     ("olora", 1.0, 1.0, 0.0),
@@ -84,6 +81,16 @@ SECOND: tuple[Variant, ...] = (
     ("filet-M.fisher.relative.untouched", 2.0, 1.0, 0.0),
     ("eva", 1.0, 1.0, 0.0),
     ("lora-ga", 1.0, 1.0, 0.0),
+    ("orthogonal", 1.0, 1.0, 0.0),
+    ("filet-M-orthogonal.constant.relative.untouched", 2.0, 1.0, 0.0),
+    ("cg-lora", 2.0, 1.0, 0.0),
+    ("farss", 1.0, 1.0, 0.0),
+    ("corda-kpm", 2.0, 1.0, 0.0),
+    ("corda-ipm", 2.0, 1.0, 0.0),
+    ("dora", 2.0, 1.0, 0.0),
+    ("lora-dash", 2.0, 1.0, 0.0),
+    ("neat", 1.0, 1.0, 0.0),
+    ("kasa", 1.0, 1.0, 0.0),
 )
 
 

@@ -115,14 +115,18 @@ def trained(
 
 
 def _give(worker: _Worker, workers: list[_Worker], wanted: Iterable[Run], members: int) -> None:
-    """The population for which least has to be computed, of those that nobody trains."""
+    """The cheapest population of those that nobody trains, of the first task that lacks any."""
     flying = {run for each in workers for run in each.runs}
     found = chunks([run for run in wanted if run not in flying], members)
     if not found:
         return
     found = [chunk for chunk in found if chunk[0].task == found[0][0].task]
-    # Full populations first: to what is left over, more may come.
-    worker.runs = min(found, key=lambda c: (worker.strangers(c), -len(c)))
+
+    def cost(chunk: list[Run]) -> tuple[bool, int, int]:
+        # Last what has more parameters than A and B, and what is not full: to that more may come.
+        return chunk[0].member.method in VARIANTS, worker.strangers(chunk), -len(chunk)
+
+    worker.runs = min(found, key=cost)
     worker.known |= _methods(worker.runs)
     worker.connection.send(worker.runs)
 

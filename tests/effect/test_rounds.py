@@ -10,7 +10,19 @@ import torch
 from made_up import played, record, valley
 from scipy.stats import ttest_rel
 
-from effect.plan import CONTROLS, FIRST, SCALES, best, first_round, given_round, second_round, step
+from effect.plan import (
+    CONTROLS,
+    DEFAULT,
+    FIRST,
+    KEEP,
+    SCALES,
+    SECOND,
+    best,
+    first_round,
+    given_round,
+    second_round,
+    step,
+)
 from effect.records import Record, Run, append, read
 from effect.tables import FORMS, at_magnitudes, compared, main, paired, tuned
 from effect.tasks import causal_task, order
@@ -76,6 +88,12 @@ def test_the_second_round_has_every_seed_around_each_variants_own_rate():
     assert rates["b", "lora"] == rates["b", "olora"] == rates["a", "olora"] == set(RATES)
     assert {r.member.seed for r in wanted} == {0, 1, 2}
     assert not {r.run for r in first} & set(wanted)  # what the first round has is not run again
+
+
+def test_the_second_round_has_every_control_and_kind_of_start():
+    assert {*CONTROLS, DEFAULT, KEEP} < set(SECOND) and len(set(SECOND)) == len(SECOND)
+    published = {m for m in FIRST if not m.startswith(("filet", "contrast", "eva-ref", "whitened"))}
+    assert published - {v[0] for v in SECOND} == {"lora.frozen"}
 
 
 def test_what_is_given_is_run_once_and_nothing_else():
@@ -156,7 +174,9 @@ def test_forms_stand_beside_lora_of_their_own_magnitude():
 def test_a_population_is_of_one_kind_of_start_and_task():
     methods = ["lora", "pissa", "contrast.d0.01", "contrast.d0.01.untouched", "filet-M.x.zero"]
     assert [subtracts(m) for m in methods] == [False, True, False, True, False]
-    assert not subtracts("filet-keep.d0.01")
+    of_keep = ["filet-keep.d0.01", "filet-keep.d0.01.frozen", "filet-keep.d0.01.both"]
+    assert [subtracts(m) for m in of_keep] == [False, False, True]
+    assert not subtracts("lora.frozen")
     runs = [Run(t, Member(m, 1e-3, seed=s)) for s in (1, 0) for t in "ab" for m in methods]
     found = chunks(runs, 5)
     assert [len(chunk) for chunk in found] == [5, 1, 4, 5, 1, 4]
@@ -195,6 +215,25 @@ def test_processes_train_what_a_round_lacks_once_and_until_it_ends():
     for done in trained(Trainer, lambda: [Run("b", Member("lora", 1e-3))], 4, lambda: False):
         records += done
     assert len(records) == begun
+
+
+def test_the_cheapest_populations_of_the_first_task_are_trained_first(monkeypatch):
+    monkeypatch.setattr("effect.workers.devices", lambda: [torch.device("cpu")])
+    methods = ["dora", "pissa", "milora", "filet-keep.d0.01", "filet-keep.d0.01.frozen"]
+    wanted = [Run(t, Member(m, 1e-3, seed=s)) for t in "ba" for m in methods for s in (0, 1)]
+    records: list[Record] = []
+    order = []
+
+    def lacking():
+        done = {record.run for record in records}
+        return [run for run in wanted if run not in done]
+
+    for done in trained(Trainer, lacking, members=4):
+        records += done
+        order.append((done[0].task, {record.method for record in done}))
+    # One start for keep= and for its A frozen, two that subtract, and last what has more than A, B.
+    of_a_task = [set(methods[3:]), set(methods[1:3]), {"dora"}]
+    assert order == [(task, these) for task in "ba" for these in of_a_task]
 
 
 def test_a_process_that_fails_ends_the_round():
