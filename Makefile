@@ -9,9 +9,9 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 # What a CPU can do: some starts and rates, short texts of Python's own documents, few steps.
 SMALL := build/effect-small
-SMALL_ARGS := --data $(SMALL)/data --round given --tasks python --samples 32 --seeds 2 --scales 1 \
+SMALL_ARGS := --data $(SMALL)/data --round given --tasks python --samples 16 --seeds 2 --scales 1 \
     --methods lora pissa filet-M-orthogonal.fisher.relative.zero filet-keep.d0.01 \
-    --steps 12 --batch-size 1 --members 6
+    --rates 1e-3 3.16e-3 --steps 8 --batch-size 1 --members 4
 FILET_ARGS ?=
 KEEP_ARGS ?=
 VENV := .venv
@@ -89,9 +89,9 @@ bench-scale: $(INSTALLED)  ## the same work on 1, 2, 4, ... GPUs: in memory, and
 
 bench-effect: $(INSTALLED) $(MODEL)  ## compare starts; with BENCH_ARGS on other data, on a GPU
 ifeq ($(strip $(BENCH_ARGS)),)
-	$(BIN)/python examples/python_docs.py $(SMALL)/data --characters 240 --held-out 8
+	$(BIN)/python examples/python_docs.py $(SMALL)/data --characters 240 --held-out 4
 	$(BIN)/python benchmarks/effect/run.py --model $(FILET_SMOLLM2) --output $(SMALL) $(SMALL_ARGS)
-	$(BIN)/python benchmarks/effect/tables.py $(SMALL) --seeds 2 --samples 32
+	$(BIN)/python benchmarks/effect/tables.py $(SMALL) --seeds 2 --samples 16
 else
 	$(BIN)/python benchmarks/effect/run.py --model $(FILET_SMOLLM2) --output build/effect $(BENCH_ARGS)
 	$(BIN)/python benchmarks/effect/tables.py build/effect

@@ -7,7 +7,7 @@ repository. Writes ``python_train.jsonl``, ``python_test.jsonl``, ``general.json
 ``keep.jsonl``, one sample per line in the field "text":
 
     python examples/python_docs.py build/demo
-    python examples/python_docs.py build/effect --characters 240 --held-out 8  # for a CPU
+    python examples/python_docs.py build/effect --characters 240 --held-out 4  # for a CPU
 """
 
 from __future__ import annotations
