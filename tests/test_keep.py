@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import scipy.linalg
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -294,6 +295,24 @@ def test_merged(tmp_path: Path) -> None:
     assert without.merge(without).keep is None
 
 
+def test_merged_where_only_the_other_saw_a_module() -> None:
+    """It took its space without knowing whose input it shares, and has nothing to keep in it."""
+    c = case("llama")
+    one, two = collected(c, batches_of(c)), collected(c, None)
+    assert one.keep is not None
+    name = next(name for name, its in one.moments.items() if its.input.space == "x")
+    unseen = [
+        SecondMoment.zeros("y", its.shape[0], dtype=its.input.sum.dtype, device="cpu")
+        for its in [one.moments[name]]
+    ]
+    one.moments[name] = dataclasses.replace(one.moments[name], input=unseen[0])
+    one.keep[name] = unseen[0]
+    for first, second in ((one, two), (two, one)):
+        keep = first.merge(second).keep
+        assert keep is not None and int(keep[name].count) == 0
+        assert keep[name].space == two.moments[name].input.space
+
+
 def test_statistics_with_other_moments_to_keep_are_refused() -> None:
     statistics = collected(case("llama"), batches_of(case("llama")))
     name = case("llama").targets[0]
@@ -394,7 +413,43 @@ def test_self_without_a_first_token_is_refused() -> None:
         initialized(peft_of(c), never(), keep="self")
 
 
+@pytest.mark.parametrize("token", [-1, 500])
+def test_self_that_begins_with_no_word_is_refused(token: int) -> None:
+    c = dataclasses.replace(case("llama"), model=llama(bos_token_id=token))
+    with pytest.raises(ValueError, match=rf"bos_token_id={token} in the model's config.* none of"):
+        initialized(peft_of(c), never(), keep="self")
+
+
+def test_self_whose_texts_end_with_no_word() -> None:
+    """They do not end, which is what is asked of them."""
+    c = dataclasses.replace(case("llama"), model=llama(bos_token_id=1, eos_token_id=[500, -1]))
+    report = initialized(peft_of(c), loader(c.samples), keep="self")
+    assert report.keep["tokens"] > 0
+
+
 # What is refused, before anything runs, or with all as it was.
+
+
+@pytest.mark.parametrize("engine", ["memory", "blockwise"])
+def test_data_to_keep_of_which_no_token_counts(engine: Any, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    ids = torch.arange(4, 20).view(2, 8)
+    task = [{"input_ids": ids, "labels": ids}]
+    with pytest.raises(ValueError, match="no token of the data to keep counts"):
+        initialize_folder(
+            tmp_path / "base", task, tmp_path / "out", LoraConfig(r=2, target_modules=["q_proj"]),
+            engine=engine, device="cpu", show_progress_bar=False,
+            keep=[{"input_ids": ids, "attention_mask": torch.zeros_like(ids)}],
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_of_embeddings_are_counted() -> None:
+    c = case("llama")
+    width = c.model.get_input_embeddings().weight.shape[1]
+    statistics = collected(c, [{"inputs_embeds": torch.randn(2, 5, width)}])
+    assert statistics.keep is not None and statistics.keep_tokens == 10
+    assert {int(each.count) for each in statistics.keep.values()} == {10}
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,8 @@ def read_keep(
     result, counts = _read_all(Unlabelled(keep), config, inputs, check, group)
     if not counts["samples"]:
         raise ValueError("the data to keep gave no sample; expected at least one")
+    if not counts["tokens"]:
+        raise ValueError(Unlabelled.NO_TOKEN)
     return result, counts
 
 

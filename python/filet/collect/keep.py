@@ -125,6 +125,8 @@ def collect_keep(
         found |= {name: on_host.get(id(side), side) for name, side in inputs.items()}
         if number == 1:
             warn_of_padding(with_padding(peft_model.base_model.model, hooks.unmasked))
+    if not counts["tokens"]:
+        raise ValueError(Unlabelled.NO_TOKEN)
     del counts["loss_terms"]
     return with_unseen(found, moments), counts
 
@@ -163,6 +165,11 @@ def with_unseen(
 
 class Unlabelled:
     """Batches without their labels: no loss is asked for, and whether they fit does not matter."""
+
+    NO_TOKEN = (
+        "no token of the data to keep counts (their masks are 0 everywhere); expected what is not "
+        "to be forgotten"
+    )
 
     def __init__(self, batches: Iterable[Any], samples: int | None = None) -> None:
         """``samples``: how many there are, where that is known."""

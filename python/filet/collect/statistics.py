@@ -21,7 +21,7 @@ from filet.collect.batches import Batches
 from filet.collect.estimate import passes_by_size, passes_that_fit
 from filet.collect.groups import collect_in_passes
 from filet.collect.hooks import empty_moments
-from filet.collect.keep import Keep, check_keep, collect_keep
+from filet.collect.keep import Keep, check_keep, collect_keep, with_unseen
 from filet.collect.probe import gpus_of
 from filet.collect.shards import Shards
 from filet.collect.together import Together, check_same_model
@@ -314,17 +314,18 @@ class Statistics:
         }
         keep = None
         if self.keep is not None or other.keep is not None:
-            keep = {}
+            found = {}
             for name in self.moments:
-                # Of a module that never saw a token of the task there may be one in another space.
+                # Of a module that never saw a token of the task there may be one in another space,
+                # of nothing.
                 theirs_too = [
                     s.keep[name]
                     for s in (self, other)
                     if s.keep is not None and s.keep[name].space == moments[name].input.space
                 ]
-                keep[name] = (
-                    both(theirs_too[0], theirs_too[-1]) if theirs_too[1:] else theirs_too[0]
-                )
+                if theirs_too:
+                    found[name] = both(*theirs_too) if theirs_too[1:] else theirs_too[0]
+            keep = with_unseen(found, moments)
         counts = {key: getattr(self, key) + getattr(other, key) for key in (*_SUMS, *_OF_KEEP)}
         sources = dict.fromkeys(each.keep_from for each in (self, other) if each.keep_samples)
         counts["keep_from"] = " and ".join(sources) if all(sources) else ""

@@ -30,12 +30,18 @@ def check_samples_text(model: Any) -> int:
             f"keep='self': {type(model).__name__} is no causal language model that generates; "
             "expected batches of what is not to be forgotten"
         )
-    text = model.config.get_text_config()
+    text, words = model.config.get_text_config(), model.get_input_embeddings().weight.shape[0]
     places = [text, getattr(model, "generation_config", None)]
     for key in ("bos_token_id", "eos_token_id"):  # some begin with the one that ends the last text
         for place in places:
             token = getattr(place, key, None)
             token = token[0] if isinstance(token, list) else token
+            if token is not None and not 0 <= int(token) < words:
+                raise ValueError(
+                    f"keep='self': {key}={int(token)} in the model's config, with which a text "
+                    f"begins, is none of its {words} words; expected one of them, or batches of "
+                    "what is not to be forgotten"
+                )
             if token is not None:
                 return int(token)
     raise ValueError(
@@ -91,6 +97,7 @@ def _continued(peft_model: Any, ids: Tensor, shares: Tensor) -> Tensor:
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None) or model.config.get_text_config().eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    ends = [end for end in ends if 0 <= end < model.config.get_text_config().vocab_size]
     cache: dict[str, Any] = {}
     for share in shares.to(ids.device).split(1, dim=1):
         # A model without a cache (or whose checkpointing forbids one) is given all of it anew.

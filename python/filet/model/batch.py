@@ -148,8 +148,8 @@ def token_masks(
     if attention is not None:
         tokens = int(attention.sum())
     else:
-        ids = entry.get("input_ids")
-        tokens = ids.numel() if isinstance(ids, Tensor) else size
+        shape = ids_shape(entry)
+        tokens = size if shape is None else shape.numel()
     if not is_encoder_decoder:
         sides = {"decoder": attention}
     else:
