@@ -25,7 +25,8 @@ def is_product(module: nn.Module) -> bool:
     of the module with small numbers for its weight and bias. A layer that rounds its weight or its
     input (BitNet's, a quantisation-aware one), or adds to their product, is not: energies of its
     stored weight would be those of a W that it does not multiply by. False also for a forward that
-    fails on such a copy, and True for what returns no tensor: that is refused when it is called. Nothing is mutated, and the state of random numbers is what it was.
+    fails on such a copy, and True for what returns no tensor: that is refused when it is called.
+    Nothing is mutated, and the state of random numbers is what it was.
     """
     if type(module).forward in (nn.Linear.forward, Conv1D.forward):
         return True
