@@ -74,19 +74,21 @@ class Case:
 # Models. Dropout is on in every config that has one: a pass that leaves it on is wrong.
 
 
+# Settings of a model made like Llama.
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
+
+
 def llama(layers: int = 2, **config: Any) -> LlamaForCausalLM:
-    settings = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32,
-        "attention_dropout": 0.5,
-        "pad_token_id": 0,
-        **config,
-    }
+    settings = {**SMALL, "num_hidden_layers": layers, "attention_dropout": 0.5, **config}
     return randomised(LlamaForCausalLM(LlamaConfig(**settings)))
 
 

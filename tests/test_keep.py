@@ -301,12 +301,10 @@ def test_merged_where_only_the_other_saw_a_module() -> None:
     one, two = collected(c, batches_of(c)), collected(c, None)
     assert one.keep is not None
     name = next(name for name, its in one.moments.items() if its.input.space == "x")
-    unseen = [
-        SecondMoment.zeros("y", its.shape[0], dtype=its.input.sum.dtype, device="cpu")
-        for its in [one.moments[name]]
-    ]
-    one.moments[name] = dataclasses.replace(one.moments[name], input=unseen[0])
-    one.keep[name] = unseen[0]
+    its = one.moments[name]
+    unseen = SecondMoment.zeros("y", its.shape[0], dtype=its.input.sum.dtype, device="cpu")
+    one.moments[name] = dataclasses.replace(its, input=unseen)
+    one.keep[name] = unseen
     for first, second in ((one, two), (two, one)):
         keep = first.merge(second).keep
         assert keep is not None and int(keep[name].count) == 0

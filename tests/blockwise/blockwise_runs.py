@@ -41,17 +41,8 @@ from filet.blockwise.folder import empty_model
 from filet.blockwise.machine import Machine
 from filet.blockwise.weights import ShardedWeights
 from filet.initialize import initialize_folder
+from models import SMALL
 
-SMALL = {
-    "vocab_size": models.VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-}
 MOE = {**SMALL, "num_experts_per_tok": 2}
 LAYERS = 5
 

@@ -17,7 +17,6 @@ import torch
 from blockwise_runs import (
     MARKS,
     MODELS,
-    SMALL,
     adapter,
     assert_equal,
     assert_same_adapter,
@@ -209,7 +208,7 @@ def test_experts_are_chosen_alike_in_both_sweeps(
                 )
         run.sweep()
     names = {name for name, _ in seen}
-    assert len(names) == SMALL["num_hidden_layers"]
+    assert len(names) == models.SMALL["num_hidden_layers"]
     for name in names:
         forward, recomputed = seen[name, False], seen[name, True]
         assert len(forward) == len(recomputed) == len(batches())

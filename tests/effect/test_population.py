@@ -17,7 +17,7 @@ from effect.runs import train_population
 from effect.start import Start, scaled
 from effect.tasks import CausalTask, order
 from effect.train import FROZEN, Member, Recipe
-from models import VOCAB, llama, randomised
+from models import SMALL, llama, randomised
 
 GPU = [
     pytest.mark.gpu,
@@ -37,18 +37,8 @@ RECIPE = Recipe(steps=20, batch_size=8, warmup=3)
 
 def qwen() -> Qwen3ForCausalLM:
     """It has norms of queries and keys, and heads that are not the hidden size together."""
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=12,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
-    return randomised(Qwen3ForCausalLM(config))
+    settings = {**SMALL, "max_position_embeddings": 64, "head_dim": 12}
+    return randomised(Qwen3ForCausalLM(Qwen3Config(**settings)))
 
 
 BASES = {"llama": llama, "qwen": qwen}
