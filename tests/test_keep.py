@@ -211,6 +211,19 @@ def test_directions_are_the_generalised_eigenvectors(device: torch.device) -> No
     assert "eigenvalues of task against data to keep" in table and "contrast" in table
 
 
+def test_modules_that_the_data_to_keep_never_reach_are_named() -> None:
+    """Their directions keep nothing: they are the task's own."""
+    c = case("experts")
+    first = [{"input_ids": torch.tensor([[3, 6, 9, 12]]), "labels": torch.zeros(1, 4).long()}]
+    with pytest.warns(UserWarning, match="no token of the data to keep reached 4 modules") as found:
+        report = initialized(peft_of(c), loader(c.samples), forward_fn=c.forward_fn, keep=first)
+    text = next(str(each.message) for each in found if "to keep reached" in str(each.message))
+    assert "experts.1.0" in text and "experts.0" not in text
+    assert {name: its.keep_tokens for name, its in report.modules.items()} == {
+        f"experts.{expert}.{layer}": 4 * (expert == 0) for expert in range(3) for layer in (0, 2)
+    }
+
+
 def test_modules_that_share_are_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     solved: list[tuple[int, ...]] = []
     plain = contrast.contrast_directions

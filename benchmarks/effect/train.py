@@ -25,7 +25,7 @@ class Member:
         rate: the peak learning rate.
         ratio: the rate of B over that of A (LoRA+).
         decay: AdamW's decoupled weight decay.
-        seed: of a random start, of the calibration samples, and of the order of the data.
+        seed: of a random start and of the order of the data.
     """
 
     method: str

@@ -217,7 +217,7 @@ def _apply(
     places = {layer.A0.device for layer in choice.layers.values()}
     devices = {place for place in places if place.type == "cuda"}
     left_default = unsupported | choice.left_default
-    warn_of(left_default, choice.layers)
+    warn_of(left_default, choice.layers, choice.reports)
     seconds = {
         "statistics": statistics.seconds,
         "selection": selected - start,

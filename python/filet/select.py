@@ -153,8 +153,10 @@ def _chosen(
     tokens = _tokens(targets, moments)
     choice.left_default = {name: why for name, both in tokens.items() if (why := _unseen(*both))}
     seen = {name: target for name, target in targets.items() if name not in choice.left_default}
+    kept: dict[str, int] = {}
     if config.select == "contrast":
         assert keep is not None  # said by resolved()
+        kept = dict(zip(seen, values([keep[name].count for name in seen]), strict=True))
         chosen = _by_contrast(seen, moments, keep, config)
     else:
         chosen = _by_energy(seen, moments, config, divided)
@@ -173,6 +175,7 @@ def _chosen(
             input_tokens=tokens[name][0],
             output_tokens=tokens[name][1],
             shared_input=shared_input.get(name),
+            keep_tokens=kept.get(name),
         )
     return choice
 
@@ -468,12 +471,27 @@ def check_contrast_rank(targets: Mapping[str, Target]) -> None:
             )
 
 
-def warn_of(left_default: Mapping[str, str], layers: Mapping[str, Layer]) -> None:
-    """Warnings of modules that keep PEFT's initialisation, and of directions without energy."""
+def warn_of(
+    left_default: Mapping[str, str],
+    layers: Mapping[str, Layer],
+    reports: Mapping[str, ModuleReport],
+) -> None:
+    """Warnings of modules that keep PEFT's initialisation, and of what says nothing of a module.
+
+    That is directions without energy, and data to keep that never came there.
+    """
     if left_default:
         shown = [f"{name} ({reason})" for name, reason in left_default.items()]
         warnings.warn(
             f"{len(left_default)} modules keep PEFT's default LoRA initialisation: {some(shown)}",
+            stacklevel=4,
+        )
+    unkept = [name for name in layers if reports[name].keep_tokens == 0]
+    if unkept:
+        warnings.warn(
+            f"no token of the data to keep reached {len(unkept)} modules, so that theirs are the "
+            f"task's principal directions, whatever is forgotten by them: {some(unkept)}; expected "
+            "data to keep that runs all of the model (images too, say)",
             stacklevel=4,
         )
     alive = values([_alive(layer) for layer in layers.values()])

@@ -60,6 +60,8 @@ def both(folder: Path, place: Path, rel: float = 1e-5, **more: Any) -> Any:
 def test_equals_the_engine_in_memory(kind: str, tmp_path: Path, device: torch.device) -> None:
     report = both(model_folder(kind), tmp_path, device=device)
     assert {module.kind for module in report.modules.values()} == {"contrast"}
+    kept = {module.keep_tokens for module in report.modules.values()}
+    assert kept == {report.keep["tokens"]}
     names = different(tmp_path / "blockwise", tmp_path / "memory")
     # Modules without a choice have random numbers, of either engine's own.
     found = [name for name in names if any(module in name for module in report.modules)]

@@ -312,7 +312,7 @@ class Blockwise:
         left_default = {name: left[name] for name in order if name in left}
         commit(model.peft_model, ADAPTER, model.targets, layers)
         materialise_rest(model.peft_model, ADAPTER, self.config.seed)
-        warn_of(left_default, layers)
+        warn_of(left_default, layers, whole.reports)
         warn_of_padding(unmasked)
         self.times.seconds["writing"] = self.times.clock.now() - start
         report = FiletReport(

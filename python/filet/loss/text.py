@@ -30,7 +30,7 @@ def check_samples_text(model: Any) -> int:
             f"keep='self': {type(model).__name__} is no causal language model that generates; "
             "expected batches of what is not to be forgotten"
         )
-    text, words = model.config.get_text_config(), model.get_input_embeddings().weight.shape[0]
+    text, words = model.config.get_text_config(), model.get_input_embeddings().num_embeddings
     places = [text, getattr(model, "generation_config", None)]
     for key in ("bos_token_id", "eos_token_id"):  # some begin with the one that ends the last text
         for place in places:
@@ -97,14 +97,13 @@ def _continued(peft_model: Any, ids: Tensor, shares: Tensor) -> Tensor:
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None) or model.config.get_text_config().eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    ends = [end for end in ends if 0 <= end < model.config.get_text_config().vocab_size]
     cache: dict[str, Any] = {}
     for share in shares.to(ids.device).split(1, dim=1):
         # A model without a cache (or whose checkpointing forbids one) is given all of it anew.
         output = peft_model(input_ids=ids[:, -1:] if cache else ids, use_cache=True, **cache)
         cache = next(({name: output[name]} for name in _CACHES if output.get(name)), {})
         logits = output.logits[:, -1].float()
-        if ends:
-            logits[:, ends] = -torch.inf
+        # What is no word of the model's is never drawn.
+        logits[:, [end for end in ends if 0 <= end < logits.shape[-1]]] = -torch.inf
         ids = torch.cat([ids, drawn(logits, share.to(logits.device)).unsqueeze(1).to(ids)], 1)
     return ids

@@ -31,6 +31,7 @@ class ModuleReport:
         shared_input: module whose input second moment this one shares, or None.
         kind: ``"energy"``, or ``"contrast"``: then ``energies`` are the eigenvalues of the chosen
             directions alone, of task against keep, and ``indices`` count them.
+        keep_tokens: positions of the data to keep counted in its moment; None for ``"energy"``.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ModuleReport:
     output_tokens: int
     shared_input: str | None
     kind: str = "energy"  # reports of 0.1 do not say it
+    keep_tokens: int | None = None
 
     def chosen(self) -> torch.Tensor:
         """Energies of the chosen directions, (rank,) float64, in the order of ``indices``."""
