@@ -33,6 +33,7 @@ __all__ = [
     "LORA",
     "Interval",
     "Tuned",
+    "at_equal_loss",
     "at_magnitudes",
     "compared",
     "forms_against",
@@ -207,6 +208,25 @@ def at_magnitudes(found: dict[Variant, Tuned], least: int) -> list[list[str]]:
     return rows
 
 
+def at_equal_loss(found: dict[Variant, Tuned], least: int) -> list[list[str]]:
+    """A header, and each start at its rate of :func:`retaining` LoRA's loss, the best keeper first.
+
+    Beside it the methods of :data:`FORMS`, at theirs, less it in general loss.
+    """
+    enough = [one for one in found.values() if len(one.seeds) >= least and LORA in found]
+    kept = [retaining(one, found[LORA].loss * _EQUAL) for one in enough]
+    reached = sorted((one for one in kept if one), key=lambda one: one.general)
+    names = [form[0] for form in FORMS]
+    ours = [one for one in reached if one.variant[0] in names]
+    ours.sort(key=lambda one: (names.index(one.variant[0]), one.variant[1]))
+    rows = [["start", "rate", "loss", "general", *(label(one.variant) for one in ours)]]
+    for other in reached:
+        cells = ["" if one is other else str(paired(one, other, "general")) for one in ours]
+        numbers = (f"{other.rate:.2g}", f"{other.loss:.4f}", f"{other.general:.3f}")
+        rows.append([label(other.variant), *numbers, *cells])
+    return rows
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -230,6 +250,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         header, *rest = at_magnitudes(found, options.seeds)
         if rest:
             print(f"\n## {task}: the library's forms less LoRA of the same magnitude\n")
+            print(table(header, rest))
+        header, *rest = at_equal_loss(found, options.seeds)
+        if rest:
+            print(f"\n## {task}: general loss at the rate that keeps the most at LoRA's loss\n")
             print(table(header, rest))
         first = tuned([r for r in records if r.seed == 0], task, samples=options.samples)
         print(f"\n## {task}: one seed, every rate\n")

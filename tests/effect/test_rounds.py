@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -24,7 +25,7 @@ from effect.plan import (
     step,
 )
 from effect.records import Record, Run, append, read
-from effect.tables import FORMS, at_magnitudes, compared, main, paired, tuned
+from effect.tables import FORMS, at_equal_loss, at_magnitudes, compared, main, paired, tuned
 from effect.tasks import causal_task, order
 from effect.train import Member
 from effect.workers import chunks, subtracts, trained
@@ -169,6 +170,27 @@ def test_forms_stand_beside_lora_of_their_own_magnitude():
     assert [row[0] for row in rows] == ["×2"]  # there is no LoRA ×4
     assert rows[0][1] == "-0.5000 ± 0.0000" and rows[0][3] == "–"
     assert at_magnitudes(tuned(records, "task"), 3) == [header]
+
+
+def test_what_is_forgotten_is_compared_at_equal_loss():
+    """A start at the rate that forgets least of those within 1% of LoRA's loss, if it has one."""
+    of = {
+        ("lora", 1e-3): (1.0, 5.0),
+        (FORMS[1][0], 1e-3): (1.009, 3.0),
+        (FORMS[1][0], 1e-2): (0.9, 4.0),
+        (FORMS[1][0], 1e-4): (1.1, 2.0),
+        ("pissa", 1e-3): (1.02, 1.0),
+    }
+    records = [
+        replace(record(Run("task", Member(name, rate, seed=seed)), loss), general=general)
+        for (name, rate), (loss, general) in of.items()
+        for seed in (0, 1)
+    ]
+    header, *rows = at_equal_loss(tuned(records, "task"), 2)
+    assert header[4:] == [FORMS[1][0]]
+    assert [row[:2] for row in rows] == [[FORMS[1][0], "0.001"], ["lora", "0.001"]]
+    assert [row[4] for row in rows] == ["", "-2.0000 ± 0.0000"]
+    assert at_equal_loss(tuned(records, "task"), 3) == [header[:4]]
 
 
 def test_a_population_is_of_one_kind_of_start_and_task():
