@@ -155,6 +155,28 @@ def statistics_of_zeros() -> Any:
     return statistics
 
 
+@pytest.mark.parametrize("start", ["zero", "untouched"])
+def test_a_start_below_what_adam_lets_train_is_said(start: str) -> None:
+    """The paper's literal magnitude, by gradients as small as a large model's."""
+    statistics = collect_statistics(
+        peft_of(case("llama")),
+        loader(case("llama").samples),
+        FiletConfig(samples=None),
+        show_progress_bar=False,
+    )
+    for moments in statistics.moments.values():
+        moments.output.sum.mul_(1e-12)
+    for normalization, expected in (("mean", 1), ("sum", 1), ("relative", 0)):
+        config = FiletConfig(start=start, normalization=normalization)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            apply_statistics(peft_of(case("llama")), statistics, config)
+        said = [str(w.message) for w in caught if "Adam's ε" in str(w.message)]
+        assert len(said) == expected, normalization
+        assert all("expected normalization='relative'" in text for text in said)
+        assert not any("will not train" in str(w.message) for w in caught)
+
+
 def test_directions_without_energy_train_all_the_same() -> None:
     statistics = statistics_of_zeros()
 

@@ -43,6 +43,11 @@ __all__ = [
     "warn_of",
 ]
 
+# The first gradients of B are in proportion to A's rows. With those of LoRA's default, 3^-½ long,
+# small models have 1e-5 an entry and more (tests/test_magnitude.py): at 1e-4 of it they are below
+# Adam's ε, 1e-8.
+_FAINT = 1e-4 * 3**-0.5
+
 _AHEAD = 7  # modules whose energies a GPU computes while the host chooses: a block's
 
 
@@ -478,7 +483,7 @@ def warn_of(
 ) -> None:
     """Warnings of modules that keep PEFT's initialisation, and of what says nothing of a module.
 
-    That is directions without energy, and data to keep that never came there.
+    That is directions without energy or with next to none, and data to keep that never came there.
     """
     if left_default:
         shown = [f"{name} ({reason})" for name, reason in left_default.items()]
@@ -494,8 +499,8 @@ def warn_of(
             "data to keep that runs all of the model (images too, say)",
             stacklevel=4,
         )
-    alive = values([_alive(layer) for layer in layers.values()])
-    dead = [name for name, flag in zip(layers, alive, strict=True) if not flag]
+    lengths = values([_least(layer) for layer in layers.values()])
+    dead = [name for name, length in zip(layers, lengths, strict=True) if length == 0]
     if dead:
         warnings.warn(
             f"{some(dead)}: some chosen directions have no energy at all (or less than the "
@@ -504,9 +509,25 @@ def warn_of(
             "scaling",
             stacklevel=4,
         )
+    faint = {name: length for name, length in zip(layers, lengths, strict=True) if length}
+    faint = {name: length for name, length in faint.items() if length < _FAINT}
+    if faint:
+        warnings.warn(
+            f"{some(list(faint))}: some rows of A are {min(faint.values()):.1g} long, where LoRA's "
+            f"are {3**-0.5:.2f}, so that gradients are below Adam's ε and the adapter hardly "
+            "trains at first; expected normalization='relative' and a gamma near 1/3 or above it",
+            stacklevel=4,
+        )
 
 
-def _alive(layer: Layer) -> Tensor:
-    """Whether every direction can train: () bool on the layer's device."""
-    rows = layer.A0.any(1)
-    return (rows if layer.B0 is None else rows | layer.B0.any(0)).all()
+def _least(layer: Layer) -> Tensor:
+    """The length of the shortest direction, A's row or B's column, whichever is longer.
+
+    () float64 on the layer's device.
+    """
+    # In float64 squares of what float32 can hold are in range.
+    lengths: Tensor = torch.linalg.vector_norm(layer.A0, dim=1, dtype=torch.float64)
+    if layer.B0 is not None:
+        columns = torch.linalg.vector_norm(layer.B0, dim=0, dtype=torch.float64)
+        lengths = torch.maximum(lengths, columns)
+    return lengths.min()
