@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import filet
-from filet import DevicePlan, FiletConfig, OutOfMemoryError, Statistics, collect_statistics
+from filet import DevicePlan, FiletConfig, OutOfMemoryError, Plan, Statistics, collect_statistics
 from filet.collect import estimate as plan_module
 from filet.collect import groups as passes_module
 from filet.collect import probe
@@ -279,6 +280,27 @@ def test_needs_of_a_device() -> None:
     assert on.largest_batch(1) == 19 and on.largest_batch(4) == 27
 
 
+def test_smaller_batches_that_save_passes_are_named() -> None:
+    """Llama-3-8B in 4 bits on 24 GiB: 17.1 free, 18.25 of moments, 2 of each sample."""
+    at_a_time = {passes: 18 * GIB // passes for passes in range(1, 33)}
+    on = DevicePlan("cuda:0", 24 * GIB, 17 * GIB, 6 * GIB, 18 * GIB, at_a_time, 0, 2 * GIB, GIB)
+
+    def planned(size: int, passes: int) -> Plan:
+        return Plan((on,), {}, {}, 512, size, passes, 320, None, None)
+
+    assert on.largest_batch(17) < 8 == on.largest_batch(18)
+    of_eight = planned(8, 18)
+    assert of_eight.sooner.startswith("batches of 4 would take 2, gradient checkpointing")
+    assert dict(line.split(maxsplit=1) for line in str(of_eight).splitlines())["passes"] == (
+        f"18 ({of_eight.sooner})"
+    )
+    assert planned(4, 2).sooner == ""  # single samples would take 2 as well
+    one = replace(on, moments_at_a_time={18: GIB})  # as it was asked for
+    assert replace(of_eight, devices=(one,)).sooner == ""
+    full = replace(on, free=5 * GIB)
+    assert replace(planned(2, 18), devices=(on, full)).sooner.startswith("single samples would ta")
+
+
 @pytest.mark.parametrize(
     ("size", "text"),
     [(0, "0 bytes"), (999, "999 bytes"), (1000, "0.977 KiB"), (2**21, "2 MiB"),
@@ -442,7 +464,8 @@ def test_passes_are_found_for_a_gpu_that_is_full(monkeypatch: pytest.MonkeyPatch
     assert more.moments - on.moments == sum(4 * len(m.sum) ** 2 for m in inputs.values())
     gpu.free -= more.moments - on.moments
     gpu.free -= 1
-    assert passes() == 2
+    with pytest.warns(UserWarning, match="2 times over the data.* batches of 2 would take 1,"):
+        assert passes() == 2
     gpu.free = on.moments // 2 + on.fixed + 2 * on.per_sample
     with pytest.warns(UserWarning, match=r"batch of 4 samples × 9 tokens is likely to be too"):
         assert passes() == 2

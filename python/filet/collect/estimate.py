@@ -103,7 +103,9 @@ def passes_that_fit(
     forward_fn: ForwardFn | None,
     keep: bool,
 ) -> int:
-    """The smallest number of passes over batches like this one that fits; a warning if none does.
+    """The smallest number of passes over batches like this one that fits.
+
+    A warning if none does, or where smaller batches would take half as many or fewer.
 
     The model must be inside :func:`preserved`. Nothing is measured where the moments are small
     beside the free memory: then more passes would hardly make room for anything.
@@ -131,6 +133,12 @@ def passes_that_fit(
             )
     if not plan.fits:
         warnings.warn(plan.advice, stacklevel=5)
+    elif plan.sooner:
+        warnings.warn(
+            f"the pass goes {plan.passes} times over the data, so large is a batch of {size} "
+            f"samples × {plan.length} tokens: {plan.sooner}",
+            stacklevel=5,
+        )
     return plan.passes
 
 

@@ -111,6 +111,20 @@ class Plan:
             f"large for {short}; expected one or more of: {', '.join(ADVICE)}"
         )
 
+    @property
+    def sooner(self) -> str:
+        """Which smaller batches would leave room for half as many passes at most, "" where none."""
+        size = self.batch_size // 2
+        while size:
+            for passes in sorted(self.devices[0].moments_at_a_time):
+                if all(d.largest_batch(passes) >= size for d in self.devices):
+                    if 2 * passes <= self.passes:
+                        of = f"batches of {size}" if size > 1 else "single samples"
+                        return f"{of} would take {passes}, gradient checkpointing saves passes too"
+                    break
+            size //= 2
+        return ""
+
     def __str__(self) -> str:
         rows = []
         for d in self.devices:
@@ -130,7 +144,7 @@ class Plan:
         rows.append(("batches", f"of {self.batch_size} samples x {self.length} tokens"))
         samples = "all samples" if self.samples is None else f"{self.samples} samples"
         rows.append(("data", samples + ("" if self.tokens is None else f", {self.tokens} tokens")))
-        rows.append(("passes", str(self.passes)))
+        rows.append(("passes", f"{self.passes}{f' ({self.sooner})' if self.sooner else ''}"))
         if self.seconds is not None:
             about = f"{self.seconds:.{0 if self.seconds >= 10 else 1}f}"
             rows.append(("time", f"about {about} s (estimated from two samples)"))
