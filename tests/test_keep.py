@@ -492,6 +492,8 @@ def test_what_is_no_batches_and_a_rank_too_high() -> None:
     c = case("llama")
     with pytest.raises(TypeError, match="keep is a dict; expected an iterable of batches"):
         initialized(peft_of(c), never(), keep=batches_of(c)[0])
+    with pytest.raises(TypeError, match=r"^data to keep: the dataloader gave a int"):
+        initialized(peft_of(c), keep=[3])
     with pytest.raises(ValueError, match=r"rank 17 exceeds the 16 that a product B A"):
         initialized(peft_of(c, r=17), never(), keep=never())
 
@@ -513,7 +515,7 @@ def test_the_model_is_what_it_was_after_an_error(what: str) -> None:
     before = snapshot(peft_model)
     expected: Any = {
         "none": (ValueError, "the data to keep gave no sample"),
-        "nan": (FloatingPointError, "NaN or infinity in batch 0"),
+        "nan": (FloatingPointError, "^data to keep: .*NaN or infinity in batch 0"),
         "raises": (KeyboardInterrupt, None),
     }[what]
     with pytest.raises(expected[0], match=expected[1]):

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from filet.collect.batches import PreparedBatches
-from filet.collect.keep import Keep, Unlabelled, check_keep
+from filet.collect.keep import Keep, Unlabelled, check_keep, said_of_keep
 from filet.collect.run import check_terms
 from filet.config import FiletConfig
 from filet.distributed.group import Group
@@ -94,7 +94,8 @@ def read_keep(
         )
     check = partial(_check_form, ("input_ids",))
     inputs = Inputs(peft_model.base_model.model)
-    result, counts = _read_all(Unlabelled(keep), config, inputs, check, group)
+    with said_of_keep():
+        result, counts = _read_all(Unlabelled(keep), config, inputs, check, group)
     if not counts["samples"]:
         raise ValueError("the data to keep gave no sample; expected at least one")
     if not counts["tokens"]:

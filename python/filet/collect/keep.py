@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ __all__ = [
     "check_keep_used",
     "collect_keep",
     "hooks_to_keep",
+    "said_of_keep",
     "with_unseen",
 ]
 
@@ -57,6 +59,18 @@ def check_keep_used(keep: Any, config: FiletConfig) -> None:
             f"keep= has no effect with select={config.select!r}; expected select='auto' or "
             "'contrast', or no keep"
         )
+
+
+@contextmanager
+def said_of_keep() -> Iterator[None]:
+    """What is wrong with a batch of data to keep is said of them, not of a dataloader."""
+    try:
+        yield
+    except (TypeError, ValueError, FloatingPointError) as error:
+        kinds = (TypeError, ValueError, FloatingPointError)  # a subclass may take other arguments
+        if type(error) not in kinds or "keep" in str(error):
+            raise
+        raise type(error)(f"data to keep: {error}") from error
 
 
 def hooks_to_keep(
@@ -114,9 +128,10 @@ def collect_keep(
         hooks = hooks_to_keep(targets, part, config, moments, shared_input)
         run = _Run(peft_model, config, forward_fn, hooks, together)
         data = Unlabelled(batches, batches.samples) if run.drops_labels else batches
-        counts = over_batches(
-            run, hooks, data, config, title, show_progress_bar, "data to keep", together
-        )
+        with said_of_keep():
+            counts = over_batches(
+                run, hooks, data, config, title, show_progress_bar, "data to keep", together
+            )
         hooks.finish()
         inputs = {name: its.input for name, its in hooks.moments.items()}
         if together is not None:
