@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 import filet
 from filet import FiletConfig, FiletReport, Statistics
 from initialised import LOUD
+from models import SMALL
 
 VOCAB = 31
 TARGETS = ["q_proj", "k_proj", "gate_proj", "down_proj"]
@@ -42,17 +43,7 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 
 def llama(kind: type[nn.Module] = LlamaForCausalLM, **config: Any) -> Any:
-    settings = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32,
-        "pad_token_id": 0,
-        **config,
-    }
+    settings = {**SMALL, "vocab_size": VOCAB, **config}
     return scaled(kind(LlamaConfig(**settings)))
 
 

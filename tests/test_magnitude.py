@@ -142,8 +142,8 @@ def test_the_first_gradient_of_b_is_far_above_adams_epsilon(dtype: torch.dtype) 
     assert max(sizes["the paper's"]) < 0.1 * max(sizes["FILet"])
 
 
-def statistics_of_zeros() -> Any:
-    """Statistics by which every energy is exactly 0."""
+def statistics_of_energies(factor: float) -> Any:
+    """Statistics by which every energy is so many times what it is."""
     statistics = collect_statistics(
         peft_of(case("llama")),
         loader(case("llama").samples),
@@ -151,21 +151,14 @@ def statistics_of_zeros() -> Any:
         show_progress_bar=False,
     )
     for moments in statistics.moments.values():
-        moments.output.sum.zero_()
+        moments.output.sum.mul_(factor)
     return statistics
 
 
 @pytest.mark.parametrize("start", ["zero", "untouched"])
 def test_a_start_below_what_adam_lets_train_is_said(start: str) -> None:
     """The paper's literal magnitude, by gradients as small as a large model's."""
-    statistics = collect_statistics(
-        peft_of(case("llama")),
-        loader(case("llama").samples),
-        FiletConfig(samples=None),
-        show_progress_bar=False,
-    )
-    for moments in statistics.moments.values():
-        moments.output.sum.mul_(1e-12)
+    statistics = statistics_of_energies(1e-12)
     for normalization, expected in (("mean", 1), ("sum", 1), ("relative", 0)):
         config = FiletConfig(start=start, normalization=normalization)
         with warnings.catch_warnings(record=True) as caught:
@@ -178,7 +171,7 @@ def test_a_start_below_what_adam_lets_train_is_said(start: str) -> None:
 
 
 def test_directions_without_energy_train_all_the_same() -> None:
-    statistics = statistics_of_zeros()
+    statistics = statistics_of_energies(0)
 
     def applied(**config: Any) -> tuple[PeftModel, FiletReport, list[str]]:
         peft_model = peft_of(case("llama"))

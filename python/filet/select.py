@@ -509,8 +509,7 @@ def warn_of(
             "scaling",
             stacklevel=4,
         )
-    faint = {name: length for name, length in zip(layers, lengths, strict=True) if length}
-    faint = {name: length for name, length in faint.items() if length < _FAINT}
+    faint = {n: length for n, length in zip(layers, lengths, strict=True) if 0 < length < _FAINT}
     if faint:
         warnings.warn(
             f"{some(list(faint))}: some rows of A are {min(faint.values()):.1g} long, where LoRA's "

@@ -116,12 +116,15 @@ class Plan:
         """Which smaller batches would leave room for half as many passes at most, "" where none."""
         size = self.batch_size // 2
         while size:
-            for passes in sorted(self.devices[0].moments_at_a_time):
-                if all(d.largest_batch(passes) >= size for d in self.devices):
-                    if 2 * passes <= self.passes:
-                        of = f"batches of {size}" if size > 1 else "single samples"
-                        return f"{of} would take {passes}, gradient checkpointing saves passes too"
-                    break
+            fitting = (
+                passes
+                for passes in sorted(self.devices[0].moments_at_a_time)
+                if all(d.largest_batch(passes) >= size for d in self.devices)
+            )
+            passes = next(fitting, self.passes)
+            if 2 * passes <= self.passes:
+                of = f"batches of {size}" if size > 1 else "single samples"
+                return f"{of} would take {passes}, gradient checkpointing saves passes too"
             size //= 2
         return ""
 
