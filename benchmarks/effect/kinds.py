@@ -24,6 +24,7 @@ __all__ = ["CausalKind", "ClassKind", "Kind", "kind_of"]
 
 OPTIONS = {
     "boolq": ("true", "false"),
+    "brown": ("fact", "fiction"),
     **dict.fromkeys(
         ("arc_easy", "arc_challenge", "openbookqa"), ("answer1", "answer2", "answer3", "answer4")
     ),
@@ -73,18 +74,19 @@ class CausalKind:
     def task(self, name: str) -> CausalTask:
         task = causal_task(
             name,
-            self._file(f"{name}_train"),
-            self._file(f"{name}_test"),
+            self.file(f"{name}_train"),
+            self.file(f"{name}_test"),
             self.tokenizer,
-            general=self._file("general"),
-            keep=self._file("keep"),
+            general=self.file("general"),
+            keep=self.file("keep"),
             options=OPTIONS.get(name, ()),
             tests=512 if name in OPTIONS else 256,
         )
         task.multiple = length_multiple(self.device)
         return task
 
-    def _file(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
+        """The data folder's, packed or not. FileNotFoundError where there is none."""
         for path in (self.data / f"{name}.jsonl.gz", self.data / f"{name}.jsonl"):
             if path.exists():
                 return path

@@ -24,9 +24,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from effect.bench import Bench
 from effect.inits import START
-from effect.plan import FIRST, RATES, SCALES, first_round, given_round, second_round
+from effect.plan import FIRST, RATES, SCALES, SECOND, first_round, given_round, second_round
 from effect.records import Record, Run, append, read
-from effect.sweeps import SWEEPS
+from effect.sweeps import SWEEPS, table4_round
 from effect.train import Recipe
 from effect.variants import VARIANTS
 from effect.workers import trained
@@ -34,17 +34,21 @@ from effect.workers import trained
 
 def lacking(options: argparse.Namespace, records: Sequence[Record]) -> list[Run]:
     """What the round still lacks."""
+    methods = options.methods or FIRST
     if options.round == "first":
-        of = options.methods, options.scales, options.rates
+        of = methods, options.scales, options.rates
         return [run for task in options.tasks for run in first_round(records, task, *of)]
     seeds = range(options.seeds)
     if options.round == "given":
-        grid = (options.methods, options.scales, options.rates, seeds, options.samples)
+        grid = (methods, options.scales, options.rates, seeds, options.samples)
         return [run for task in options.tasks for run in given_round(records, task, *grid)]
+    middle = sorted(options.rates)[len(options.rates) // 2]
+    if options.round == "table4":
+        return table4_round(records, options.tasks, seeds, options.thorough, middle)
     if options.round in SWEEPS:
         return SWEEPS[options.round](records, options.tasks, seeds, options.thorough)
-    middle = sorted(options.rates)[len(options.rates) // 2]
-    return second_round(records, options.tasks, seeds, options.tasks[0], otherwise=middle)
+    variants = [v for v in SECOND if options.methods is None or v[0] in options.methods]
+    return second_round(records, options.tasks, seeds, options.tasks[0], variants, middle)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -60,7 +64,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--round", choices=("first", "second", "given", *SWEEPS), required=True)
     parser.add_argument("--tasks", nargs="+", default=["gsm8k"])
     parser.add_argument(
-        "--methods", nargs="+", default=FIRST, choices=sorted({*START, *VARIANTS}), metavar="METHOD"
+        "--methods",
+        nargs="+",
+        choices=sorted({*START, *VARIANTS}),
+        metavar="METHOD",
+        help="of first, second and given; all that the round has where left out",
     )
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="of A and B")
     parser.add_argument("--seeds", type=int, default=5, help="of all rounds but the first")
@@ -68,7 +76,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--thorough", action="store_true", help="ranks, samples: three rates; groups: all seeds"
     )
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=RATES, help="all of given, where first begins"
+        "--rates", type=float, nargs="+", default=RATES, help="all of given, where others begin"
     )
     parser.add_argument("--samples", type=int, default=320, help="of given, for a start to look at")
     parser.add_argument("--members", type=int, default=16, help="adapters trained side by side")

@@ -71,18 +71,23 @@ def _rate(
 
 
 def table4_round(
-    records: Sequence[Record], tasks: Sequence[str], seeds: Sequence[int], thorough: bool
+    records: Sequence[Record],
+    tasks: Sequence[str],
+    seeds: Sequence[int],
+    thorough: bool,
+    otherwise: float = 10**-2.5,
 ) -> list[Run]:
     """Every selection at every scaling, at three rates and further until the best is inside.
 
-    The three are about the best rate of the first round. Each has all seeds, ``thorough`` or not.
+    The three are about the best rate of the first round, or ``otherwise`` where none was run. Each
+    has all seeds, ``thorough`` or not.
     """
     found: list[Run] = []
     for task in tasks:
         for selection in "MRP":
             for scaling in ("fisher", "singular", "constant"):
                 variant = (table4_method(selection, scaling), 1.0, 1.0, 0.0)
-                rate = _rate(records, RATED_ON, variant, 10**-2.5)
+                rate = _rate(records, RATED_ON, variant, otherwise)
                 rates = [step(rate, halves) for halves in (-1, 0, 1)]
                 found += missing(records, task, variant, seeds, rates)
     return found

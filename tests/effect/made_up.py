@@ -8,8 +8,8 @@ from collections.abc import Callable
 from effect.records import Record, Run
 
 
-def record(run: Run, loss: float, general: float = 4.0) -> Record:
-    result = {"loss": loss, "middle": loss, "general": general, "accuracy": math.nan}
+def record(run: Run, loss: float, general: float = 4.0, accuracy: float = math.nan) -> Record:
+    result = {"loss": loss, "middle": loss, "general": general, "accuracy": accuracy}
     return Record.of(run, steps=250, device="CPU", **result)
 
 
