@@ -4,10 +4,10 @@
 
 The rounds compare losses; what they have no number of is right answers where an answer is free.
 Here the best rate of each start, by the runs of ``FOLDER``, is trained again with every seed, and
-each member answers the test's first problems greedily, as transformers' ``generate`` does. An
-answer is right where the number after its "####" is the reference's (Cobbe et al. 2021,
-arXiv:2110.14168). Written to FOLDER/answers, a file for each number of problems; called again, what
-is there is not run again, and the table is printed.
+each member answers the test problems of the loss greedily, by transformers' ``generate``. An answer
+is right where the number after its "####" is the reference's (Cobbe et al. 2021, arXiv:2110.14168).
+Written to FOLDER/answers/gsm8k.csv; called again, what is there is not run again, and the table is
+printed.
 """
 
 from __future__ import annotations
@@ -34,12 +34,21 @@ from effect.plan import DEFAULT, KEEP
 from effect.population import Population
 from effect.records import Record, Run, Variant, append, read
 from effect.tables import LORA, label, paired, table, tuned
-from effect.tasks import Row, causal_task
+from effect.tasks import Row
 from effect.train import Member, Recipe
 from effect.workers import trained
 from filet.model.batch import IGNORED
 
-__all__ = ["VARIANTS", "Answering", "generate", "number", "prompt_and_answer", "rows", "wanted"]
+__all__ = [
+    "VARIANTS",
+    "Answering",
+    "generate",
+    "number",
+    "prompt_and_answer",
+    "rows",
+    "solved",
+    "wanted",
+]
 
 TASK = "gsm8k"
 VARIANTS: tuple[Variant, ...] = (
@@ -48,7 +57,7 @@ VARIANTS: tuple[Variant, ...] = (
     *(("milora", 1.0, 1.0, 0.0), ("olora", 1.0, 1.0, 0.0)),
     *(DEFAULT, KEEP),
 )
-TOKENS = 256  # of an answer at most: the longest of the first 512 references has 255
+TOKENS = 256  # of an answer at most: the longest of the references has 255
 _TOGETHER = 128  # problems: with 16 members the keys and values of SmolLM2 are 19 GB
 _NUMBER = re.compile(r"####\s*\$?(-?[\d,]*\.?\d+)")
 
@@ -96,36 +105,32 @@ def generate(
 class Answering:
     """A bench whose populations answer before they are left."""
 
-    def __init__(self, make: Callable[[torch.device], Bench], problems: int, device: Any) -> None:
+    def __init__(self, make: Callable[[torch.device], Bench], device: torch.device) -> None:
         self.bench = make(device)
-        kind = self.bench.kind
-        assert isinstance(kind, CausalKind)
-        self.tokenizer = kind.tokenizer
-        file = kind.file(f"{TASK}_test")  # the rounds' task has its first 256 alone
-        self.rows = causal_task(TASK, file, file, self.tokenizer, tests=problems).test
+        assert isinstance(self.bench.kind, CausalKind)
+        self.tokenizer = self.bench.kind.tokenizer
 
     def train(self, runs: Sequence[Run]) -> list[Record]:
-        """The records of the runs, ``accuracy`` the share of problems with a right answer."""
+        """The records of the runs, ``accuracy`` the share of test problems that are solved."""
         records = self.bench.train(runs)
-        right = self.right()
+        assert self.bench.population is not None
+        right = solved(self.bench.population, self.bench.task(TASK).test, self.tokenizer)
         return [replace(r, accuracy=share) for r, share in zip(records, right, strict=False)]
 
-    def right(self) -> list[float]:
-        """Of every member of the population, as it is."""
-        population, tokenizer = self.bench.population, self.tokenizer
-        assert population is not None
-        pairs = sorted(map(prompt_and_answer, self.rows), key=lambda pair: len(pair[0]))
-        right = torch.zeros(population.members)
-        pad = tokenizer.pad_token_id or 0
-        for start in range(0, len(pairs), _TOGETHER):
-            part = pairs[start : start + _TOGETHER]
-            prompts = [prompt for prompt, _ in part]
-            said = generate(population, prompts, TOKENS, pad, tokenizer.eos_token_id)
-            references = [number(tokenizer.decode(answer)) for _, answer in part]
-            for k, answers in enumerate(said):
-                texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-                right[k] += sum(number(t) == r for t, r in zip(texts, references, strict=True))
-        return (right / len(pairs)).tolist()
+
+def solved(population: Population, rows: Sequence[Row], tokenizer: Any) -> list[float]:
+    """Of every member of the population, as it is: the share of rows with the right number."""
+    pairs = sorted(map(prompt_and_answer, rows), key=lambda pair: len(pair[0]))
+    right = torch.zeros(population.members)
+    pad = tokenizer.pad_token_id or 0
+    for start in range(0, len(pairs), _TOGETHER):
+        part = pairs[start : start + _TOGETHER]
+        said = generate(population, [p for p, _ in part], TOKENS, pad, tokenizer.eos_token_id)
+        references = [number(tokenizer.decode(answer)) for _, answer in part]
+        for k, answers in enumerate(said):
+            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+            right[k] += sum(number(t) == r for t, r in zip(texts, references, strict=True))
+    return (right / len(pairs)).tolist()
 
 
 def wanted(records: Iterable[Record], variants: Sequence[Variant]) -> list[Run]:
@@ -167,7 +172,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="as for run.py")
     parser.add_argument("--results", type=Path, required=True, help="folder of the rounds' files")
-    parser.add_argument("--problems", type=int, default=512, help="of the test, from its beginning")
     parser.add_argument("--members", type=int, default=16, help="adapters trained side by side")
     return parser.parse_args(argv)
 
@@ -175,14 +179,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
     runs = wanted(read(options.results), VARIANTS)
-    path = options.results / "answers" / f"{TASK}_{options.problems}.csv"
+    path = options.results / "answers" / f"{TASK}.csv"
     records = read_lines(path, Record) if path.exists() else []
 
     def lacking() -> list[Run]:
         done = {record.run for record in records}
         return [run for run in runs if run not in done]
 
-    make = partial(Answering, partial(bench, options), options.problems)
+    make = partial(Answering, partial(bench, options))
     for done in trained(make, lacking, options.members) if lacking() else ():
         append(path, done)
         records.extend(done)

@@ -74,19 +74,18 @@ class CausalKind:
     def task(self, name: str) -> CausalTask:
         task = causal_task(
             name,
-            self.file(f"{name}_train"),
-            self.file(f"{name}_test"),
+            self._file(f"{name}_train"),
+            self._file(f"{name}_test"),
             self.tokenizer,
-            general=self.file("general"),
-            keep=self.file("keep"),
+            general=self._file("general"),
+            keep=self._file("keep"),
             options=OPTIONS.get(name, ()),
             tests=512 if name in OPTIONS else 256,
         )
         task.multiple = length_multiple(self.device)
         return task
 
-    def file(self, name: str) -> Path:
-        """The data folder's, packed or not. FileNotFoundError where there is none."""
+    def _file(self, name: str) -> Path:
         for path in (self.data / f"{name}.jsonl.gz", self.data / f"{name}.jsonl"):
             if path.exists():
                 return path

@@ -11,17 +11,16 @@ from made_up import record
 from effect.answers import (
     TASK,
     VARIANTS,
-    Answering,
     generate,
     number,
     prompt_and_answer,
     rows,
+    solved,
     wanted,
 )
 from effect.population import Population
 from effect.records import Run
 from effect.start import Start
-from effect.tasks import CausalTask
 from effect.train import Member
 from models import llama
 
@@ -121,23 +120,14 @@ def test_right_answers_are_counted_by_member(monkeypatch):
     prompts = [torch.tensor([5, 6, 9]), torch.tensor([7, 8])]
     said = generate(population, prompts, 4, PAD, END)
     answers = [ids[ids != PAD][:1] for ids in said[0]]
-    answering = object.__new__(Answering)
-    answering.tokenizer = Numbers()
-    answering.rows = [
+    problems = [
         (torch.cat([p, a]), torch.cat([torch.full_like(p, -100), a]))
         for p, a in zip(prompts, answers, strict=True)
     ]
-
-    class Bench:
-        def task(self, name):
-            return CausalTask(name, [], [])
-
-    answering.bench = Bench()
-    answering.bench.population = population
     monkeypatch.setattr("effect.answers.TOKENS", 4)
     first = [int(ids[ids != PAD][0]) for ids in said[1]]
     same = sum(a == int(b) for a, b in zip(first, answers, strict=True)) / 2
-    assert answering.right() == [1.0, same]
+    assert solved(population, problems, Numbers()) == [1.0, same]
     population.close()
 
 
@@ -157,12 +147,12 @@ def test_wanted_is_every_seed_at_the_best_rate():
 
 
 def test_the_table_has_the_best_first_and_less_lora():
-    def solved(method, seed, share):
+    def of(method, seed, share):
         run = Run(TASK, Member(method, 1e-3, seed=seed))
         return record(run, 1.0, accuracy=share)
 
-    records = [solved("lora", seed, 0.02 + seed / 1000) for seed in range(3)]
-    records += [solved("pissa", seed, 0.03 + seed / 1000) for seed in range(3)]
+    records = [of("lora", seed, 0.02 + seed / 1000) for seed in range(3)]
+    records += [of("pissa", seed, 0.03 + seed / 1000) for seed in range(3)]
     found = rows(records)
     assert [row[0] for row in found] == ["pissa", "lora"]
     assert found[0][3:] == ["0.0310", "+0.0100 ± 0.0000"] and found[1][3] == "0.0210"

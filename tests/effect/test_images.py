@@ -19,7 +19,7 @@ from effect.bench import Bench
 from effect.images import Images, pixels
 from effect.kinds import ClassKind, kind_of
 from effect.loss import class_losses
-from effect.plan import FIRST
+from effect.plan import FIRST, SECOND
 from effect.population import Population
 from effect.records import Run, read
 from effect.runs import evaluate, train_population
@@ -199,7 +199,16 @@ def test_a_round_on_both_tasks(folders, tmp_path, one_thread):
     assert {r.task for r in first} == {"a", "b"} and {r.seed for r in first} == {0}
     assert script.lacking(script.parse_arguments([*given, "--round", "first"]), first) == []
     wanted = script.lacking(script.parse_arguments([*given, "--round", "second"]), first)
-    assert {r.task for r in wanted} == {"a", "b"}
+    assert {r.task for r in wanted} == {"a", "b"} and {r.member.method for r in wanted} == {"pissa"}
+    every = script.parse_arguments([*given[:-2], "--round", "second"])
+    assert {v[0] for v in SECOND} == {r.member.method for r in script.lacking(every, first)}
+
+
+def test_table_4_begins_at_a_given_rate(folders, tmp_path):
+    model, data = map(str, folders)
+    given = ["--model", model, "--data", data, "--output", str(tmp_path), "--tasks", "a"]
+    options = script.parse_arguments([*given, "--round", "table4", "--rates", "3.162e-4"])
+    assert {r.member.rate for r in script.lacking(options, [])} == {1e-4, 3.162e-4, 1e-3}
 
 
 def test_a_folder_says_what_kind_it_holds(folders, tmp_path):
