@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import every_cpu
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on the CPU
 
@@ -17,6 +19,8 @@ if not torch.cuda.is_available():
 # Set before datasets is imported.
 _CACHE = tempfile.TemporaryDirectory()
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+
+every_cpu.alike()
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import every_cpu
+
 # Their imports take seconds: a server makes them once, and every process is a fork of it. Some look
 # at the GPUs, which a fork cannot use then: processes with GPUs import for themselves.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -95,6 +97,7 @@ def _main(
     torch.set_num_threads(1)
     sys.path.insert(0, str(Path(__file__).parent))
     warnings.simplefilter("ignore", FutureWarning)
+    every_cpu.alike()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # accelerate asks for them
     where = f"file://{folder}/rendezvous"

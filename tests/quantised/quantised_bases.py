@@ -173,8 +173,11 @@ def logits(model: Any) -> Tensor:
 
 
 def stored(model: Any) -> dict[str, list[Tensor]]:
-    """Copies of what every quantised layer is made of."""
-    return {name: [part.clone() for part in its.stored()] for name, its in values(model).items()}
+    """Copies of what every quantised layer is made of, and of W, which it makes of that."""
+    return {
+        name: [*(part.clone() for part in its.stored()), its.weight()]
+        for name, its in values(model).items()
+    }
 
 
 def assert_stored(model: Any, before: dict[str, list[Tensor]]) -> None:

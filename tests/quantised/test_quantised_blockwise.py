@@ -118,10 +118,11 @@ def test_data_to_keep(tmp_path: Path) -> None:
 
 def test_the_base_is_not_the_whole_one(tmp_path: Path) -> None:
     """Quantising moves the energies by what it moves the weights, and more than rounding does."""
-    plain = initialize(whole(), tmp_path / "plain")
+    # As wide as a block: bitsandbytes takes wrong scales for some others on CPUs with AVX512.
+    plain = initialize(whole("wide"), tmp_path / "plain")
     for kind in PACKED:
-        report = blockwise(whole(), tmp_path / kind, kind)
-        name = "model.layers.2.mlp.up_proj"
+        report = blockwise(whole("wide"), tmp_path / kind, kind)
+        name = "model.layers.1.mlp.up_proj"
         one, other = report.modules[name].energies, plain.modules[name].energies
         difference = float((one - other).norm() / other.norm())
         assert (1e-4 if kind == "int8" else 1e-2) < difference < 0.5, kind

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from filet.model.parts import DOUBLE
 from filet.model.sharded import over_shards
 from filet.model.values import Values
 from filet.system.transfer import values
@@ -109,7 +110,8 @@ def check_fingerprint(
 
     ``subject`` with its verb: "the statistics in FILE belong".
     """
-    if here == there:
+    # bitsandbytes saves a base that it repacked for a CPU with plain scales, which are the same.
+    if here.replace(DOUBLE, "") == there.replace(DOUBLE, ""):
         return
     kind, shape, _ = here.split(":")
     its_kind, its_shape, _ = there.split(":")

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["comes_from", "flat", "numbers", "tensors_in"]
+__all__ = ["DOUBLE", "comes_from", "flat", "numbers", "tensors_in"]
+
+DOUBLE = " with double quantisation"  # in the kind of a base whose scales are quantised too
 
 
 def comes_from(kind: type, library: str) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from filet.model.gptq import is_gptqmodel
-from filet.model.parts import comes_from, flat, numbers, tensors_in
+from filet.model.parts import DOUBLE, comes_from, flat, numbers, tensors_in
 from filet.model.product import is_product
 from filet.model.sharded import local
 
@@ -174,7 +174,7 @@ class _Bnb4bit(_Quantised):
     @property
     def kind(self) -> str:
         weight = self.module.weight
-        double = " with double quantisation" if weight.compress_statistics else ""
+        double = DOUBLE if weight.compress_statistics else ""
         return f"{weight.quant_type}{double} (bitsandbytes)"
 
     def check(self) -> None:
@@ -224,11 +224,13 @@ class _Bnb4bit(_Quantised):
 
     def stored(self) -> list[Tensor]:
         data, state = self.packed()
-        parts = [data, state.absmax, state.code, numbers(state.blocksize)]
+        scales = state.absmax
         if state.nested:
             inner = state.state2
-            parts += [inner.absmax, inner.code, state.offset, numbers(inner.blocksize)]
-        return parts
+            each = inner.absmax.repeat_interleave(inner.blocksize)[: scales.numel()]
+            scales = inner.code[scales.long()] * each + state.offset
+        # Rounded to bfloat16 by that repacking or not, it is one base.
+        return [data, scales.flatten().bfloat16(), state.code, numbers(state.blocksize)]
 
 
 class _Bnb8bit(_Quantised):
