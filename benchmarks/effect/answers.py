@@ -57,7 +57,7 @@ VARIANTS: tuple[Variant, ...] = (
     *(("milora", 1.0, 1.0, 0.0), ("olora", 1.0, 1.0, 0.0)),
     *(DEFAULT, KEEP),
 )
-TOKENS = 256  # of an answer at most: the longest of the references has 255
+TOKENS = 256  # of an answer at most: the longest of the references has 244
 _TOGETHER = 128  # problems: with 16 members the keys and values of SmolLM2 are 19 GB
 _NUMBER = re.compile(r"####\s*\$?(-?[\d,]*\.?\d+)")
 
@@ -119,8 +119,12 @@ class Answering:
 
 
 def solved(population: Population, rows: Sequence[Row], tokenizer: Any) -> list[float]:
-    """Of every member of the population, as it is: the share of rows with the right number."""
+    """Of every member of the population, as it is: the share of rows with the right number.
+
+    Rows that were cut before their number do not count.
+    """
     pairs = sorted(map(prompt_and_answer, rows), key=lambda pair: len(pair[0]))
+    pairs = [pair for pair in pairs if number(tokenizer.decode(pair[1])) is not None]
     right = torch.zeros(population.members)
     pad = tokenizer.pad_token_id or 0
     for start in range(0, len(pairs), _TOGETHER):
