@@ -61,7 +61,9 @@ def contrast_directions(
     block Lanczos iteration until the eigenvectors are right to about 1e-9 over their relative gaps.
     About six matrices of a moment's size in float64 exist at a time.
 
-    The rank of W is that of its rows, to the precision of the moments' dtype.
+    In space "y" the rank of W is how many of its singular values are above √ε of the largest, ε of
+    the moments' dtype: what W makes smaller than that is rounding of S_y, whose eigenvalues are
+    their squares.
 
     Raises:
         ValueError: moments of other spaces or shapes, a rank out of range, a damping that is not
@@ -72,11 +74,11 @@ def contrast_directions(
     if task.space == "x":
         rows, values = _solved(S, S0, rank, damping)
     else:
-        P = _row_space(W, torch.finfo(task.sum.dtype).eps)
+        P = _row_space(W, torch.finfo(task.sum.dtype).eps ** 0.5)
         if rank > P.shape[1]:
             raise ValueError(
-                f"rank={rank} exceeds the rank of W {tuple(W.shape)}, {P.shape[1]}; expected at "
-                "most that with moments in space 'y'"
+                f"rank={rank} exceeds the rank of W {tuple(W.shape)}, {P.shape[1]} to the "
+                "precision of its moments; expected at most that with moments in space 'y'"
             )
         z, values = _solved(P.T @ S @ P, P.T @ S0 @ P, rank, damping)
         coordinates = z @ P.T
@@ -116,8 +118,8 @@ def _whole(moment: SecondMoment, device: torch.device) -> Tensor:
     return lower + lower.tril(-1).T
 
 
-def _row_space(W: Tensor, eps: float) -> Tensor:
-    """P (m, ρ) with Pᵀ W Wᵀ P = I, ρ being the rank of W.
+def _row_space(W: Tensor, tolerance: float) -> Tensor:
+    """P (m, ρ) with Pᵀ W Wᵀ P = I, of the ρ singular values above ``tolerance`` of the largest.
 
     Of full rank P is the transposed inverse of a Cholesky factor. Else it comes from the singular
     vectors, which cost a hundred times as much.
@@ -127,8 +129,7 @@ def _row_space(W: Tensor, eps: float) -> Tensor:
     for part in slices(n, max(m, n // 4)):
         columns = W[:, part].double()
         K.addmm_(columns, columns.T)
-    # The usual one, of a matrix in the moments' precision; squares of less are rounding of K.
-    tolerance = max(max(m, n) * eps, (m * torch.finfo(K.dtype).eps) ** 0.5)
+    tolerance = max(tolerance, (m * torch.finfo(K.dtype).eps) ** 0.5)  # squares of less: rounding
     factor, info = torch.linalg.cholesky_ex(K)
     # Of the diagonal of R in Wᵀ = Q R: how far a row is from the rows before it.
     heights = factor.diagonal()
@@ -150,7 +151,7 @@ def _solved(S: Tensor, S0: Tensor, rank: int, damping: float) -> tuple[Tensor, T
     if int(info):
         raise ValueError(
             f"damping={damping!r} is too small: with it the moment to keep has eigenvalues below 0 "
-            "by the rounding of its sums; expected a larger one, 1e-2 say"
+            f"by the rounding of its sums; expected a larger one, {max(1e-2, 10 * damping):g} say"
         )
     half = torch.linalg.solve_triangular(factor, S, upper=False)
     M = torch.linalg.solve_triangular(factor, half.T, upper=False)

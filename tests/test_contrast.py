@@ -214,3 +214,29 @@ def test_a_damping_below_the_rounding_of_the_sums_is_refused() -> None:
     keep.sum[0, 0] = -keep.sum[0, 0]
     with pytest.raises(ValueError, match="damping=1e-06 is too small"):
         contrast_directions(torch.ones(3, 6), moment(inputs(6, 1)), keep, 2, damping=1e-6)
+
+
+@pytest.mark.parametrize("condition", [1e3, 1e4, 1e6])
+def test_what_w_makes_small_is_rounding_of_its_moments(condition: float) -> None:
+    """Sums in float32 of y = Wx know x where singular values of W are above √ε of the largest."""
+    n, m, rank = 40, 24, 8
+    sizes = torch.logspace(0, -float(torch.tensor(condition).log10()), m, dtype=F64)
+    U, V = (torch.linalg.qr(normal(size, m, seed=seed))[0] for size, seed in ((m, 3), (n, 4)))
+    W = ((U * sizes) @ V.T).float()
+    x, x0 = inputs(n, 1), inputs(n, 5)
+    task, keep = (
+        SecondMoment(
+            "y", sum(p.T @ p for p in (v @ W.double().T).float().split(16)), torch.ones(())
+        )
+        for v in (x, x0)
+    )
+    A, found = contrast_directions(W, task, keep, rank)
+    Q = torch.linalg.svd(W.double(), full_matrices=False)[2][sizes > 2**-11.5].T
+    torch.testing.assert_close((A @ Q).norm(dim=1), torch.ones(rank, dtype=F64), rtol=0, atol=1e-3)
+    z = A @ Q
+    S, S0 = ((v @ Q).T @ (v @ Q) for v in (x, x0))
+    S, S0 = S / S.diagonal().mean(), S0 / S0.diagonal().mean()
+    S0 += 0.01 * torch.eye(len(S0), dtype=F64)
+    quotients = ((z @ S) * z).sum(1) / ((z @ S0) * z).sum(1)
+    torch.testing.assert_close(found, quotients, rtol=0.05, atol=0)
+    assert quotients.sum() > 0.98 * oracle(x @ Q, x0 @ Q)[1][:rank].sum()

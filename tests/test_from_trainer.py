@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 import filet
@@ -211,3 +211,60 @@ def test_two_processes(tmp_path: Path) -> None:
     assert worst(first[0], truth("llama"))[0] < FLOAT32
     for name, weight in first[2].items():
         assert torch.equal(weight, second[2][name]), name
+
+
+def factors(model: Any) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+
+
+class AtFirst(TrainerCallback):
+    """The adapter at the first step of each training."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Tensor]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.seen.append(factors(kwargs["model"]))
+
+
+@pytest.mark.parametrize("start", ["zero", "untouched"])
+def test_a_second_training_goes_on_from_the_first(start: Any, tmp_path: Path) -> None:
+    first, seen = filet.FiletInitCallback(FiletConfig(start=start)), AtFirst()
+    trainer = trainer_of(tmp_path, callbacks=[first, seen], learning_rate=0.01)
+    trainer.train()
+    trained, report = factors(trainer.model), first.report
+    trainer.train()
+    assert first.report is report and len(seen.seen) == 2
+    assert all(torch.equal(seen.seen[1][name], trained[name]) for name in trained)
+    assert any(not torch.equal(seen.seen[0][name], trained[name]) for name in trained)
+
+
+@pytest.mark.parametrize("start", ["zero", "untouched"])
+def test_a_trained_adapter_is_not_started_anew(start: Any, tmp_path: Path) -> None:
+    """As it would be lost without a word. One that has only been initialised is."""
+    trainer = trainer_of(tmp_path / "one", learning_rate=0.01)
+    filet.initialize_from_trainer(trainer, FiletConfig(start=start))
+    again = filet.FiletInitCallback(FiletConfig(start=start))
+    trainer_of(tmp_path / "two", model=trainer.model, callbacks=[again]).train()
+    assert again.report is not None
+    filet.save_as_lora(trainer.model, tmp_path / "adapter")
+    loaded = filet.load(case("llama").model, tmp_path / "adapter")
+    before, other = factors(loaded), filet.FiletInitCallback()
+    with pytest.raises(ValueError, match=r"adapter 'default' was trained \(lora_B of .*anew"):
+        trainer_of(tmp_path / "three", model=loaded, callbacks=[other]).train()
+    after = factors(loaded)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_labels_of_data_to_keep_are_not_read(tmp_path: Path) -> None:
+    batches = [dict(batch) for batch in trainer_of(tmp_path).get_train_dataloader()]
+    found = []
+    for label in (None, 10**6):
+        keep = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+        if label is not None:
+            keep = [{**b, "labels": torch.full((1, 1), label)} for b in keep]
+        trainer = trainer_of(tmp_path)
+        filet.initialize_from_trainer(trainer, FiletConfig(samples=None), keep=keep)
+        found.append(factors(trainer.model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

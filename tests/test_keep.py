@@ -16,7 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from filet import FiletConfig, FiletReport, Statistics, apply_statistics, initialize_folder
+from filet import (
+    FiletConfig,
+    FiletReport,
+    Statistics,
+    apply_statistics,
+    initialize_folder,
+    initialize_lora_filet_weights,
+)
 from filet.collect import unrounded
 from filet.collect.statistics import collect_statistics
 from filet.loss.text import SELF_TOKENS
@@ -222,6 +229,20 @@ def test_modules_that_the_data_to_keep_never_reach_are_named() -> None:
     assert {name: its.keep_tokens for name, its in report.modules.items()} == {
         f"experts.{expert}.{layer}": 4 * (expert == 0) for expert in range(3) for layer in (0, 2)
     }
+
+
+def test_directions_that_the_task_lacks_are_named() -> None:
+    """Of the rank in a module, those whose λ is rounding."""
+    c = case("llama")
+    ids = torch.tensor([[5, 9, 11]])
+    few = [{"input_ids": ids, "labels": ids}]
+    peft_model = peft_of(c)
+    with pytest.warns(UserWarning, match=r"fewer directions than the rank in \d+ modules.*1 of 4"):
+        report = initialize_lora_filet_weights(
+            peft_model, few, FiletConfig(samples=None), show_progress_bar=False, keep=batches_of(c)
+        )
+    shortest = min(report.modules.values(), key=lambda its: float(its.energies[-1]))
+    assert float(shortest.energies[-1]) < 1e-5 * float(shortest.energies[0])
 
 
 def test_modules_that_share_are_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:

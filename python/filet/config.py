@@ -77,7 +77,8 @@ class FiletConfig:
             and is an error where neither fits. A ``forward_fn`` that returns ``(loss, terms)``
             settles it: the mean over that many terms.
         share_inputs: modules called with the very same tensor (q/k/v, gate/up) share one input
-            moment. False gives each its own: more memory and time, the same energies to rounding.
+            moment. False gives each its own: more memory and time, the same energies to rounding;
+            with data to keep, other directions (docs/keep.md).
         passes: over how many groups of blocks the moments are taken, one after the other, each in a
             forward and backward of its own over the same batches; the moments of a finished group
             go to host memory. Each pass costs a forward and backward and needs room on the GPU for

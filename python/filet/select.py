@@ -48,6 +48,11 @@ __all__ = [
 # Adam's ε, 1e-8.
 _FAINT = 1e-4 * 3**-0.5
 
+# Of the largest λ of data to keep, below which a direction is rounding of the sums: its share of
+# the task is nothing, and so is the gradient of its column of B. With 3 tokens and r = 8 five were
+# at 1e-7, and of a pooler that saw 2 samples two of four at 2e-6.
+_ROUNDING = 1e-5
+
 _AHEAD = 7  # modules whose energies a GPU computes while the host chooses: a block's
 
 
@@ -483,7 +488,8 @@ def warn_of(
 ) -> None:
     """Warnings of modules that keep PEFT's initialisation, and of what says nothing of a module.
 
-    That is directions without energy or with next to none, and data to keep that never came there.
+    That is directions without energy or with next to none, data to keep that never came there, and
+    data of the task that have fewer directions than are wanted.
     """
     if left_default:
         shown = [f"{name} ({reason})" for name, reason in left_default.items()]
@@ -497,6 +503,19 @@ def warn_of(
             f"no token of the data to keep reached {len(unkept)} modules, so that theirs are the "
             f"task's principal directions, whatever is forgotten by them: {some(unkept)}; expected "
             "data to keep that runs all of the model (images too, say)",
+            stacklevel=4,
+        )
+    unused = {
+        name: int((its.energies <= _ROUNDING * its.energies.max()).sum())
+        for name in layers
+        if (its := reports[name]).kind == "contrast"
+    }
+    short = [f"{name} ({n} of {reports[name].rank})" for name, n in unused.items() if n]
+    if short:
+        warnings.warn(
+            f"the task's data have fewer directions than the rank in {len(short)} modules, so that "
+            f"some that were chosen say nothing and hardly train: {some(short)}; expected more "
+            "samples, or a smaller rank there",
             stacklevel=4,
         )
     lengths = values([_least(layer) for layer in layers.values()])

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -29,8 +30,10 @@ from filet.loss.batch import ForwardFn
 from filet.model.batch import mapped, samples_in, tensors_in
 from filet.model.factors import StartedFactor
 from filet.model.isolation import adapters_put_back, gradients_put_back
+from filet.model.sharded import over_shards, whole
 from filet.model.targets import find_targets
 from filet.report.report import FiletReport
+from filet.system.transfer import values
 
 __all__ = ["FiletInitCallback", "initialize_from_trainer"]
 
@@ -116,7 +119,12 @@ class _Output:
 
 
 class _TrainersLoss:
-    """A trainer's loss of a batch, as a forward_fn."""
+    """A trainer's loss of a batch, as a forward_fn.
+
+    Data to keep have none: their labels, if there are any, are not for this loss.
+    """
+
+    takes_unlabelled = True
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -263,6 +271,7 @@ class FiletInitCallback(TrainerCallback):
     model is where it will be trained and wrapped, and before anything is taken from the data for
     training. A run that goes on from a checkpoint keeps the checkpoint's adapter; one with a frozen
     half gets it as it is loaded, for which the callback has to be there when the Trainer is made.
+    What it has initialised it leaves alone when ``train()`` is called again.
 
     Args:
         config, adapter_name, forward_fn, keep: as in :func:`filet.initialize_lora_filet_weights`.
@@ -271,6 +280,10 @@ class FiletInitCallback(TrainerCallback):
 
     Attributes:
         report: what was done; None before, and in a run that goes on.
+
+    ValueError at the beginning of a training, with the model as it was, for an adapter that was
+    trained before: one whose B PEFT starts at 0, and which is not. And as
+    :func:`filet.initialize_lora_filet_weights`.
     """
 
     def __init__(
@@ -286,6 +299,7 @@ class FiletInitCallback(TrainerCallback):
             "config": config, "adapter_name": adapter_name, "forward_fn": forward_fn, "keep": keep,
         }  # fmt: skip
         self._dataloader = dataloader
+        self._done: weakref.ref[Any] | None = None  # the model that was initialised
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs.get("model")
@@ -296,8 +310,9 @@ class FiletInitCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         vars(kwargs["model"]).pop("load_adapter", None)
         _check_processes(args)
-        if state.global_step:
+        if state.global_step or (self._done is not None and self._done() is kwargs["model"]):
             return
+        _check_untrained(kwargs["model"], self._arguments["adapter_name"])
         dataloader: Any = self._dataloader
         own = dataloader is None
         if own:
@@ -309,9 +324,32 @@ class FiletInitCallback(TrainerCallback):
                 show_progress_bar=not args.disable_tqdm,
                 **self._arguments,
             )
+            self._done = weakref.ref(kwargs["model"])
         finally:
             if own:
                 _end(dataloader)
+
+
+def _check_untrained(peft_model: Any, adapter_name: str) -> None:
+    """ValueError for an adapter that is not where PEFT, or FILet, starts it: it would be lost."""
+    config = getattr(peft_model, "peft_config", {}).get(adapter_name)
+    if config is None or config.init_lora_weights not in (True, "gaussian"):
+        return  # said by the initialisation; of another start B may be anything
+    targets = find_targets(peft_model, adapter_name)[0]
+    at = {
+        name: whole(its.B.trained).detach() + whole(its.B.start)
+        if isinstance(its.B, StartedFactor)
+        else its.B.weight
+        for name, its in targets.items()
+    }
+    moved = values(over_shards(at.values(), lambda rows, _: rows.count_nonzero()))
+    for name, number in zip(at, moved, strict=True):
+        if number:
+            raise ValueError(
+                f"adapter {adapter_name!r} was trained (lora_B of {name} is not where it starts), "
+                "and FiletInitCallback would start it anew; expected a new adapter, or a Trainer "
+                "without the callback"
+            )
 
 
 def _load_adapter(

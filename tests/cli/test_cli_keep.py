@@ -67,6 +67,15 @@ def test_damping_and_fields_of_the_data_alone(init: list[str], keep: Path, tmp_p
     assert all(float(m.energies.max()) <= 16 / 0.5 for m in report.modules.values())
 
 
+def test_no_sample_to_keep_is_said_of_the_data_to_keep(
+    init: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_text('{"text": ""}\n')
+    line = error_of(capsys, [*init, "--keep", str(path)])
+    assert "data to keep: no usable sample among 1" in line
+
+
 def test_the_models_own_text(
     init: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -160,17 +160,19 @@ def load_keep(args: argparse.Namespace) -> Any:
     """The data to keep, read for the model; "self" as it is, and None where there are none."""
     if args.keep is None or args.keep == "self":
         return args.keep
+    from filet.collect.keep import said_of_keep
     from filet.data.samples import Fields
     from filet.data.sources import Source
 
     _quiet_datasets(args)
     source = Source(args.keep)
-    if args.task == SEEING:
-        encoded = _seen(args, source, Fields(), False)[0]
-    elif args.task == CAUSAL:
-        encoded = _causal_keep(args, source)
-    else:
-        encoded = _keep_of_task(args, source)
+    with said_of_keep():
+        if args.task == SEEING:
+            encoded = _seen(args, source, Fields(), False)[0]
+        elif args.task == CAUSAL:
+            encoded = _causal_keep(args, source)
+        else:
+            encoded = _keep_of_task(args, source)
     _say_cut(args, encoded, "--keep")
     check_same("the hash of what was drawn of --keep", encoded.digest())
     return encoded

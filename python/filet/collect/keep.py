@@ -127,7 +127,9 @@ def collect_keep(
         title += f", pass {number} of {len(parts)}" if len(parts) > 1 else ""
         hooks = hooks_to_keep(targets, part, config, moments, shared_input)
         run = _Run(peft_model, config, forward_fn, hooks, together)
-        data = Unlabelled(batches, batches.samples) if run.drops_labels else batches
+        alone = run.inputs.asked or getattr(forward_fn, "takes_unlabelled", False)
+        drops = alone and run.needs_no_labels
+        data = Unlabelled(batches, batches.samples) if drops else batches
         with said_of_keep():
             counts = over_batches(
                 run, hooks, data, config, title, show_progress_bar, "data to keep", together
@@ -202,13 +204,13 @@ class _Run(BatchRun):
     """Takes batches forward."""
 
     @property
-    def drops_labels(self) -> bool:
-        """The model needs none.
+    def needs_no_labels(self) -> bool:
+        """The model runs without them.
 
-        An encoder-decoder makes its decoder's input of them, and what a forward_fn, or a model that
-        is not of transformers, does is not known.
+        An encoder-decoder makes its decoder's input of them, and what a model that is not of
+        transformers does is not known.
         """
-        return self.inputs.asked and self.inputs.known and not self.inputs.is_encoder_decoder
+        return self.inputs.known and not self.inputs.is_encoder_decoder
 
     def shift(self) -> bool:
         return self.inputs.shift
