@@ -245,6 +245,12 @@ def test_directions_that_the_task_lacks_are_named() -> None:
     assert float(shortest.energies[-1]) < 1e-5 * float(shortest.energies[0])
 
 
+def test_a_gamma_that_no_dtype_holds_is_named() -> None:
+    c = case("llama")
+    with pytest.warns(UserWarning, match="will not train; expected a larger gamma, a float32"):
+        initialized(peft_of(c), keep=batches_of(c), gamma=1e-90)
+
+
 def test_modules_that_share_are_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     solved: list[tuple[int, ...]] = []
     plain = contrast.contrast_directions
@@ -515,6 +521,9 @@ def test_what_is_no_batches_and_a_rank_too_high() -> None:
         initialized(peft_of(c), never(), keep=batches_of(c)[0])
     with pytest.raises(TypeError, match=r"^data to keep: the dataloader gave a int"):
         initialized(peft_of(c), keep=[3])
+    nothing = [{"input_ids": torch.zeros(2, 0, dtype=torch.int64)}]
+    with pytest.raises(ValueError, match=r"^data to keep: .* \(2, 0\): samples without a token"):
+        initialized(peft_of(c), keep=nothing)
     with pytest.raises(ValueError, match=r"rank 17 exceeds the 16 that a product B A"):
         initialized(peft_of(c, r=17), never(), keep=never())
 

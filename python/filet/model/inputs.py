@@ -275,6 +275,12 @@ class Inputs:
                     f"labels {where} is of {value.shape[0]} samples and {main} of "
                     f"{batch[main].shape[0]}; expected as many"
                 )
+        shape = batch[main].shape
+        if main == "input_ids" and shape[0] and not shape.numel():
+            raise ValueError(
+                f"input_ids {where} has shape {tuple(shape)}: samples without a token; expected "
+                "at least one token in each"
+            )
         return main
 
     def _check_dtypes(self, batch: Mapping[str, Any], where: str) -> None:
