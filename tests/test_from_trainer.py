@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ def test_a_trained_adapter_is_not_started_anew(start: Any, tmp_path: Path) -> No
     trainer_of(tmp_path / "two", model=trainer.model, callbacks=[again]).train()
     assert again.report is not None
     filet.save_as_lora(trainer.model, tmp_path / "adapter")
-    loaded = filet.load(case("llama").model, tmp_path / "adapter")
+    loaded = filet.load(copy.deepcopy(case("llama").model), tmp_path / "adapter")
     before, other = factors(loaded), filet.FiletInitCallback()
     with pytest.raises(ValueError, match=r"adapter 'default' was trained \(lora_B of .*anew"):
         trainer_of(tmp_path / "three", model=loaded, callbacks=[other]).train()

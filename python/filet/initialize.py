@@ -145,13 +145,30 @@ def apply_statistics(
             config = _with_choice(config, statistics.keep is not None, targets)
             check_statistics(statistics, targets)
             if group is not None:
-                counts = (statistics.samples, statistics.tokens, statistics.keep_tokens)
                 check_same_model(
-                    group, peft_model, targets, statistics.fingerprints, config,
-                    **{"samples, tokens, keep_tokens of the statistics": counts},
+                    group, peft_model, targets, statistics.fingerprints, config, adapter_name,
+                    **_identity(statistics),
                 )  # fmt: skip
         with named_shortage("selection", _selection):
             return _apply(peft_model, targets, unsupported, statistics, config, adapter_name, group)
+
+
+def _identity(statistics: Statistics) -> dict[str, object]:
+    """What says which statistics they are, by its name in a message."""
+    its = statistics
+    found: dict[str, object] = {
+        "samples, tokens, loss_terms of the statistics": (its.samples, its.tokens, its.loss_terms),
+        "keep_samples, keep_tokens, keep_from of the statistics": (
+            its.keep_samples,
+            its.keep_tokens,
+            its.keep_from,
+        ),
+        "the hash of the statistics' samples": its.data,
+    }
+    for name in its.moments:
+        shared = its.shared_input.get(name), None if its.owners is None else its.owners[name]
+        found[f"whose input {name} shares, and its owner, of the statistics"] = shared
+    return found
 
 
 def check_before_pass(

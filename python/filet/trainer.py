@@ -82,13 +82,20 @@ def initialize_from_trainer(
             f"trainer is a {type(trainer).__name__}; expected a transformers.Trainer, or what is "
             "built on it"
         )
+    _check_processes(trainer.args)
+    with current() or contextlib.nullcontext():  # what one process raises, all do
+        return _from_trainer(trainer, config, adapter_name, keep)
+
+
+def _from_trainer(
+    trainer: Trainer, config: FiletConfig | None, adapter_name: str, keep: Keep | None
+) -> FiletReport:
     if hasattr(trainer, "reward_funcs"):
         raise ValueError(
             f"{type(trainer).__name__} generates what it trains on: there are no data with a loss "
             "yet; expected a Trainer, SFTTrainer or DPOTrainer, or batches with labels for "
             "filet.initialize_lora_filet_weights"
         )
-    _check_processes(trainer.args)
     config = checked_config(config)
     if _has_pairs(trainer):
         _check_reference(trainer)

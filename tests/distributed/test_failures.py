@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
+from transformers import Trainer, TrainingArguments
 
 import filet
 from filet import FiletConfig
-from models import case, loader, peft_of
+from models import case, collate, llama, loader, peft_of
 from ranks import errors, run, values
+
+SAME = "expected the same on every rank"
 
 
 def initialise(model: Any, rank: int, **more: Any) -> Any:
@@ -75,6 +81,55 @@ def test_what_differs_is_named_on_all_ranks(tmp_path: Path) -> None:
     ):
         assert said.startswith("ValueError: ")
         assert all(part in said for part in parts), said
+
+
+def differing_otherwise(rank: int, folder: Path) -> list[str]:
+    """Likewise: adapters, statistics, data to keep block by block, and what a trainer checks."""
+    c = case("llama")
+    two, trained = peft_of(c), peft_of(c)
+    two.add_adapter("b", copy.deepcopy(two.peft_config["default"]))
+    batches = list(loader(c.samples[rank::2], 3))
+    config = FiletConfig(samples=None)
+    taken = filet.collect_statistics(peft_of(c), batches, config, show_progress_bar=False)
+    arguments = TrainingArguments(str(folder / "out"), report_to="none", use_cpu=True)
+    trainer = Trainer(trained, arguments, train_dataset=c.samples, data_collator=collate)  # type: ignore[arg-type]
+    said = [
+        outcome_of(lambda: initialise(two, rank, adapter_name="b" if rank else "default")),
+        outcome_of(lambda: filet.apply_statistics(peft_of(c), replace(taken, data=rank))),
+        outcome_of(
+            lambda: filet.apply_statistics(
+                peft_of(c), replace(taken, shared_input={} if rank else taken.shared_input)
+            )
+        ),
+        outcome_of(
+            lambda: filet.initialize_folder(
+                folder / "model",
+                batches,
+                folder / "adapter",
+                LoraConfig(r=4, target_modules=["q_proj"]),
+                config,
+                engine="blockwise",
+                device="cpu",
+                show_progress_bar=False,
+                keep=batches if rank else None,
+            )
+        ),
+        outcome_of(lambda: filet.initialize_from_trainer(trainer, {} if rank else None)),  # type: ignore[arg-type]
+    ]
+    filet.apply_statistics(peft_of(c), taken)
+    return said
+
+
+def test_what_else_differs_is_named_on_all_ranks(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    first, second = values(run(2, differing_otherwise, tmp_path))
+    adapters, data, shared, keep, trainer = first
+    assert adapters == "ValueError: adapter_name is 'b' on rank 1 and 'default' on rank 0; " + SAME
+    assert data.startswith("ValueError: the hash of the statistics' samples is 1 on rank 1 and 0")
+    assert shared.startswith("ValueError: whose input model.layers.0.self_attn.k_proj shares, and")
+    assert keep == "ValueError: keep is 'batches' on rank 1 and None on rank 0; " + SAME
+    assert first[:4] == second[:4]
+    assert trainer.startswith("TypeError: rank 1: config is {}") and "config is {}" in second[4]
 
 
 def failing(rank: int, folder: Path) -> list[tuple[str, bool]]:

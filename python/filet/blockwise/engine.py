@@ -103,6 +103,8 @@ class Blockwise:
         if device.type == "cuda":
             torch.cuda.init()  # what preserved() makes deterministic depends on it
             device = torch.device("cuda", device.index or 0)
+        if group is not None:  # before each reads what it has
+            group.check_same({"keep": None if keep is None else "batches"})
         check_keep_used(keep, config)
         self.config = config = resolved(config, keep is not None)
         self.device = device

@@ -432,7 +432,7 @@ def statistics_of(
     together = None
     if group is not None:
         kind = keep if isinstance(keep, str) else None if keep is None else "batches"
-        check_same_model(group, peft_model, targets, weights, config, keep=kind)
+        check_same_model(group, peft_model, targets, weights, config, adapter_name, keep=kind)
         together = Together(group, targets, sharded=bool(units(peft_model)))
         show_progress_bar = show_progress_bar and group.rank == 0
     devices = set(gpus_of(peft_model))

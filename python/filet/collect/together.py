@@ -63,6 +63,7 @@ def check_same_model(
     targets: Mapping[str, Target],
     weights: Mapping[str, str],
     config: FiletConfig,
+    adapter_name: str,
     **more: object,
 ) -> None:
     """ValueError in all processes where these are not the same in all, naming one. Collective.
@@ -76,7 +77,7 @@ def check_same_model(
     what: dict[str, object] = {
         f"FiletConfig.{name}": value for name, value in dataclasses.asdict(config).items()
     }
-    what |= more
+    what |= {"adapter_name": adapter_name, **more}
     for name, target in targets.items():
         what[f"the module {name} (rank, scaling, dtype of A, device)"] = (
             target.rank,
