@@ -238,5 +238,6 @@ def test_what_w_makes_small_is_rounding_of_its_moments(condition: float) -> None
     S, S0 = S / S.diagonal().mean(), S0 / S0.diagonal().mean()
     S0 += 0.01 * torch.eye(len(S0), dtype=F64)
     quotients = ((z @ S) * z).sum(1) / ((z @ S0) * z).sum(1)
-    torch.testing.assert_close(found, quotients, rtol=0.05, atol=0)
+    # Where W is smallest the rounding of S_y is largest: 0.022 where κ is 1e4 before the cut.
+    torch.testing.assert_close(found, quotients, rtol=0.03, atol=0)
     assert quotients.sum() > 0.98 * oracle(x @ Q, x0 @ Q)[1][:rank].sum()

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called as a scri
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import disable_progress_bar
 
 from effect.bench import Bench
@@ -84,12 +85,9 @@ def generate(
     Returns:
         (K, N, at most ``tokens``) int64 on the CPU, ``pad`` after the token ``end``.
     """
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
+    # What a token follows stands on its left.
+    ids = pad_sequence(list(prompts), True, pad, padding_side="left")
+    mask = pad_sequence([torch.ones_like(one) for one in prompts], True, 0, padding_side="left")
     K = population.members
     said = population.model.generate(
         ids.repeat(K, 1).to(population.device),
@@ -99,7 +97,7 @@ def generate(
         eos_token_id=end,
         pad_token_id=pad,
     )
-    return said[:, longest:].view(K, len(prompts), -1).cpu()
+    return said[:, ids.shape[1] :].view(K, len(prompts), -1).cpu()
 
 
 class Answering:
@@ -124,17 +122,17 @@ def solved(population: Population, rows: Sequence[Row], tokenizer: Any) -> list[
     Rows that were cut before their number do not count.
     """
     pairs = sorted(map(prompt_and_answer, rows), key=lambda pair: len(pair[0]))
-    pairs = [pair for pair in pairs if number(tokenizer.decode(pair[1])) is not None]
+    numbers = ((prompt, number(tokenizer.decode(answer))) for prompt, answer in pairs)
+    problems = [(prompt, its) for prompt, its in numbers if its is not None]
     right = torch.zeros(population.members)
     pad = tokenizer.pad_token_id or 0
-    for start in range(0, len(pairs), _TOGETHER):
-        part = pairs[start : start + _TOGETHER]
-        said = generate(population, [p for p, _ in part], TOKENS, pad, tokenizer.eos_token_id)
-        references = [number(tokenizer.decode(answer)) for _, answer in part]
+    for start in range(0, len(problems), _TOGETHER):
+        prompts, references = zip(*problems[start : start + _TOGETHER], strict=True)
+        said = generate(population, prompts, TOKENS, pad, tokenizer.eos_token_id)
         for k, answers in enumerate(said):
             texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
             right[k] += sum(number(t) == r for t, r in zip(texts, references, strict=True))
-    return (right / len(pairs)).tolist()
+    return (right / len(problems)).tolist()
 
 
 def wanted(records: Iterable[Record], variants: Sequence[Variant]) -> list[Run]:

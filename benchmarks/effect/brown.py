@@ -23,13 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called as a scri
 
 from transformers import AutoTokenizer
 
-from effect.minilm import Rows, genre, sentences
+from effect.kinds import OPTIONS
+from effect.minilm import Rows, documents, genre
 from filet.data.samples import Sample, read_samples
 from filet.data.sources import Source
 
 __all__ = ["ANSWERS", "instructions", "sources"]
 
-ANSWERS = ("fact", "fiction")  # informative, imaginative
+ANSWERS = OPTIONS["brown"]  # informative, imaginative
 TEST = 500  # texts of each class
 _ALIKE = 80  # letters that two texts share by being the same
 
@@ -41,16 +42,13 @@ def _letters(text: str) -> str:
 
 def sources(folder: Path, texts: Iterable[str]) -> set[str]:
     """Names of the documents that ``texts`` were cut from. ValueError for one of no document."""
-    documents = {
-        path.name: _letters(" ".join(sentences(path.read_text(encoding="latin-1"))))
-        for path in sorted(folder.glob("c[a-r][0-9][0-9]"))
-    }
+    letters_of = {name: _letters(" ".join(lines)) for name, lines in documents(folder)}
     found = set()
     for text in texts:
         letters = _letters(text)
         middle = max(0, (len(letters) - _ALIKE) // 2)
         part = letters[middle : middle + _ALIKE]
-        names = {name for name, whole in documents.items() if part in whole}
+        names = {name for name, whole in letters_of.items() if part in whole}
         if not names:
             raise ValueError(f"{text[:60]!r}... is in no document of {folder}; expected one")
         found |= names

@@ -18,7 +18,7 @@ import email
 import random
 import re
 import sys
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from email.message import Message
 from html.parser import HTMLParser
 from pathlib import Path
@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, BertConfig
 from effect.probe import write_folder
 from effect.texts import Texts, write_texts
 
-__all__ = ["body", "genre", "pieces", "sentences", "spam", "visible"]
+__all__ = ["body", "documents", "genre", "pieces", "sentences", "spam", "visible"]
 
 LENGTH = 128  # tokens of a text at most, the two around it among them
 TEST = {"spam": 250, "genre": 500}  # texts of each class
@@ -142,6 +142,12 @@ def pieces(document: Iterable[Ids], room: int) -> list[Ids]:
     return found if 2 * len(found[-1]) > room else found[:-1]
 
 
+def documents(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """The name of each document of the corpus, and its sentences."""
+    for path in sorted(folder.glob("c[a-r][0-9][0-9]")):
+        yield path.name, sentences(path.read_text(encoding="latin-1"))
+
+
 def genre(
     folder: Path, tokenizer: Any, test: int, without: Container[str] = ()
 ) -> tuple[Rows, Rows]:
@@ -150,21 +156,20 @@ def genre(
     Args:
         without: names of documents that are left out.
     """
-    documents: list[list[list[Ids]]] = [[], []]
+    by_class: list[list[list[Ids]]] = [[], []]
     ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
     begin, end = ([] if one is None else [one] for one in ends)
-    for path in sorted(folder.glob("c[a-r][0-9][0-9]")):
-        if path.name in without:
+    for name, lines in documents(folder):
+        if name in without:
             continue
-        lines = sentences(path.read_text(encoding="latin-1"))
         ids = tokenizer(lines, add_special_tokens=False)["input_ids"]
-        documents[path.name[1] in _IMAGINATIVE].append(
+        by_class[name[1] in _IMAGINATIVE].append(
             [[*begin, *piece, *end] for piece in pieces(ids, LENGTH - 2)]
         )
     generator = random.Random(0)
     train: list[list[Ids]] = [[], []]
     tests: list[list[Ids]] = [[], []]
-    for label, cuts in enumerate(documents):
+    for label, cuts in enumerate(by_class):
         generator.shuffle(cuts)
         for cut in cuts:
             (tests if len(tests[label]) < test else train)[label].extend(cut)

@@ -153,9 +153,8 @@ def apply_statistics(
             return _apply(peft_model, targets, unsupported, statistics, config, adapter_name, group)
 
 
-def _identity(statistics: Statistics) -> dict[str, object]:
+def _identity(its: Statistics) -> dict[str, object]:
     """What says which statistics they are, by its name in a message."""
-    its = statistics
     found: dict[str, object] = {
         "samples, tokens, loss_terms of the statistics": (its.samples, its.tokens, its.loss_terms),
         "keep_samples, keep_tokens, keep_from of the statistics": (

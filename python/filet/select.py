@@ -521,13 +521,13 @@ def warn_of(
     lengths = values([_least(layer) for layer in layers.values()])
     dead = [name for name, length in zip(layers, lengths, strict=True) if length == 0]
     if dead:
-        contrast = reports[dead[0]].kind == "contrast"
-        expected = "a larger gamma" if contrast else "normalization='relative', more samples"
+        expected = "normalization='relative', more samples, a float32 adapter, or another scaling"
+        if reports[dead[0]].kind == "contrast":
+            expected = "a larger gamma, a float32 adapter"
         warnings.warn(
             f"{some(dead)}: some chosen directions have no energy at all (or less than the "
             "adapter's dtype can hold), so their rows of A and columns of B are zero and will not "
-            f"train; expected {expected}, a float32 adapter"
-            f"{'' if contrast else ', or another scaling'}",
+            f"train; expected {expected}",
             stacklevel=4,
         )
     faint = {n: length for n, length in zip(layers, lengths, strict=True) if 0 < length < _FAINT}

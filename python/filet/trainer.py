@@ -343,14 +343,14 @@ def _check_untrained(peft_model: Any, adapter_name: str) -> None:
     if config is None or config.init_lora_weights not in (True, "gaussian"):
         return  # said by the initialisation; of another start B may be anything
     targets = find_targets(peft_model, adapter_name)[0]
-    at = {
-        name: whole(its.B.trained).detach() + whole(its.B.start)
+    less = (
+        whole(its.B.trained).detach() + whole(its.B.start)  # of [B, −B0]
         if isinstance(its.B, StartedFactor)
         else its.B.weight
-        for name, its in targets.items()
-    }
-    moved = values(over_shards(at.values(), lambda rows, _: rows.count_nonzero()))
-    for name, number in zip(at, moved, strict=True):
+        for its in targets.values()
+    )
+    moved = values(over_shards(less, lambda rows, _: rows.count_nonzero()))
+    for name, number in zip(targets, moved, strict=True):
         if number:
             raise ValueError(
                 f"adapter {adapter_name!r} was trained (lora_B of {name} is not where it starts), "

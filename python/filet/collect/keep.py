@@ -33,6 +33,7 @@ __all__ = [
     "check_keep_used",
     "collect_keep",
     "hooks_to_keep",
+    "kind_of",
     "said_of_keep",
     "with_unseen",
 ]
@@ -50,6 +51,11 @@ def check_keep(keep: Any, peft_model: PeftModel) -> None:
         check_samples_text(peft_model.base_model.model)
     else:
         raise ValueError(f"keep={keep!r}; expected batches, or 'self' for the model's own text")
+
+
+def kind_of(keep: Keep | None) -> str | None:
+    """What several processes have to have alike: "self", "batches", or None."""
+    return keep if isinstance(keep, str) else None if keep is None else "batches"
 
 
 def check_keep_used(keep: Any, config: FiletConfig) -> None:

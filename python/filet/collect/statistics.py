@@ -21,7 +21,7 @@ from filet.collect.batches import Batches
 from filet.collect.estimate import passes_by_size, passes_that_fit
 from filet.collect.groups import collect_in_passes
 from filet.collect.hooks import empty_moments
-from filet.collect.keep import Keep, check_keep, collect_keep, with_unseen
+from filet.collect.keep import Keep, check_keep, collect_keep, kind_of, with_unseen
 from filet.collect.probe import gpus_of
 from filet.collect.shards import Shards
 from filet.collect.together import Together, check_same_model
@@ -431,8 +431,8 @@ def statistics_of(
         weights = fingerprints_of({name: target.values for name, target in targets.items()})
     together = None
     if group is not None:
-        kind = keep if isinstance(keep, str) else None if keep is None else "batches"
-        check_same_model(group, peft_model, targets, weights, config, adapter_name, keep=kind)
+        its = kind_of(keep)
+        check_same_model(group, peft_model, targets, weights, config, adapter_name, keep=its)
         together = Together(group, targets, sharded=bool(units(peft_model)))
         show_progress_bar = show_progress_bar and group.rank == 0
     devices = set(gpus_of(peft_model))

@@ -34,7 +34,7 @@ def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:
 
 
 def fingerprints_of(of: Mapping[str, Values]) -> dict[str, str]:
-    """Those of base weights. Of quantised ones: of what they are stored as, to the bit."""
+    """Those of base weights. Of quantised ones: of what they are stored as (``stored``)."""
     lengths: dict[str, int] = {}
 
     def parts() -> Iterator[Tensor]:
