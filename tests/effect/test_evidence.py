@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from effect import tables
+from effect import answers, tables
+from effect.lines import read_lines
+from effect.records import Record
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,3 +32,10 @@ def test_tables_are_those_of_the_results(capsys: pytest.CaptureFixture[str]) -> 
     assert len(of_results) >= 12  # the second round's nine tasks, and what each is compared with
     for block in of_results:
         assert block in made, block[2]
+
+
+def test_right_answers_are_those_of_their_file() -> None:
+    records = read_lines(ROOT / "benchmarks/results/effect/answers/gsm8k.csv", Record)
+    lines = ["| " + " | ".join(row) + " |" for row in answers.rows(records)]
+    page = blocks((ROOT / "docs/evidence.md").read_text())
+    assert lines in [block[2:] for block in page]
