@@ -148,6 +148,24 @@ def test_half_precision(dtype: torch.dtype, device: torch.device, chunks: list[f
     assert_energies(found, theirs, 2e-2 if dtype == torch.bfloat16 else 5e-3)
 
 
+@pytest.mark.parametrize("head", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_of_the_forward_alone(
+    head: torch.dtype, device: torch.device, chunks: list[float]
+) -> None:
+    """As accelerate has it. The head multiplies in what autocast gives it, whatever its own is."""
+    c, found = case("llama"), []
+    for forward_fn in (None, models_own):
+        peft_model = peft_of(c, device)
+        peft_model.base_model.model.lm_head.to(head)
+        autocast = torch.autocast(device.type, torch.bfloat16)
+        vars(peft_model)["forward"] = autocast(peft_model.forward)
+        found.append(energies_of(peft_model, loader(c.samples), forward_fn))
+    assert len(chunks) == 3
+    # Of products of other shapes as above. On a CPU they are the same; logits in float32 would be
+    # off by 0.008.
+    assert_energies(*found, 1e-3 if device.type == "cpu" else 2e-2)
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant: bool, device: torch.device, chunks: list[float]) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import filet
 from filet import apply_statistics
+from filet.adapter.saved import begin_as_saved
 from filet.model.fingerprint import fingerprints_of
 
 KINDS = pytest.mark.parametrize("kind", kinds("nf4", "fp4", "nf4 twice"))
@@ -80,3 +81,22 @@ def test_the_base_saved_after_it(kind: str, tmp_path: Path) -> None:
     peft_model.unload().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     filet.load(base, tmp_path / "adapter")
+
+
+@KINDS
+def test_saving_and_loading_leave_its_values(kind: str, tmp_path: Path) -> None:
+    """bitsandbytes' way back, which PEFT comes by in ``state_dict``, would change them."""
+    base = quantised(kind)
+    peft_model = peft_of(base)
+    initialised(peft_model, **LOUD)
+    repacked(base)
+    before = {name: its.weight() for name, its in values(base).items()}
+    filet.save_as_lora(peft_model, tmp_path)
+    other = repacked(quantised(kind))
+    for model in (base, filet.load(other, tmp_path).unload()):
+        for name, its in values(model).items():
+            assert torch.equal(its.weight(), before[name]), name
+    resumed = repacked(quantised(kind))
+    begin_as_saved(peft_of(resumed), tmp_path)  # before PEFT loads a checkpoint
+    states = [module.weight.quant_state for module in linears(resumed).values()]
+    assert not any(getattr(state, "packing_format_for_cpu", False) for state in states)

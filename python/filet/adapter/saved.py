@@ -32,7 +32,7 @@ from filet.model.factors import StartedFactor, started_class
 from filet.model.fingerprint import check_weights
 from filet.model.sharded import gathering, resharded, units, whole
 from filet.model.targets import check_init, check_peft_model, find_targets
-from filet.model.values import Unreadable, dtype_of_model, values_of
+from filet.model.values import Unreadable, dtype_of_model, unpack, values_of
 from filet.report.names import (
     CARD_FILE,
     CONFIG_FILE,
@@ -79,6 +79,7 @@ def save_as_lora(
     """
     config = check_peft_model(peft_model, adapter_name).peft_config[adapter_name]
     check_init(config, f"adapter {adapter_name!r}")
+    unpack(peft_model)
     if not units(peft_model):
         _save(peft_model, Path(folder), adapter_name, report)
         return
@@ -216,6 +217,7 @@ def load(
         for key, value in tensors.items()
         if ".lora_" in key
     )
+    unpack(base_model)
     with _kept_on_error(base_model, tensors):
         peft_model = get_peft_model(
             base_model, config, adapter_name=adapter_name, autocast_adapter_dtype=not half
@@ -251,6 +253,7 @@ def begin_as_saved(
     adapter of other modules or ranks.
     """
     folder = Path(folder)
+    unpack(peft_model)
     if adapter_name not in peft_model.peft_config or factors_of(peft_model, adapter_name):
         return
     if not (folder / FILET_FILE).is_file():

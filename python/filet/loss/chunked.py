@@ -65,6 +65,7 @@ class StandIn(nn.Module):
         self.few = 0
         self.hidden: Tensor | None = None
         self.shown: Tensor | None = None  # those logits
+        self.cast: torch.dtype | None = None  # by autocast, which may end with the model's forward
 
     @property
     def weight(self) -> Tensor:
@@ -74,6 +75,10 @@ class StandIn(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self._head[0].bias
+
+    def in_product(self, value: Tensor) -> Tensor:
+        """Rows, weight or bias in the dtype that the head multiplied them in."""
+        return value if value.dtype == torch.float64 else value.to(self.cast or value.dtype)
 
     def place(self, hidden: Tensor) -> torch.device:
         """Where the weight is when it is whole: FSDP2 may keep its part elsewhere."""
@@ -86,6 +91,9 @@ class StandIn(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         self.hidden = hidden
+        place = self.place(hidden).type
+        cast = torch.is_autocast_enabled(place)
+        self.cast = torch.get_autocast_dtype(place) if cast else None
         if not self.few:
             return hidden
         # Of the last tokens of the first sample, which are not padding on the left.
@@ -135,21 +143,21 @@ class ChunkedLoss:
     def backward(self, scale: float, retain_graph: bool = False) -> None:
         """Backward from ``scale`` times the summed loss. Collective of a sharded model."""
         self.head.gather()
-        weight = self.head.weight
-        step = max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
-        step = max(step // CHUNK_ROWS * CHUNK_ROWS, min(step, CHUNK_ROWS))
         gradient = self.rows.new_zeros(self.terms + 1, self.rows.shape[1])
         with torch.no_grad():
+            weight = self.head.in_product(self.head.weight)
+            bias = None if self.head.bias is None else self.head.in_product(self.head.bias)
+            step = max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+            step = max(step // CHUNK_ROWS * CHUNK_ROWS, min(step, CHUNK_ROWS))
             for start in range(0, self.terms, step):
                 part = slice(start, min(start + step, self.terms))
-                gradient[part] = self._gradient(part, scale)
+                gradient[part] = self._gradient(part, scale, weight, bias)
             gradient = gradient.to(self.hidden.device).index_select(0, self.row)
         self.hidden.backward(gradient.view_as(self.hidden), retain_graph=retain_graph)
 
-    def _gradient(self, part: slice, scale: float) -> Tensor:
+    def _gradient(self, part: slice, scale: float, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Of the rows; logits exist in here only."""
-        weight = self.head.weight
-        logits = F.linear(self.rows[part], weight, self.head.bias)
+        logits = F.linear(self.head.in_product(self.rows[part]), weight, bias)
         if self.labels is not None:
             labels = self.labels[part]
         else:

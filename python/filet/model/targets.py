@@ -26,7 +26,7 @@ from filet.model.sharded import (
     over_shards,
     resharded,
 )
-from filet.model.values import LORA_LAYERS, Unreadable, Values, dtype_of_model, values_of
+from filet.model.values import Unreadable, Values, dtype_of_model, values_of
 from filet.system.text import some
 from filet.system.transfer import values
 
@@ -45,6 +45,17 @@ __all__ = [
 
 # Values of LoraConfig.init_lora_weights, or their beginnings, by which PEFT changes W.
 _CHANGES_W = ("pissa", "corda", "olora", "loftq", "lora_ga")
+# PEFT's classes of a LoRA over a linear layer, W x + s B A x, in ``peft.tuners.lora``.
+_LORA_LAYERS = {
+    "Linear",
+    "Linear4bit",
+    "Linear8bitLt",
+    "HqqLoraLinear",
+    "TorchaoLoraLinear",
+    "GPTQLoraLinear",
+    "QuantLinear",  # GPTQ's before PEFT 0.18
+    "AwqLoraLinear",
+}
 # What PEFT before 0.21 takes from a model with task_type="SEQ_2_SEQ_LM".
 _GENERATION = "_prepare_encoder_decoder_kwargs_for_generation"
 
@@ -320,7 +331,7 @@ def _checked_values(
         )
     its_class = plain_class(type(layer))
     ours = its_class.__module__.startswith("peft.tuners.lora.")
-    if not ours or its_class.__name__ not in LORA_LAYERS:
+    if not ours or its_class.__name__ not in _LORA_LAYERS:
         raise Unreadable(f"its LoRA layer over this {kind} is a {its_class.__name__}")
     factor = layer.lora_A[adapter_name]
     if type(factor) not in (nn.Linear, StartedFactor):

@@ -21,21 +21,7 @@ from filet.model.parts import DOUBLE, comes_from, flat, numbers, tensors_in
 from filet.model.product import is_product
 from filet.model.sharded import local
 
-__all__ = ["LORA_LAYERS", "Unreadable", "Values", "as_trained", "dtype_of_model", "values_of"]
-
-LORA_LAYERS = frozenset(
-    {
-        "Linear",
-        "Linear4bit",
-        "Linear8bitLt",
-        "HqqLoraLinear",
-        "TorchaoLoraLinear",
-        "GPTQLoraLinear",
-        "QuantLinear",  # GPTQ's before PEFT 0.18
-        "AwqLoraLinear",
-    }
-)
-"""PEFT's classes of a LoRA over a linear layer, W x + s B A x, in ``peft.tuners.lora``."""
+__all__ = ["Unreadable", "Values", "as_trained", "dtype_of_model", "unpack", "values_of"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _READABLE = (
@@ -563,6 +549,16 @@ def dtype_of_model(model: Any) -> torch.dtype:
     return next((each for each in found if each in _DTYPES), torch.float32)
 
 
+def unpack(model: nn.Module) -> None:
+    """Undo bitsandbytes' repacking of 4-bit weights for a CPU, before its ``state_dict`` does.
+
+    That does it in place, and leaves other values than there were (docs/quantised.md).
+    """
+    for module in model.modules():
+        if _Bnb4bit.claims(module):
+            _Bnb4bit(module, torch.float32).unpack()
+
+
 @contextlib.contextmanager
 def as_trained(model: nn.Module) -> Iterator[set[nn.Module]]:
     """Inside, quantised layers run as they do in training, which some do otherwise; gives those.
@@ -572,16 +568,15 @@ def as_trained(model: nn.Module) -> Iterator[set[nn.Module]]:
     for good: trained on as it is, its input would get no gradient. bitsandbytes also casts a 4-bit
     layer's bias to the dtype of what comes in: it is the old one again afterwards.
     """
-    found = {m: kind for m in model.modules() for kind in _KINDS if kind.claims(m)}
+    found = {m for m in model.modules() for kind in _KINDS if kind.claims(m)}
     flags = {module: module.training for module in found}
     own = [module.bias for module in found if isinstance(getattr(module, "bias", None), Tensor)]
     biases = [(bias, bias.data) for bias in own]
     try:
-        for module, kind in found.items():
-            if kind is _Bnb4bit:
-                _Bnb4bit(module, torch.float32).unpack()
+        unpack(model)
+        for module in found:
             module.train()
-        yield set(found)
+        yield found
     finally:
         for module, flag in flags.items():
             module.train(flag)
