@@ -15,6 +15,7 @@ import peft.peft_model
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 
 import filet
 from adapted import (
@@ -132,6 +133,23 @@ def test_killed_between_the_renames_nothing_loads_two_saves(
     assert contents(tmp_path).keys() == set(FILES)
 
 
+def test_another_process_saves_there_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all ranks of a DDP do that a script for FSDP2 has: it may take the old files first."""
+    model = initialised()
+    filet.save_as_lora(model, tmp_path)
+    before, rename = contents(tmp_path), os.rename
+
+    def late(source: Any, goal: Any) -> None:
+        if Path(source).parent == tmp_path:
+            Path(source).unlink()
+        rename(source, goal)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "rename", late)
+        filet.save_as_lora(model, tmp_path)
+    assert contents(tmp_path) == before
+
+
 RESUMED = ["plain", "rslora", "patterns rslora", "modules to save", "trained tokens", "bias all"]
 
 
@@ -233,6 +251,10 @@ def test_load_refuses_what_is_no_adapter_of_ours(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"init_lora_weights='olora', by which PEFT changes the"):
         filet.load(base, tmp_path / "olora")
     assert_unchanged(base, before)
+    wrap(llama()).save_pretrained(tmp_path / "empty")
+    save_file({}, tmp_path / "empty" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors has no tensor of LoRA"):
+        filet.load(llama(), tmp_path / "empty")
     filet.save_as_lora(initialised(), tmp_path)
     description = json.loads((tmp_path / "filet.json").read_text())
     (tmp_path / "filet.json").write_text(json.dumps({**description, "format": "filet-adapter-1"}))

@@ -17,9 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from cli_cases import adapter_weights, arguments, error_of, sentence
+from torch.distributed.run import get_args_parser
 
 import filet
 from filet import FiletReport
+from filet.cli.arguments import make_parser
 from filet.cli.main import main
 from ranks import run, values
 
@@ -39,6 +41,17 @@ def command(rank: int, folder: Path, argv: list[str], port: int, die: bool = Fal
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(argv)
     return status, out.getvalue(), err.getvalue(), dist.is_initialized()
+
+
+@pytest.mark.parametrize("name", ["init", "stats"])
+def test_torchrun_leaves_the_options_to_the_command(name: str) -> None:
+    """It reads those of the command too, and fails where one begins several of its own."""
+    command = make_parser()._subparsers._group_actions[0].choices[name]  # type: ignore
+    for option in command._option_string_actions:
+        before = [] if option != "--start" else ["--"]  # docs/distributed.md
+        argv = ["-m", *before, "filet.cli", name, option, "value"]
+        parsed = get_args_parser().parse_args(argv)
+        assert [parsed.training_script, *parsed.training_script_args] == argv[-4:]
 
 
 @pytest.fixture

@@ -7,9 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import filet
 from fsdp_models import sharded
@@ -48,6 +52,13 @@ def refused(rank: int, folder: Path) -> dict[str, str]:
     said["ZeRO-3"] = initialise(zero)
     each = init_device_mesh("cpu", (2, 1), mesh_dim_names=("other", "own"))["own"]
     said["a mesh of one"] = initialise(fully_shard(peft_of(case("llama")), mesh=each))
+    wrapped = sharded(peft_of(case("llama")), (2,))
+    apply_activation_checkpointing(wrapped, check_fn=lambda m: isinstance(m, LlamaDecoderLayer))
+    said["activation checkpointing"] = initialise(wrapped)
+    try:
+        filet.save_as_lora(wrapped, folder / "adapter")
+    except ValueError as error:
+        said["activation checkpointing, saved"] = f"ValueError: {error}"
     model = sharded(peft_of(case("llama")), (2,))
     try:
         filet.estimate(model, collate(case("llama").samples[:2]))
@@ -66,6 +77,8 @@ def test_divided_in_another_way(tmp_path: Path) -> None:
         "tensor parallel, of transformers": ("tensor parallel",),
         "ZeRO-3": ("ZeRO-3", "'torchrun -m filet.cli init'"),
         "a mesh of one": ("between 1 of 2 processes; expected a mesh of all",),
+        "activation checkpointing": ("CheckpointWrapper", "expected gradient_checkpointing=True"),
+        "activation checkpointing, saved": ("PEFT saves no adapter",),
         "estimate": ("FSDP has sharded the model", "before it is sharded"),
     }.items():
         assert first[way].startswith("ValueError: "), (way, first[way])

@@ -310,6 +310,11 @@ def _kept_on_error(base_model: nn.Module, tensors: Mapping[str, Tensor]) -> Iter
 def _described(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
     """The layers of the adapter in a folder that have a frozen half, and all its tensors."""
     tensors = _without_packed(load_peft_weights(str(folder), device="cpu"))
+    if not any(".lora_" in key for key in tensors):
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE} has no tensor of LoRA; expected an adapter's (PEFT writes an "
+            "empty file for a model in CheckpointWrapper, fsdp_config's activation_checkpointing)"
+        )
     try:
         description = json.loads((folder / FILET_FILE).read_text())
     except FileNotFoundError:

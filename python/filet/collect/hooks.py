@@ -60,7 +60,9 @@ class MomentHooks:
         """
         self.targets = targets
         self.config = config
-        self.counted = targets.keys() if counted is None else counted
+        # In an order that is every process's: a set of names has one of its own in each.
+        wanted = targets if counted is None else counted
+        self.counted = dict.fromkeys(name for name in targets if name in wanted)
         self.rows = Rows({name for name, target in targets.items() if target.beside})
         self.unrounded = Unrounded(self.rows, 2 * len(targets))
         self.sharing = SharedInputs()

@@ -92,7 +92,7 @@ def hooks_to_keep(
     """
     there = [name for name in counted if name in moments]
     tokens = values([moments[name].input.count for name in there])
-    seen = frozenset(name for name, count in zip(there, tokens, strict=True) if count)
+    seen = {name for name, count in zip(there, tokens, strict=True) if count}
     hooks = MomentHooks(targets, config, seen)
     hooks.follow(moments, shared_input)
     return hooks

@@ -302,6 +302,7 @@ class Together:
 
         ``found`` is added to in place; shared moments stay shared.
         """
+        found = {name: found[name] for name in self._targets if name in found}
         counts = values([moment.count for moment in found.values()])
         said = self.group.exchanged(dict(zip(found, counts, strict=True)))
         totals = {name: (sum(each[name] for each in said),) for name in found}

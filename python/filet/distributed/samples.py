@@ -1,16 +1,20 @@
-"""Which samples are a process's own: its share, without what a sampler repeats to even them out."""
+"""Which samples are a process's own: its share, without what is repeated to even processes out."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from accelerate.data_loader import DataLoaderDispatcher
 from torch.utils.data import DistributedSampler
 
 from filet.distributed.group import Group
 
-__all__ = ["own_samples", "share"]
+__all__ = ["share"]
+
+_END = object()
 
 
 def share(
@@ -19,37 +23,64 @@ def share(
     """The batches of this process, and how many samples to take of them at most, None for all.
 
     ``samples`` is of all processes together: each gets as many, the first ones one more where that
-    does not come out even. What a known sampler repeats at the end (:func:`own_samples`) is left
-    out.
+    does not come out even. Of a loader whose batches the first process hands out all read as many,
+    so each gets that one more. What accelerate or torch repeats at the end is left out.
     """
-    limits = [] if (own := own_samples(dataloader)) is None else [own]
+    limits = [] if (own := _own_samples(dataloader)) is None else [own]
     if samples is not None:
-        limits.append(samples // group.size + (group.rank < samples % group.size))
+        rest = samples % group.size
+        in_step = isinstance(dataloader, DataLoaderDispatcher)
+        limits.append(samples // group.size + (rest > 0 if in_step else group.rank < rest))
     most = min(limits, default=None)
     if most == 0:
         # Read once all the same: accelerate's loader agrees with those of the other ranks then.
         list(itertools.islice(dataloader, 1))
         return [], None
+    sampler = getattr(dataloader, "batch_sampler", None)
+    if getattr(sampler, "even_batches", False):
+        dataloader = _Uneven(dataloader, sampler)
     return dataloader, most
 
 
-def own_samples(dataloader: Any) -> int | None:
-    """How many samples of this rank's come before those that its sampler repeats; None: unknown.
+def _own_samples(dataloader: Any) -> int | None:
+    """How many samples of this rank's come before one that torch's DistributedSampler repeats.
 
-    Known are torch's DistributedSampler, and accelerate's BatchSamplerShard with ``even_batches``,
-    which a Trainer has. Both count all samples through, deal them out and begin again at the first
-    for whoever lacks some. The repeated ones are the last of a rank.
+    It deals all samples out and begins again at the first for whoever lacks one. None for a loader
+    without one.
     """
-    batches: Any = getattr(dataloader, "batch_sampler", None)
-    sampler = getattr(batches, "sampler", None)
-    if isinstance(sampler, DistributedSampler):
-        dataset: Any = sampler.dataset
-        return max(0, -(-(len(dataset) - int(sampler.rank)) // int(sampler.num_replicas)))
-    inner: Any = getattr(getattr(batches, "batch_sampler", None), "sampler", None)
-    if not getattr(batches, "even_batches", False) or not hasattr(inner, "__len__"):
+    sampler = getattr(getattr(dataloader, "batch_sampler", None), "sampler", None)
+    if not isinstance(sampler, DistributedSampler):
         return None
-    if batches.batch_size is None:
-        return None
-    size = batches.batch_size // (batches.num_processes if batches.split_batches else 1)
-    rounds, rest = divmod(len(inner), size * batches.num_processes)
-    return int(rounds * size + min(max(rest - batches.process_index * size, 0), size))
+    dataset: Any = sampler.dataset
+    return max(0, -(-(len(dataset) - int(sampler.rank)) // int(sampler.num_replicas)))
+
+
+class _Uneven:
+    """The batches of a loader, none filled up with samples or repeated for another process.
+
+    accelerate's BatchSamplerShard, of every Trainer, asks ``even_batches`` when it comes to its
+    end. The loader may be the training's: it is switched off only while a batch is read. To count
+    samples would not do: a batch without padding is a row of several.
+    """
+
+    def __init__(self, dataloader: Iterable[Any], sampler: Any) -> None:
+        self._dataloader = dataloader
+        self._sampler = sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        with self._switched_off():
+            batches = iter(self._dataloader)
+        while True:
+            with self._switched_off():
+                batch = next(batches, _END)
+            if batch is _END or batch is None:  # None: older versions of accelerate, of no batch
+                return
+            yield batch
+
+    @contextlib.contextmanager
+    def _switched_off(self) -> Iterator[None]:
+        self._sampler.even_batches = False
+        try:
+            yield
+        finally:
+            self._sampler.even_batches = True

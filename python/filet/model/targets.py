@@ -56,6 +56,8 @@ _LORA_LAYERS = {
     "QuantLinear",  # GPTQ's before PEFT 0.18
     "AwqLoraLinear",
 }
+# In the names of what torch's CheckpointWrapper wraps, and not in those of its state_dict.
+_WRAPPED = "_checkpoint_wrapped_module"
 # What PEFT before 0.21 takes from a model with task_type="SEQ_2_SEQ_LM".
 _GENERATION = "_prepare_encoder_decoder_kwargs_for_generation"
 
@@ -212,9 +214,11 @@ def _check_names(lora_config: LoraConfig, modules: dict[str, nn.Module], model: 
 def check_peft_model(peft_model: object, adapter_name: str) -> PeftModel:
     """The model, if it is a PeftModel with a LoRA adapter of that name; an error otherwise."""
     if not isinstance(peft_model, PeftModel):
+        compiled = hasattr(peft_model, "_orig_mod")  # by a Trainer with torch_compile and FSDP2
         raise TypeError(
             f"peft_model is a {type(peft_model).__name__}; expected the PeftModel that "
             "peft.get_peft_model(model, LoraConfig(...)) returns"
+            f"{', before torch.compile (torch_compile=False, with FSDP2)' if compiled else ''}"
         )
     if adapter_name not in peft_model.peft_config:
         raise ValueError(
@@ -223,6 +227,12 @@ def check_peft_model(peft_model: object, adapter_name: str) -> PeftModel:
     kind = peft_model.peft_config[adapter_name].peft_type
     if kind != PeftType.LORA:
         raise ValueError(f"adapter {adapter_name!r} is of type {kind}; expected a LoRA adapter")
+    if any(_WRAPPED in name for name, _ in peft_model.named_modules()):
+        raise ValueError(
+            "modules of peft_model are in torch's CheckpointWrapper (an fsdp_config's "
+            "activation_checkpointing), of which PEFT saves no adapter: the file would be empty; "
+            "expected gradient_checkpointing=True of the training's arguments instead"
+        )
     return peft_model
 
 

@@ -88,7 +88,9 @@ def replaced_together(source: Path, folder: Path, names: Sequence[str]) -> None:
         try:
             for name in reversed(names):
                 if (folder / name).exists():
-                    os.rename(folder / name, aside / name)
+                    # Unless another process that saves there as well was faster.
+                    with contextlib.suppress(FileNotFoundError):
+                        os.rename(folder / name, aside / name)
             for name in names:
                 if (source / name).exists():
                     os.rename(source / name, folder / name)

@@ -1,0 +1,75 @@
+"""What each process of a Trainer reads of the training's data: every sample once, and no hang."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+
+import filet
+from filet import FiletConfig
+from models import case, collate, peft_of
+from ranks import run, values
+
+
+class Stream(IterableDataset):
+    """Rows of one length, of which a loader does not know how many there are."""
+
+    def __iter__(self) -> Any:
+        ids = torch.arange(64 * 6).remainder(case("llama").model.config.vocab_size)
+        yield from ({"input_ids": row, "labels": row} for row in ids.view(64, 6))
+
+
+def read(rank: int, folder: Path, data: Any, collator: Any, samples: int | None) -> Any:
+    """What a callback's report says that there was, and how many steps the training then has."""
+    callback = filet.FiletInitCallback(FiletConfig(samples=samples))
+    args = TrainingArguments(
+        output_dir=str(folder / "run"),
+        max_steps=-1 if isinstance(data, list) else 2,
+        per_device_train_batch_size=2,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        num_train_epochs=1,
+    )
+    trainer = Trainer(
+        model=peft_of(case("llama")),
+        args=args,
+        train_dataset=data,
+        data_collator=collator,
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert callback.report is not None
+    return callback.report.samples, callback.report.tokens, trainer.state.global_step
+
+
+@pytest.mark.parametrize("number", [3, 4, 7, 9])
+@pytest.mark.parametrize("flat", [True, False])
+def test_no_sample_is_read_twice(flat: bool, number: int, tmp_path: Path) -> None:
+    """accelerate repeats some where batches do not come out even; flattened ones are one row."""
+    rows = case("llama").samples[:number]
+    rows = [{key: row[key].tolist() for key in ("input_ids", "labels")} for row in rows]
+    collator: Any = DataCollatorWithFlattening() if flat else collate_lists
+    found = values(run(2, read, tmp_path, rows, collator, None))
+    batches = -(-number // 2)
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    steps = -(-batches // 2)  # the training still has as many on both
+    assert found == 2 * [(batches if flat else number, tokens, steps)]
+
+
+def collate_lists(rows: list[dict[str, Any]]) -> Any:
+    tensors = [{key: torch.tensor(value) for key, value in row.items()} for row in rows]
+    return collate([{**row, "attention_mask": torch.ones_like(row["labels"])} for row in tensors])
+
+
+def test_a_stream_is_read_in_step(tmp_path: Path) -> None:
+    """Its batches are handed out by the first process, to all or to none."""
+    found = values(run(3, read, tmp_path, Stream(), collate, 16))
+    assert found == 3 * [(18, 18 * 6, 2)]  # six each
