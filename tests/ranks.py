@@ -41,14 +41,17 @@ def run(
     *arguments: Any,
     join: bool = True,
     gpus: bool = False,
+    launched: bool = False,
 ) -> list[Ended]:
     """``function(rank, folder, *arguments)`` on every rank, what it returns by a file.
 
     ``join=False`` leaves it to the function to find the others. ``gpus``: each has a GPU of its
-    own. A rank that hangs is ended after :data:`_LIMIT` seconds, and fails the test.
+    own. ``launched``: as a launcher starts them and no fork is, each with an order of its own in
+    the sets of strings. A rank that hangs is ended after :data:`_LIMIT` seconds, and fails the
+    test.
     """
     (folder / "rendezvous").unlink(missing_ok=True)
-    context: Any = multiprocessing.get_context("spawn") if gpus else _CONTEXT
+    context: Any = multiprocessing.get_context("spawn") if gpus or launched else _CONTEXT
     processes = [
         context.Process(target=_main, args=(rank, size, function, folder, arguments, join, gpus))
         for rank in range(size)

@@ -70,6 +70,23 @@ def test_what_is_written_is_what_its_batches_give(tmp_path: Path) -> None:
         torch.testing.assert_close(mine[name], parameter, rtol=1e-4, atol=1e-5)
 
 
+def test_mixed_precision_is_that_of_the_training(tmp_path: Path) -> None:
+    """Autocast, which accelerate puts into the model's forward when the training begins."""
+    trainer = trainer_of(tmp_path, bf16=True)
+    batches = [dict(batch) for batch in trainer.get_train_dataloader()]
+    config = FiletConfig(samples=None)
+    found = energies(filet.initialize_from_trainer(trainer, config))
+    expected = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            report = filet.initialize_lora_filet_weights(
+                peft_of(case("llama")), batches, config, show_progress_bar=False
+            )
+        expected.append(energies(report))
+    assert worst(found, expected[0])[0] < 1e-4
+    assert worst(found, expected[1])[0] > 1e-3
+
+
 def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     logits = outputs.logits[:, :-1].flatten(0, 1)
     return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")

@@ -141,8 +141,13 @@ class _TrainersLoss:
         self._compared = plain and trainer.label_smoother is None
 
     def __call__(self, model: Any, batch: Any) -> Any:
-        if not isinstance(batch, Mapping) or self._label not in batch:
+        # The model has it in its forward when accelerate has prepared it, for the training.
+        with self._trainer.accelerator.autocast():
+            if isinstance(batch, Mapping) and self._label in batch:
+                return self._loss(model, batch)
             return model(**batch)  # data to keep, of which no loss is wanted
+
+    def _loss(self, model: Any, batch: Any) -> Any:
         inputs = dict(batch)  # entries are added and taken out
         trainer = self._trainer
         with contextlib.ExitStack() as stack:
@@ -271,6 +276,17 @@ def _end(loader: Any) -> None:
         loader.end()
 
 
+def _generators(loader: Any) -> list[torch.Generator]:
+    """Those that a loader draws its order by."""
+    found, places = [], [loader]
+    while places:
+        place = places.pop()
+        found.append(getattr(place, "generator", None))
+        names = ("batch_sampler", "sampler", "dataset")
+        places += [getattr(place, name) for name in names if hasattr(place, name)]
+    return [each for each in found if isinstance(each, torch.Generator)]
+
+
 class FiletInitCallback(TrainerCallback):
     """Initialises the adapter with FILet before the first step, in all processes of a training.
 
@@ -324,6 +340,9 @@ class FiletInitCallback(TrainerCallback):
         own = dataloader is None
         if own:
             dataloader = kwargs["train_dataloader"]
+            # Of several processes accelerate gives the sampler a generator of its own, and with
+            # use_seedable_sampler=False the training would go on where this reading left it.
+            before = [(each, each.get_state()) for each in _generators(dataloader)]
         try:
             self.report = initialize_lora_filet_weights(
                 kwargs["model"],
@@ -335,6 +354,8 @@ class FiletInitCallback(TrainerCallback):
         finally:
             if own:
                 _end(dataloader)
+                for generator, drawn in before:
+                    generator.set_state(drawn)
 
 
 def _check_untrained(peft_model: Any, adapter_name: str) -> None:

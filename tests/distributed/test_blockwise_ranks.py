@@ -93,7 +93,8 @@ def test_ranks_equal_one(kind: str, size: int, keep: bool, start: Any, tmp_path:
     files = [tmp_path / f"{name}.safetensors" for name in ("many", "one")]
     saves = [{"save_statistics": file} if kind == "llama" else {} for file in files]
     model = model_folder(kind)
-    many = values(run(size, on_rank, tmp_path, model, size, keep, {**more, **saves[0]}))
+    settings = {**more, **saves[0]}
+    many = values(run(size, on_rank, tmp_path, model, size, keep, settings, launched=keep))
     more |= {"keep": kept() if keep else None, **saves[1]}
     one = initialise(model, tmp_path / "one", **more)
     # With data to keep they are eigenvalues and vectors, which amplify the rounding of sums.

@@ -88,7 +88,8 @@ def test_ranks_equal_one(size: int, start: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("passes", [1, 2])
 def test_data_to_keep(passes: int, tmp_path: Path) -> None:
     config = {"samples": 12, "passes": passes}
-    many = values(run(3, on_rank, tmp_path, "llama", 3, True, {**config, "samples": None}))
+    settings = {**config, "samples": None}
+    many = values(run(3, on_rank, tmp_path, "llama", 3, True, settings, launched=True))
     batches = list(loader(case("llama").samples, 3))
     one = initialised("llama", batches, keep=batches, **config)
     assert_as_one(many, one)

@@ -214,7 +214,7 @@ def kept(rank: int, folder: Path) -> Any:
 
 
 def test_data_to_keep_and_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    many = values(run(3, kept, tmp_path))
+    many = values(run(3, kept, tmp_path, launched=True))
     batches = all_batches("llama", 3)
     one = initialised(made(), batches, keep=batches, samples=None, passes=2)
     assert_as_one([taken for taken, _, _ in many], one)

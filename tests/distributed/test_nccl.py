@@ -42,19 +42,28 @@ def in_parallel(rank: int, folder: Path, size: int, config: Any) -> Any:
     return on_cpu(outcome(report, model))
 
 
+def with_keep(rank: int, folder: Path, size: int, config: Any) -> Any:
+    mine = batches_of("llama", rank, size), batches_of("llama", size - 1 - rank, size)
+    return on_cpu(initialised(made(), *mine, **config))
+
+
 def divided(rank: int, folder: Path, size: int, config: Any) -> Any:
     return on_cpu(
         initialised(sharded(made(), (size,), "cuda"), batches_of("llama", rank, size), **config)
     )
 
 
-@pytest.mark.parametrize("how", [in_parallel, divided])
+@pytest.mark.parametrize("how", [in_parallel, with_keep, divided])
 @pytest.mark.parametrize("start", ["zero", "untouched"])
 def test_ranks_equal_one(how: Any, start: str, tmp_path: Path) -> None:
     for size in {2, min(torch.cuda.device_count(), 3)}:
         config = {"start": start, "samples": None}
         many = values(run(size, how, tmp_path, size, config, gpus=True))
-        assert_as_one(many, on_cpu(initialised(made(), all_batches("llama", size), **config)))
+        batches = all_batches("llama", size)
+        keep = batches if how is with_keep else None
+        # With data to keep they are eigenvalues and vectors, which amplify the rounding of sums.
+        rtol = 1e-5 if keep is None else 1e-4
+        assert_as_one(many, on_cpu(initialised(made(), batches, keep, **config)), rtol)
 
 
 def half(rank: int, folder: Path) -> Any:

@@ -24,12 +24,9 @@ class Stream(IterableDataset):
         yield from ({"input_ids": row, "labels": row} for row in ids.view(64, 6))
 
 
-def read(rank: int, folder: Path, data: Any, collator: Any, samples: int | None) -> Any:
-    """What a callback's report says that there was, and how many steps the training then has."""
-    callback = filet.FiletInitCallback(FiletConfig(samples=samples))
-    args = TrainingArguments(
+def arguments(folder: Path, **more: Any) -> TrainingArguments:
+    return TrainingArguments(
         output_dir=str(folder / "run"),
-        max_steps=-1 if isinstance(data, list) else 2,
         per_device_train_batch_size=2,
         save_strategy="no",
         logging_strategy="no",
@@ -37,7 +34,14 @@ def read(rank: int, folder: Path, data: Any, collator: Any, samples: int | None)
         disable_tqdm=True,
         use_cpu=True,
         num_train_epochs=1,
+        **more,
     )
+
+
+def read(rank: int, folder: Path, data: Any, collator: Any, samples: int | None) -> Any:
+    """What a callback's report says that there was, and how many steps the training then has."""
+    callback = filet.FiletInitCallback(FiletConfig(samples=samples))
+    args = arguments(folder, max_steps=-1 if isinstance(data, list) else 2)
     trainer = Trainer(
         model=peft_of(case("llama")),
         args=args,
@@ -62,6 +66,30 @@ def test_no_sample_is_read_twice(flat: bool, number: int, tmp_path: Path) -> Non
     tokens = sum(len(row["input_ids"]) for row in rows)
     steps = -(-batches // 2)  # the training still has as many on both
     assert found == 2 * [(batches if flat else number, tokens, steps)]
+
+
+def order(rank: int, folder: Path) -> Any:
+    """The samples of each step of a training, with the callback and without it."""
+
+    class Watched(Trainer):
+        def training_step(self, model: Any, inputs: Any, *more: Any) -> Any:
+            seen[-1].append(inputs["labels"].tolist())
+            return super().training_step(model, inputs, *more)
+
+    seen: list[Any] = []
+    for callbacks in ([], [filet.FiletInitCallback()]):
+        seen.append([])
+        args = arguments(folder, max_steps=7, accelerator_config={"use_seedable_sampler": False})
+        data: Any = case("llama").samples[:11]
+        Watched(
+            peft_of(case("llama")), args, collate, train_dataset=data, callbacks=callbacks
+        ).train()
+    return seen
+
+
+def test_the_training_has_the_order_that_it_would_have(tmp_path: Path) -> None:
+    for without, with_callback in values(run(2, order, tmp_path)):
+        assert with_callback == without
 
 
 def collate_lists(rows: list[dict[str, Any]]) -> Any:
