@@ -77,4 +77,5 @@ def test_accelerate_launch(tmp_path: Path) -> None:
     assert many.keys() == one.keys() and many
     for name, value in one.items():
         # The contrast's are eigenvectors: sums that round otherwise turn them by 3e-5.
-        torch.testing.assert_close(many[name], value, rtol=1e-4, atol=1e-4)
+        atol = 1e-4 if name.startswith("keep: ") else 1e-5
+        torch.testing.assert_close(many[name], value, rtol=1e-4, atol=atol)

@@ -68,7 +68,8 @@ def test_statistics_of_either_are_of_the_other(kind: str) -> None:
     one = apply_statistics(peft_of(repacked(quantised(kind))), fresh)
     two = apply_statistics(peft_of(quantised(kind)), other)
     for name, module in one.modules.items():
-        # Its scales are off by up to 2⁻⁹, and the energies, of the model with them, by 0.015.
+        # Its scales are off by up to 2⁻⁹, and so is the model that g is of: measured 0.0151 at
+        # most over the three kinds, and a third more for other CPUs.
         torch.testing.assert_close(module.energies, two.modules[name].energies, rtol=0.02, atol=0)
 
 
