@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import sys
@@ -27,7 +28,7 @@ _LIMIT = 300  # most take 10; a machine with other work has been seen to need 10
 
 @dataclass
 class Ended:
-    """What a rank returned, or raised; None for both where it was killed."""
+    """What a rank returned, or raised, or did as it crashed; None for all where it was killed."""
 
     value: Any = None
     error: str | None = None
@@ -67,17 +68,24 @@ def run(
             process.kill()
     ended = []
     for rank, process in enumerate(processes):
-        path = folder / f"rank{rank}.pt"
-        ended.append(torch.load(path, weights_only=False) if path.exists() else Ended())
-        ended[-1].exitcode = process.exitcode
+        path, crash = folder / f"rank{rank}.pt", folder / f"rank{rank}.crash"
+        found = torch.load(path, weights_only=False) if path.exists() else Ended()
+        if crash.exists():  # its stacks, before a list of all extension modules
+            found.error = found.error or crash.read_text().partition("\nExtension")[0] or None
+        found.exitcode = process.exitcode
+        ended.append(found)
         path.unlink(missing_ok=True)
     return ended
 
 
 def values(ended: list[Ended]) -> list[Any]:
     """What all ranks returned; none may have failed."""
-    for rank, each in enumerate(ended):
-        assert each.error is None and each.exitcode == 0, f"rank {rank}: {each.error}"
+    failed = [
+        f"rank {rank}, which ended with {each.exitcode}: {each.error}"
+        for rank, each in enumerate(ended)
+        if each.error is not None or each.exitcode != 0
+    ]
+    assert not failed, "\n".join(failed)
     return [each.value for each in ended]
 
 
@@ -97,6 +105,9 @@ def _main(
     join: bool,
     gpus: bool,
 ) -> None:
+    # A signal that ends the process leaves its threads' stacks for whoever reads the failure.
+    crash = (folder / f"rank{rank}.crash").open("w")
+    faulthandler.enable(crash)
     torch.set_num_threads(1)
     sys.path.insert(0, str(Path(__file__).parent))
     warnings.simplefilter("ignore", FutureWarning)

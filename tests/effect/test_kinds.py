@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from language import write_folders
 
 from effect.bench import Bench
 from effect.kinds import CausalKind
@@ -16,38 +12,13 @@ from effect.population import Population
 from effect.records import Run
 from effect.runs import evaluate
 from effect.train import Member, Recipe
-from models import VOCAB, llama
-
-WORDS = [f"w{i}" for i in range(VOCAB - 3)]
-
-
-def sentence(generator: torch.Generator) -> str:
-    count = int(torch.randint(3, 9, (), generator=generator))
-    chosen = torch.randint(0, len(WORDS), (count,), generator=generator)
-    return " ".join(WORDS[i] for i in chosen)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    folder, data = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("data")
-    vocabulary = {word: i for i, word in enumerate(("<pad>", "<unk>", "<eos>", *WORDS))}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
-    llama(attention_dropout=0.0, max_position_embeddings=64).save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-    for name in ("task_train", "task_test", "general", "keep"):
-        text = name in ("general", "keep")
-        rows = [
-            {"text": sentence(generator)}
-            if text
-            else {"prompt": sentence(generator), "completion": f" {sentence(generator)}"}
-            for _ in range(20)
-        ]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (data / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    return folder, data
+    found = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("data")
+    write_folders(*found)
+    return found
 
 
 def test_a_context_has_the_tasks_samples_and_their_padding(folders):
