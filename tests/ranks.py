@@ -75,6 +75,7 @@ def run(
         found.exitcode = process.exitcode
         ended.append(found)
         path.unlink(missing_ok=True)
+        crash.unlink(missing_ok=True)
     return ended
 
 
