@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -31,6 +32,7 @@ from filet.blockwise.batches import read_batches
 from filet.blockwise.disk import Disk
 from filet.blockwise.division import divided, size_of
 from filet.blockwise.folder import empty_model
+from filet.blockwise.gradients import Gradients
 from filet.blockwise.journal import Journal
 from filet.blockwise.samples import samples_of
 from filet.blockwise.stream import WeightStream
@@ -278,9 +280,14 @@ def test_a_sample_is_the_same_in_any_batch() -> None:
 def interrupted(rank: int, folder: Path, model: Path, size: int, block: int, how: Any) -> None:
     """One rank fails when it is to finish a block; what the others need to go on is there."""
     finish, machine = Reverse.finish, in_step()
+    gradients = Gradients(folder / "out.filet-run", machine.disk)
 
     def failing(reverse: Reverse, number: int, *args: Any) -> Any:
         if number == block and rank == size - 1:
+            until = time.monotonic() + 60
+            while block not in gradients.complete():  # another process is behind
+                assert time.monotonic() < until, "a gradient is gone"
+                time.sleep(0.01)
             if how is None:
                 raise Crash("enough")
             os.kill(os.getpid(), how)
@@ -290,7 +297,9 @@ def interrupted(rank: int, folder: Path, model: Path, size: int, block: int, how
     save_gradient = Journal.save_gradient
 
     def at_once(journal: Journal, *args: Any) -> None:
-        """On a machine with other work a disk is behind, and a block would be done again."""
+        """A disk that is behind would leave the next out, and its block be done again."""
+        if rank == 0:
+            time.sleep(0.2)  # the others' are there before it removes what nobody needs any more
         save_gradient(journal, *args)
         journal.settle()
 

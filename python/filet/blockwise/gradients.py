@@ -100,6 +100,15 @@ class Gradients:
             if block != but:
                 path.unlink(missing_ok=True)
 
+    def unlink_above(self, block: int) -> None:
+        """Remove the files of higher blocks, which the reverse sweep came to before.
+
+        Those below, of other processes that are faster, stay.
+        """
+        for its, _, _, path in self._files():
+            if its > block:
+                path.unlink(missing_ok=True)
+
     def _pick(
         self, path: Path, about: bytes, layout: Layout, wanted: dict[str, list[torch.Tensor]]
     ) -> None:

@@ -249,7 +249,8 @@ class Journal:
         """
         if self._group is not None and self._writing is not None:
             # Only now is it known that all processes have the one before, and who needs no older.
-            self._gradients.unlink(but=self._last)
+            assert self._last is not None
+            self._gradients.unlink_above(self._last)
         self._last = block
         self._being_written = gradient.arena
         above = list(self._saved)
@@ -304,4 +305,4 @@ class Journal:
             for each in above:
                 each.result()
         if self._group is None:
-            self._gradients.unlink(but=block)
+            self._gradients.unlink_above(block)
