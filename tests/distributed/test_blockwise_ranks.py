@@ -356,6 +356,32 @@ def test_a_run_goes_on_in_other_processes(
     assert_same_adapter(tmp_path / "out", tmp_path / "one")
 
 
+def killed(rank: int, folder: Path, model: Path, size: int) -> None:
+    """The first process is lost; the second hears of it after the third."""
+    finish = Reverse.finish
+
+    def finished(reverse: Reverse, number: int, *args: Any) -> Any:
+        if number == LAYERS - 3 and rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number == LAYERS - 3 and rank == 1:
+            time.sleep(2)
+        return finish(reverse, number, *args)
+
+    Reverse.finish = finished  # type: ignore[method-assign]
+    initialise(model, folder / "out", rank, size)
+
+
+def test_two_processes_that_lose_a_third_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """Nor as they end: one has left what the other waits in, and waits for what that has not."""
+    model = model_folder("llama")
+    ended = run(3, killed, tmp_path, model, 3)
+    assert ended[0].exitcode == -signal.SIGKILL
+    assert all("lost another process" in each for each in errors(ended[1:]))
+    initialise(model, tmp_path / "out")
+    initialise(model, tmp_path / "one")
+    assert_same_adapter(tmp_path / "out", tmp_path / "one")
+
+
 def in_turn(rank: int, folder: Path, model: Path) -> list[str]:
     """What is said where the second rank fails in a part of a run; the processes go on."""
     import filet.blockwise.engine as engine

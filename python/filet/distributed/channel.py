@@ -57,10 +57,13 @@ class Channel:
     def stop(self) -> None:
         """Say that this process is not fine, without waiting until the others ask.
 
-        They may be waiting for it elsewhere.
+        They may be waiting for it elsewhere. Where a process is lost, whose part never comes, it is
+        left to the connections, which end with this process: that would wait for its own words.
         """
         if self.open:
             self.open = False
+            if self.group.broken:
+                return
             failed = torch.ones(1, dtype=torch.int32, device="cpu")
             with contextlib.suppress(RuntimeError):  # a process that is gone
                 work = dist.all_reduce(failed, group=self._control, async_op=True)

@@ -249,6 +249,11 @@ class Group:
             return work
 
     @property
+    def broken(self) -> bool:
+        """Whether a process is lost, so that nobody can be told anything any more."""
+        return self._broken
+
+    @property
     def uses_nccl(self) -> bool:
         """Whether tensors of a GPU go by NCCL."""
         return bool(self._nccl)
