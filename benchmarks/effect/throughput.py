@@ -31,6 +31,7 @@ from effect.records import RANK, Run
 from effect.runs import train_population
 from effect.tasks import order
 from effect.train import Member, Recipe
+from shapes import CUDA, DEVICE, synchronize
 
 __all__ = ["alone", "seconds_a_step", "together"]
 
@@ -56,7 +57,7 @@ def together(bench: Bench, task: str, rank: int = RANK) -> Train:
 
 def alone(bench: Bench, task: str, rank: int = RANK) -> Train:
     """One run as PEFT makes it, on a copy of the bench's model."""
-    kind, recipe = bench.kind, bench.recipe
+    kind, recipe, data = bench.kind, bench.recipe, bench.task(task)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(kind.targets))
     model = get_peft_model(copy.deepcopy(kind.model), config)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -66,9 +67,9 @@ def alone(bench: Bench, task: str, rank: int = RANK) -> Train:
         of = replace(recipe, steps=steps)
         optimizer = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=0, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, of.factor)
-        for rows in order(bench.task(task).train, 0, of.batch_size, steps):
+        for rows in order(data.train, 0, of.batch_size, steps):
             with torch.autocast(bench.device.type, torch.bfloat16, enabled=half):
-                loss = model(**kind.batch(bench.task(task), rows)).loss
+                loss = model(**kind.batch(data, rows)).loss
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, of.clip)
             optimizer.step()
@@ -82,12 +83,10 @@ def seconds_a_step(trains: Sequence[Train], few: int, many: int, rounds: int) ->
     """The median of each, after one call of each that is not timed."""
 
     def seconds(train: Train, steps: int) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize()
         begun = time.perf_counter()
         train(steps)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize()
         return time.perf_counter() - begun
 
     for train in trains:
@@ -116,12 +115,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = Recipe(batch_size=options.batch_size)
-    bench = Bench(options.model, options.data, device, recipe, options.members)
+    bench = Bench(options.model, options.data, DEVICE, recipe, options.members)
     one = alone(bench, options.task)  # a copy of the model before a population is in it
     both = seconds_a_step([together(bench, options.task), one], *options.steps, options.rounds)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    name = torch.cuda.get_device_name() if CUDA else "CPU"
     print(
         f"{name}: a step of {options.members} together {both[0] * 1e3:.0f} ms, of PEFT alone "
         f"{both[1] * 1e3:.0f} ms: {options.members * both[1] / both[0]:.1f} times the throughput"

@@ -247,9 +247,8 @@ class Journal:
         Its arena is read for that; :meth:`release` says until when. With this file, and those of
         the other processes, the blocks above are finished, so it comes after theirs.
         """
-        if self._group is not None and self._writing is not None:
+        if self._group is not None and self._last is not None:
             # Only now is it known that all processes have the one before, and who needs no older.
-            assert self._last is not None
             self._gradients.unlink_above(self._last)
         self._last = block
         self._being_written = gradient.arena
