@@ -13,15 +13,20 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 import filet
 from filet import FiletConfig
 from models import case, collate, peft_of
-from ranks import run, values
+from ranks import errors, run, values
 
 
 class Stream(IterableDataset):
-    """Rows of one length, of which a loader does not know how many there are."""
+    """Rows, of which a loader does not know how many there are; ``uneven``, of several lengths."""
+
+    def __init__(self, uneven: bool = False) -> None:
+        self.uneven = uneven
 
     def __iter__(self) -> Any:
         ids = torch.arange(64 * 6).remainder(case("llama").model.config.vocab_size)
-        yield from ({"input_ids": row, "labels": row} for row in ids.view(64, 6))
+        for number, row in enumerate(ids.view(64, 6)):
+            row = row[: 6 - number // 2 % 3] if self.uneven else row
+            yield {"input_ids": row, "labels": row}
 
 
 def arguments(folder: Path, **more: Any) -> TrainingArguments:
@@ -101,3 +106,35 @@ def test_a_stream_is_read_in_step(tmp_path: Path) -> None:
     """Its batches are handed out by the first process, to all or to none."""
     found = values(run(3, read, tmp_path, Stream(), collate, 16))
     assert found == 3 * [(18, 18 * 6, 2)]  # six each
+
+
+@pytest.mark.parametrize("where", ["reading", "a forward"])
+def test_a_stream_that_fails_leaves_nobody_waiting(where: str, tmp_path: Path) -> None:
+    """The others wait for the first process's next batch, in accelerate, and not for its word."""
+    if where == "reading":  # of batches that accelerate cannot put together
+        first, second = errors(run(2, read, tmp_path, Stream(uneven=True), collate, None))
+        assert first.startswith("RuntimeError: You can't use batches of different size")
+        assert second  # the connection's
+    else:
+        first, second = errors(run(2, read_and_fail, tmp_path))
+        assert first == "ValueError: rank 1: the second batch"
+        assert second == "ValueError: the second batch"
+
+
+def read_and_fail(rank: int, folder: Path) -> None:
+    """The second process fails in its second batch."""
+    seen = []
+
+    def forward(model: Any, batch: Any) -> Any:
+        seen.append(batch)
+        if rank == 1 and len(seen) == 2:
+            raise ValueError("the second batch")
+        return model(**batch)
+
+    Trainer(
+        model=peft_of(case("llama")),
+        args=arguments(folder, max_steps=2),
+        train_dataset=Stream(),
+        data_collator=collate,
+        callbacks=[filet.FiletInitCallback(forward_fn=forward)],
+    ).train()

@@ -27,10 +27,12 @@ def share(
     so each gets that one more. What accelerate or torch repeats at the end is left out.
     """
     limits = [] if (own := _own_samples(dataloader)) is None else [own]
+    in_step = isinstance(dataloader, DataLoaderDispatcher)
     if samples is not None:
         rest = samples % group.size
-        in_step = isinstance(dataloader, DataLoaderDispatcher)
         limits.append(samples // group.size + (rest > 0 if in_step else group.rank < rest))
+    if in_step:
+        dataloader = _HandedOut(dataloader, group)
     most = min(limits, default=None)
     if most == 0:
         # Read once all the same: accelerate's loader agrees with those of the other ranks then.
@@ -53,6 +55,28 @@ def _own_samples(dataloader: Any) -> int | None:
         return None
     dataset: Any = sampler.dataset
     return max(0, -(-(len(dataset) - int(sampler.rank)) // int(sampler.num_replicas)))
+
+
+class _HandedOut:
+    """The batches of a loader that the first process reads for all, which wait for it meanwhile.
+
+    Who failed since the last one says so before the next. Who fails as it reads, over batches of
+    different lengths say, cannot (:meth:`Group.untold`).
+    """
+
+    def __init__(self, dataloader: Iterable[Any], group: Group) -> None:
+        self._dataloader = dataloader
+        self._group = group
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self._dataloader)
+        while True:
+            self._group.settle()
+            with self._group.untold():
+                batch = next(batches, _END)
+            if batch is _END:
+                return
+            yield batch
 
 
 class _Uneven:
