@@ -5,11 +5,13 @@
 Random weights of a real shape, quantised by bitsandbytes (bfloat16 inside), random tokens. In turn,
 round after round, after one that warms up: (a) forward and backward of the bare quantised model, by
 the library alone; (b) ``filet.collect_statistics``; (c) the energies, choice and writing of all
-layers, ``filet.apply_statistics`` of what (b) took. Times are medians of the host's clock with the
-device idle at both ends; memory is the peak over the weights. ``--cap GIB`` is all the memory that
-the process may have from the start on (``torch.cuda.set_per_process_memory_fraction``): whether a
-card of that size does it. The moments that do not fit then are taken in several passes, and (c) has
-them in host memory. Written to --output: qlora_<shape>….csv.
+layers, ``filet.apply_statistics`` of what (b) took; and before (c) the energies by themselves, of
+weights dequantised one by one, where the moments are on the GPU. Times are medians of the host's
+clock with the device idle at both ends; memory is the peak over the weights. ``--cap GIB`` is all
+the memory that the process may have from the start on
+(``torch.cuda.set_per_process_memory_fraction``): whether a card of that size does it. The moments
+that do not fit then are taken in several passes, and (c) has them in host memory. Written to
+--output: qlora_<shape>….csv.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ import filet
 import shapes
 from bench_model import bare, timed
 from bench_syrk import write
+from filet.model.targets import find_targets
+from filet_kernels import fisher_energies
 from shapes import CUDA, DEVICE, DTYPE, LINEARS, SAMPLES, SHAPES
 
 GIB = 2**30
@@ -89,6 +93,11 @@ def one_round(model: Any, batches: Any, options: argparse.Namespace) -> dict[str
     sums = {id(s): s.sum for m in taken.moments.values() for s in (m.input, m.output)}.values()
     found["moments"] = sum(s.numel() * s.element_size() for s in sums) / GIB
     del sums
+    targets = find_targets(peft_model, "default")[0]
+    if all(m.input.sum.is_cuda == CUDA for m in taken.moments.values()):
+        found["energies"], found["energies peak"], _ = timed(
+            lambda: [fisher_energies(targets[name].weight, m) for name, m in taken.moments.items()]
+        )
     found["apply"], found["apply peak"], report = timed(
         lambda: filet.apply_statistics(peft_model, taken, config)
     )
@@ -140,6 +149,8 @@ def show(
     a = found.get("bare", float("nan"))
     rows = [("(a) bare forward and backward", a, found.get("bare peak", float("nan")))]
     rows.append(("(b) collect_statistics", found["statistics"], found["statistics peak"]))
+    if "energies" in found:
+        rows.append(("energies of all layers", found["energies"], found["energies peak"]))
     rows.append(("(c) apply_statistics", found["apply"], found["apply peak"]))
     rows.append(("energies and choice of (c)", found["selection"], float("nan")))
     rows.append(("(b) and (c)", found["statistics"] + found["apply"], float("nan")))
