@@ -18,7 +18,7 @@ from filet.adapter.saved import write_folder
 from filet.adapter.write import commit, materialise_rest
 from filet.blockwise.engine import blockwise_run
 from filet.blockwise.folder import Engine, checked_folder_arguments, choose_engine
-from filet.collect.keep import Keep, check_keep_used
+from filet.collect.keep import Keep, check_keep_used, kind_of
 from filet.collect.statistics import Statistics, check_statistics, collect_statistics, statistics_of
 from filet.collect.together import check_same_model, owners_by_block
 from filet.collect.written import check_shared
@@ -335,6 +335,9 @@ def initialize_folder(
         )  # fmt: skip
         how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         how |= {"task": task, "quantization_config": quantization_config}
+        if group is not None:  # before each goes its way
+            its = {"engine": engine, "output": str(output), "save_statistics": saved and str(saved)}
+            group.check_same(its | {"keep": kind_of(keep)})
         if engine == "auto":
             engine = choose_engine(folder, lora_config, keep=keep is not None, **how)
         what = (folder, batches, output, lora_config, config, show_progress_bar)

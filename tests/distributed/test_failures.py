@@ -93,6 +93,19 @@ def differing_otherwise(rank: int, folder: Path) -> list[str]:
     taken = filet.collect_statistics(peft_of(c), batches, config, show_progress_bar=False)
     arguments = TrainingArguments(str(folder / "out"), report_to="none", use_cpu=True)
     trainer = Trainer(trained, arguments, train_dataset=c.samples, data_collator=collate)  # type: ignore[arg-type]
+
+    def by_folder(**its: Any) -> str:
+        settings: dict[str, Any] = {
+            "output": folder / "adapter",
+            "lora_config": LoraConfig(r=4, target_modules=["q_proj"]),
+            "config": config,
+            "engine": "blockwise",
+            "device": "cpu",
+            "show_progress_bar": False,
+        }
+        called = settings | its
+        return outcome_of(lambda: filet.initialize_folder(folder / "model", batches, **called))
+
     said = [
         outcome_of(lambda: initialise(two, rank, adapter_name="b" if rank else "default")),
         outcome_of(lambda: filet.apply_statistics(peft_of(c), replace(taken, data=rank))),
@@ -101,19 +114,10 @@ def differing_otherwise(rank: int, folder: Path) -> list[str]:
                 peft_of(c), replace(taken, shared_input={} if rank else taken.shared_input)
             )
         ),
-        outcome_of(
-            lambda: filet.initialize_folder(
-                folder / "model",
-                batches,
-                folder / "adapter",
-                LoraConfig(r=4, target_modules=["q_proj"]),
-                config,
-                engine="blockwise",
-                device="cpu",
-                show_progress_bar=False,
-                keep=batches if rank else None,
-            )
-        ),
+        by_folder(keep=batches if rank else None),
+        by_folder(engine="memory" if rank else "blockwise"),
+        by_folder(output=folder / f"adapter{rank}"),
+        by_folder(save_statistics=folder / "statistics.safetensors" if rank else None),
         outcome_of(lambda: filet.initialize_from_trainer(trainer, {} if rank else None)),  # type: ignore[arg-type]
     ]
     filet.apply_statistics(peft_of(c), taken)
@@ -123,13 +127,20 @@ def differing_otherwise(rank: int, folder: Path) -> list[str]:
 def test_what_else_differs_is_named_on_all_ranks(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "model")
     first, second = values(run(2, differing_otherwise, tmp_path))
-    adapters, data, shared, keep, trainer = first
+    adapters, data, shared, keep, engine, output, statistics, trainer = first
     assert adapters == "ValueError: adapter_name is 'b' on rank 1 and 'default' on rank 0; " + SAME
     assert data.startswith("ValueError: the hash of the statistics' samples is 1 on rank 1 and 0")
     assert shared.startswith("ValueError: whose input model.layers.0.self_attn.k_proj shares, and")
     assert keep == "ValueError: keep is 'batches' on rank 1 and None on rank 0; " + SAME
-    assert first[:4] == second[:4]
-    assert trainer.startswith("TypeError: rank 1: config is {}") and "config is {}" in second[4]
+    assert engine == "ValueError: engine is 'memory' on rank 1 and 'blockwise' on rank 0; " + SAME
+    assert output.startswith("ValueError: output is '") and output.endswith(
+        "adapter0' on rank 0; " + SAME
+    )
+    assert (
+        statistics.startswith("ValueError: save_statistics is '") and "None on rank 0" in statistics
+    )
+    assert first[:7] == second[:7]
+    assert trainer.startswith("TypeError: rank 1: config is {}") and "config is {}" in second[-1]
 
 
 def failing(rank: int, folder: Path) -> list[tuple[str, bool]]:

@@ -50,7 +50,7 @@ from filet.blockwise.stream import WeightStream
 from filet.blockwise.sweeps import Reverse, capture, check_candidates, forward
 from filet.blockwise.weights import ShardedWeights, WeightSource
 from filet.blockwise.work import Work
-from filet.collect.keep import Keep, check_keep_used, kind_of
+from filet.collect.keep import Keep, check_keep_used
 from filet.collect.padding import warn_of_padding
 from filet.collect.statistics import Statistics
 from filet.config import FiletConfig, resolved
@@ -103,8 +103,6 @@ class Blockwise:
         if device.type == "cuda":
             torch.cuda.init()  # what preserved() makes deterministic depends on it
             device = torch.device("cuda", device.index or 0)
-        if group is not None:  # before each reads what it has
-            group.check_same({"keep": kind_of(keep)})
         check_keep_used(keep, config)
         self.config = config = resolved(config, keep is not None)
         self.device = device
