@@ -34,6 +34,9 @@ _RESTARTS = 40  # after which all eigenvectors are computed; four are usual
 # Residuals of the eigenvectors, over their eigenvalue and over the largest. Angles are off by that
 # over the gap to the other eigenvalues, eigenvalues by its square.
 _RESIDUAL, _ROUNDING = 1e-9, 1e-13
+# Of the damping, which the rounding of what is kept may reach.
+_SHARE = 0.1
+
 _DEFECT = 1e-9  # of an orthonormal basis, beyond which its eigenvalues are not to be trusted
 
 
@@ -63,7 +66,8 @@ def contrast_directions(
 
     In space "y" the rank of W is how many of its singular values are above √ε of the largest, ε of
     the moments' dtype: what W makes smaller than that is rounding of S_y, whose eigenvalues are
-    their squares.
+    their squares. It is less where a few tokens are so much larger than the others that their
+    rounding leaves eigenvalues below −δ / 10: then the largest singular values alone count.
 
     Raises:
         ValueError: moments of other spaces or shapes, a rank out of range, a damping that is not
@@ -74,13 +78,13 @@ def contrast_directions(
     if task.space == "x":
         rows, values = _solved(S, S0, rank, damping)
     else:
-        P = _row_space(W, torch.finfo(task.sum.dtype).eps ** 0.5)
+        P, S, S0 = _known(W, S, S0, damping, torch.finfo(task.sum.dtype).eps ** 0.5)
         if rank > P.shape[1]:
             raise ValueError(
                 f"rank={rank} exceeds the rank of W {tuple(W.shape)}, {P.shape[1]} to the "
                 "precision of its moments; expected at most that with moments in space 'y'"
             )
-        z, values = _solved(P.T @ S @ P, P.T @ S0 @ P, rank, damping)
+        z, values = _solved(S, S0, rank, damping)
         coordinates = z @ P.T
         parts = slices(W.shape[1], max(W.shape))
         rows = torch.cat([coordinates @ W[:, part].double() for part in parts], 1)
@@ -118,17 +122,49 @@ def _whole(moment: SecondMoment, device: torch.device) -> Tensor:
     return lower + lower.tril(-1).T
 
 
-def _row_space(W: Tensor, tolerance: float) -> Tensor:
-    """P (m, ρ) with Pᵀ W Wᵀ P = I, of the ρ singular values above ``tolerance`` of the largest.
+def _known(
+    W: Tensor, S: Tensor, S0: Tensor, damping: float, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """P (m, ρ) with Pᵀ W Wᵀ P = I, of what moments of y know of W's row space; PᵀSP and PᵀS₀P.
 
-    Of full rank P is the transposed inverse of a Cholesky factor. Else it comes from the singular
-    vectors, which cost a hundred times as much.
+    That is the singular values above ``tolerance`` of the largest; of them the first ones alone
+    where a few tokens are far larger than the others: their rounding, which P divides by the squares
+    of the smaller ones, is more than a share of the damping then, as eigenvalues below 0 show.
     """
     m, n = W.shape
     K = torch.zeros(m, m, dtype=torch.float64, device=W.device)
     for part in slices(n, max(m, n // 4)):
         columns = W[:, part].double()
         K.addmm_(columns, columns.T)
+    P = _row_space(K, tolerance)
+    moments = P.T @ S @ P, P.T @ S0 @ P
+    if any(_negative(moment, damping) for moment in moments):
+        squares, U = (x.flip(-1) for x in torch.linalg.eigh(K))  # descending
+        P = U[:, : P.shape[1]] * squares[: P.shape[1]].rsqrt()
+        moments = P.T @ S @ P, P.T @ S0 @ P
+        size = P.shape[1]
+        for moment in moments:
+            while known := _negative(moment[:size, :size], damping):
+                size = known - 1
+        P, moments = P[:, :size], (moments[0][:size, :size], moments[1][:size, :size])
+    return P, *moments
+
+
+def _negative(M: Tensor, damping: float) -> int:
+    """The least order of which M's leading block has an eigenvalue below −δ / 10; 0 for none."""
+    M = _over_mean(M)
+    M.diagonal().add_(_SHARE * damping)
+    return int(torch.linalg.cholesky_ex(M).info)
+
+
+def _row_space(K: Tensor, tolerance: float) -> Tensor:
+    """P (m, ρ) with Pᵀ K P = I for K = W Wᵀ, of W's ρ singular values above ``tolerance`` of the
+    largest.
+
+    Of full rank P is the transposed inverse of a Cholesky factor. Else it comes from the singular
+    vectors, which cost a hundred times as much.
+    """
+    m = K.shape[0]
     tolerance = max(tolerance, (m * torch.finfo(K.dtype).eps) ** 0.5)  # squares of less: rounding
     factor, info = torch.linalg.cholesky_ex(K)
     # Of the diagonal of R in Wᵀ = Q R: how far a row is from the rows before it.

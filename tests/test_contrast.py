@@ -216,6 +216,35 @@ def test_a_damping_below_the_rounding_of_the_sums_is_refused() -> None:
         contrast_directions(torch.ones(3, 6), moment(inputs(6, 1)), keep, 2, damping=1e-6)
 
 
+@pytest.mark.parametrize("condition", [100, 300, 1000])
+def test_a_token_far_larger_than_others_leaves_the_large_singular_vectors(
+    condition: float, device: torch.device
+) -> None:
+    """Its rounding in float32, over the squares of the small ones, is larger than the rest."""
+    n, m, rank = 160, 96, 8
+    sizes = torch.logspace(0, -float(torch.tensor(condition).log10()), m, dtype=F64)
+    U, V = (torch.linalg.qr(normal(size, m, seed=seed))[0] for size, seed in ((m, 3), (n, 4)))
+    W = ((U * sizes) @ V.T).float()
+    x, x0 = inputs(n, 1), inputs(n, 5)
+    for rows in (x, x0):
+        rows[::64] = 3000 * V[:, 0]
+    found = [(v @ W.double().T).float() for v in (x, x0)]
+    task, keep = (SecondMoment("y", (y.T @ y).to(device), torch.ones(())) for y in found)
+    A, values = contrast_directions(W.to(device), task, keep, rank)
+    A = A.cpu()
+    Q = torch.linalg.svd(W.double(), full_matrices=False)[2].T
+    torch.testing.assert_close((A @ Q).norm(dim=1), torch.ones(rank, dtype=F64), rtol=0, atol=1e-3)
+    # As much of the task, beside what is kept, as in the part of the row space that is known.
+    best = 0.0
+    for size in range(rank, m + 1):
+        best = max(best, float(oracle(x @ Q[:, :size], x0 @ Q[:, :size])[1][:rank].sum()))
+    S, S0 = ((v @ Q).T @ (v @ Q) for v in (x, x0))
+    S, S0 = S / S.diagonal().mean(), S0 / S0.diagonal().mean() + 1e-2 * torch.eye(m, dtype=F64)
+    a = A @ Q
+    its = torch.linalg.solve(a @ S0 @ a.T, a @ S @ a.T).trace()
+    assert its > 0.5 * best
+
+
 @pytest.mark.parametrize("condition", [1e3, 1e4, 1e6])
 def test_what_w_makes_small_is_rounding_of_its_moments(condition: float) -> None:
     """Sums in float32 of y = Wx know x where singular values of W are above √ε of the largest."""
