@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import tracemalloc
 import weakref
@@ -188,6 +189,25 @@ def test_fisher_in_the_report_is_the_statistics_own() -> None:
     c = case("llama")
     statistics = collected(peft_of(c), loader(c.samples), fisher="sampled")
     assert apply_statistics(peft_of(c), statistics).config["fisher"] == "sampled"
+
+
+def test_settings_in_the_report_are_the_statistics_own(tmp_path: Path) -> None:
+    c = case("llama")
+    batches = list(loader(c.samples, 3))
+    config = FiletConfig(samples=6, token_mask=None, share_inputs=False, loss_reduction="mean")
+    taken = collect_statistics(peft_of(c), batches, config, show_progress_bar=False)
+    taken.save(tmp_path / "s.safetensors")
+    loaded = Statistics.load(tmp_path / "s.safetensors")
+    said = apply_statistics(peft_of(c), loaded, FiletConfig(gamma=1.0, seed=3)).config
+    mine = {"gamma": 1.0, "seed": 3, "select": "min"}
+    assert said == {**dataclasses.asdict(config), **mine}
+    # Of two passes only what both had; a file that does not say leaves out what it cannot know.
+    other = dataclasses.replace(config, token_mask="attention_mask")
+    more = collect_statistics(peft_of(c), batches, other, show_progress_bar=False)
+    both = apply_statistics(peft_of(c), taken.merge(more)).config
+    assert said.keys() - both.keys() == {"token_mask", "samples"} and not both["share_inputs"]
+    unknown = apply_statistics(peft_of(c), dataclasses.replace(taken, settings={})).config
+    assert said.keys() - unknown.keys() == taken.settings.keys() != set()
 
 
 def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:

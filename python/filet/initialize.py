@@ -19,7 +19,13 @@ from filet.adapter.write import commit, materialise_rest
 from filet.blockwise.engine import blockwise_run
 from filet.blockwise.folder import Engine, checked_folder_arguments, choose_engine
 from filet.collect.keep import Keep, check_keep_used, kind_of
-from filet.collect.statistics import Statistics, check_statistics, collect_statistics, statistics_of
+from filet.collect.statistics import (
+    OF_PASS,
+    Statistics,
+    check_statistics,
+    collect_statistics,
+    statistics_of,
+)
 from filet.collect.together import check_same_model, owners_by_block
 from filet.collect.written import check_shared
 from filet.config import FiletConfig, checked_config, resolved
@@ -252,8 +258,15 @@ def _apply(
         loss_terms=statistics.loss_terms,
         data=statistics.data,
         keep=_kept(statistics) if config.select == "contrast" else {},
-        config={**dataclasses.asdict(config), "fisher": statistics.fisher},
+        config=_settings(config, statistics),
     )
+
+
+def _settings(config: FiletConfig, statistics: Statistics) -> dict[str, Any]:
+    """By which the statistics were taken, as far as they say, and the directions chosen."""
+    said = {"fisher": statistics.fisher, **statistics.settings}
+    known = {k: v for k, v in dataclasses.asdict(config).items() if k not in OF_PASS or k in said}
+    return {**known, **said}
 
 
 def _chosen(

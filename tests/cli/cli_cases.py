@@ -36,3 +36,12 @@ def error_of(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
 
 def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
+
+
+def without_data(argv: list[str]) -> list[str]:
+    """The arguments but those that say what data are read."""
+    left = list(argv)
+    for option in ("--data", "--max-length"):
+        at = left.index(option)
+        del left[at : at + 2]
+    return left

@@ -16,6 +16,7 @@ from cli_cases import (
     arguments,
     error_of,
     sentence,
+    without_data,
 )
 from safetensors.torch import load_file, save_file
 
@@ -204,8 +205,7 @@ def test_saved_statistics_give_the_same_adapter(
 ) -> None:
     collected, kept = tmp_path / "collected.safetensors", tmp_path / "kept.safetensors"
     direct, applied, again = tmp_path / "direct", tmp_path / "applied", tmp_path / "again"
-    at = init.index("--data")
-    no_data = init[:at] + init[at + 2 :]
+    no_data = without_data(init)
 
     assert main([*stats, "--data", str(data), "--output", str(collected)]) == 0
     assert main([*init, "--output", str(direct), "--save-statistics", str(kept)]) == 0
@@ -233,8 +233,7 @@ def test_merged_statistics_equal_those_of_all_the_data(
     parts = [tmp_path / f"{name}.safetensors" for name in "abc"]
     assert main(arguments("stats", "--merge", *parts, "--output", merged)) == 0
 
-    at = init.index("--data")
-    no_data = init[:at] + init[at + 2 :]
+    no_data = without_data(init)
     reports = []
     for source in (merged, tmp_path / "all.safetensors"):
         output = tmp_path / f"from-{source.stem}"
@@ -266,8 +265,7 @@ def test_statistics_of_another_model_are_refused(
     command = [*stats, "--data", str(data)]
     assert main([*command, "--model", str(other), "--output", str(output)]) == 0
     assert main([*command, "--output", str(own)]) == 0
-    at = init.index("--data")
-    message = error_of(capsys, init[:at] + init[at + 2 :] + ["--statistics", str(output)])
+    message = error_of(capsys, [*without_data(init), *["--statistics", str(output)]])
     assert "model.layers.1.mlp.up_proj" in message
     assert not (tmp_path / "out").exists()
     merged = tmp_path / "merged.safetensors"

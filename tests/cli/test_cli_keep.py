@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_cases import adapter_weights, arguments, error_of, sentence
+from cli_cases import adapter_weights, arguments, error_of, sentence, without_data
 
 import filet
 from filet.cli.main import main
@@ -35,7 +35,7 @@ def test_a_file_to_keep(
         [*init, *arguments("--keep", keep, "--save-statistics", saved, "--output", outs[1])]
     ) == 0  # fmt: skip
     assert main([*stats, *arguments("--data", data, "--keep", keep, "--output", file)]) == 0
-    plain = [arg for arg in init if arg not in ("--data", str(data))]
+    plain = without_data(init)
     assert main([*plain, *arguments("--statistics", file, "--output", outs[2])]) == 0
     reports = [FiletReport.load(out) for out in outs]
     assert [report.config["select"] for report in reports] == 3 * ["contrast"]
@@ -76,6 +76,22 @@ def test_no_sample_to_keep_is_said_of_the_data_to_keep(
     assert "data to keep: no usable sample among 1" in line
 
 
+@pytest.mark.parametrize("engine", ["memory", "blockwise"])
+def test_what_is_kept_needs_nothing_to_predict(
+    engine: str, init: list[str], data: Path, tmp_path: Path
+) -> None:
+    """Prompts longer than --max-length, and ids without an answer, are kept as far as they go."""
+    path, argv = tmp_path / "keep.jsonl", ["--max-length", "6", "--engine", engine]
+    path.write_text(json.dumps({"prompt": f"{sentence(1)} {sentence(2)}", "completion": "."}))
+    assert main([*init, *argv, "--keep", str(path)]) == 0
+    kept = FiletReport.load(tmp_path / "out" / "adapter").keep
+    assert (kept["samples"], kept["tokens"]) == (1, 6)
+    path.write_text(json.dumps({"input_ids": [1, 2, 3], "labels": [-100, -100, -100]}))
+    assert main([*init, *argv, "--keep", str(path), "--overwrite"]) == 0
+    kept = FiletReport.load(tmp_path / "out" / "adapter").keep
+    assert (kept["samples"], kept["tokens"]) == (1, 3)
+
+
 def test_the_models_own_text(
     init: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,7 +101,7 @@ def test_the_models_own_text(
     assert main([*init, *argv]) == 0
     statistics = filet.Statistics.load(saved)
     assert statistics.keep_samples == 3 and statistics.keep_tokens == 3 * 256
-    plain = [arg for arg in init if arg not in ("--data", str(data))]
+    plain = without_data(init)
     assert main([*plain, *arguments("--statistics", saved, "--output", applied)]) == 0
     said = "3 samples, 768 tokens, from the model itself, seed 7"
     for folder in (tmp_path / "out" / "adapter", applied):
@@ -114,7 +130,7 @@ def test_a_file_to_keep_block_by_block(
         out, saved = tmp_path / engine, tmp_path / f"{engine}.safetensors"
         more = arguments("--engine", engine, "--output", out, "--save-statistics", saved)
         assert main([*init, *argv, *more]) == 0
-        plain = [arg for arg in init if arg not in ("--data", str(data))]
+        plain = without_data(init)
         applied = tmp_path / f"{engine}-applied"
         assert main([*plain, *arguments("--statistics", saved, "--output", applied)]) == 0
         for path in (out, applied):
@@ -162,6 +178,9 @@ def test_what_is_refused(
         ("init --model m --statistics s --output o --keep self", "--keep is for 'filet stats'"),
         ("init --model m --statistics s --output o --engine blockwise", "need the whole model"),
         ("init --model m --data d.txt --output o --damping 0", "must be a positive number"),
+        ("init --model m --statistics s --output o --samples 5", "--samples is for data"),
+        ("init --model m --statistics s --output o --count-prompt", "--count-prompt is for data"),
+        ("stats --merge a b --output o --fisher sampled", "--merge has what was taken"),
         ("stats --merge a b --output o --keep self", "--merge excludes --model, --data, --keep"),
         ("stats --merge a b --output o --shard 1/2", "--data, --keep and --shard"),
         ("stats --model m --data d --output o --shard 1/2 --keep self", "from a file"),

@@ -15,6 +15,7 @@ from cli_cases import (
     arguments,
     error_of,
     sentence,
+    without_data,
 )
 from safetensors.torch import load_file, save_file
 
@@ -393,8 +394,7 @@ def test_statistics_in_another_dtype(
     collected = tmp_path / "statistics.safetensors"
     few = ["--target-modules", "q_proj"]
     assert main(arguments(*stats, *few, "--data", data, "--output", collected)) == 0
-    at = init.index("--data")
-    command = [*init[:at], *init[at + 2 :], *few, "--statistics", str(collected)]
+    command = [*without_data(init), *few, "--statistics", str(collected)]
     message = error_of(capsys, [*command, "--dtype", "bfloat16"])
     assert "is bfloat16 in this model; expected float32" in message
     assert "(--dtype float32)" in message and "another base model" not in message

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_cases import adapter_weights, arguments, error_of, sentence
+from cli_cases import adapter_weights, arguments, error_of, sentence, without_data
 
 from filet.cli.main import main
 from made_data import write_jsonl
@@ -30,8 +30,7 @@ def test_statistics_serve_the_base_that_was_quantised_so(
     assert main([*init, *quantize, "--samples", "all"]) == 0
     of_data = adapter_weights(output)
     assert main([*stats, *quantize, "--data", str(data), "--output", taken]) == 0
-    from_file = [each for each in init if each not in ("--data", str(data))]
-    from_file += ["--statistics", taken, "--overwrite"]
+    from_file = [*without_data(init), "--statistics", taken, "--overwrite"]
     assert main([*from_file, *quantize]) == 0
     again = adapter_weights(output)
     assert of_data.keys() == again.keys()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_cases import arguments, error_of
+from cli_cases import arguments, error_of, without_data
 
 import filet
 from filet.cli.main import main
@@ -80,8 +80,7 @@ def test_shards_that_do_not_belong_together(
         message = error_of(capsys, arguments("stats", "--merge", first, file, "--output", merged))
         assert said in message
         assert not merged.exists()
-    at = init.index("--data")
-    message = error_of(capsys, [*init[:at], *init[at + 2 :], "--statistics", str(first)])
+    message = error_of(capsys, [*without_data(init), "--statistics", str(first)])
     assert "are of shard 1 of 3 alone; expected those of all shards" in message
     message = error_of(
         capsys, [*stats, *arguments("--data", data, "--shard", "1/25", "--output", merged)]

@@ -20,7 +20,7 @@ from filet.blockwise.progress import Progress, Times, UnderWay
 from filet.blockwise.stream import WeightStream
 from filet.collect.hooks import MomentHooks
 from filet.collect.keep import hooks_to_keep, with_unseen
-from filet.collect.statistics import Statistics, moments_of_all
+from filet.collect.statistics import Statistics, moments_of_all, settings_of
 from filet.collect.together import Together, columns_of, holders_by_cost
 from filet.collect.unrounded import hands_on
 from filet.config import FiletConfig
@@ -237,6 +237,7 @@ class Work:
             loss_terms=counts["loss_terms"],
             data=counts["data"],
             fisher=self.config.fisher,
+            settings=settings_of(self.config),
             keep=keep,
             keep_samples=self.keep_counts["samples"],
             keep_tokens=self.keep_counts["tokens"],

@@ -1,12 +1,14 @@
-"""The arguments of the commands: names, types, helps, and which of them fit each other."""
+"""The arguments of the commands: names, types and helps."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import re
+from functools import partial
 from pathlib import Path
 
+from filet.cli.checks import check_init, check_stats, defaults_of
 from filet.model.tasks import TASKS
 from filet.report.names import PLOT_FILE
 
@@ -100,7 +102,7 @@ def _add_init(init: argparse.ArgumentParser) -> None:
     running = init.add_argument_group("running")
     _add_run(running, overwrite="replace an adapter that is there")
     _add_engine(running)
-    init.set_defaults(check=_check_init)
+    init.set_defaults(check=partial(check_init, defaults_of(init)))
 
 
 def _add_stats(stats: argparse.ArgumentParser) -> None:
@@ -134,7 +136,7 @@ def _add_stats(stats: argparse.ArgumentParser) -> None:
     _add_targets(method)
     _add_fisher(method)
     _add_run(stats.add_argument_group("running"), overwrite="replace the file if it is there")
-    stats.set_defaults(check=_check_stats)
+    stats.set_defaults(check=partial(check_stats, defaults_of(stats)))
 
 
 def _add_inspect(inspect: argparse.ArgumentParser) -> None:
@@ -520,55 +522,3 @@ def _samples(text: str) -> int | None:
 
 def _positive_or_auto(text: str) -> int | str:
     return text if text == "auto" else _positive(text)
-
-
-def _check_init(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    if args.statistics is not None and args.save_statistics is not None:
-        parser.error("init: --save-statistics has nothing to save with --statistics")
-    if args.statistics is not None and args.keep is not None:
-        parser.error("init: --keep is for 'filet stats'; the statistics have it or have it not")
-    if args.statistics is not None:
-        if args.engine == "blockwise":
-            parser.error("init: --engine blockwise takes data; --statistics need the whole model")
-        args.engine = "memory"
-    if args.engine == "memory" and (args.host_memory is not None or args.scratch is not None):
-        parser.error("init: --host-memory and --scratch are for --engine blockwise")
-    _check_names(args, parser)
-    _check_fields(args, parser)
-
-
-def _check_stats(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    if args.merge is None:
-        missing = [f"--{name}" for name in ("model", "data") if getattr(args, name) is None]
-        if missing:
-            parser.error(f"stats: {' and '.join(missing)} required (or --merge)")
-    elif any(given is not None for given in (args.model, args.data, args.keep, args.shard)):
-        parser.error("stats: --merge excludes --model, --data, --keep and --shard")
-    elif len(args.merge) < 2:
-        parser.error("stats: --merge needs at least two files")
-    if args.shard is not None and args.keep == "self":
-        parser.error("stats: --shard takes data to keep from a file, which all shards have")
-    _check_names(args, parser)
-    _check_fields(args, parser)
-
-
-def _check_names(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    for name in args.target_modules:
-        if re.search(r"[][(){}*+?^$|\\,]", name):
-            parser.error(
-                f"--target-modules {name!r}: expected names of layers with spaces between them "
-                "(q_proj mlp.up_proj), no pattern and no list"
-            )
-
-
-def _check_fields(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    if args.double_quant and args.quantize not in ("nf4", "fp4"):
-        parser.error("--double-quant is for --quantize nf4 or fp4")
-    if args.num_labels is not None and args.new_head is None:
-        parser.error("--num-labels is for --new-head")
-    if args.text_field and (args.prompt_field or args.response_field):
-        parser.error("--text-field excludes --prompt-field and --response-field")
-    if args.response_field and not args.prompt_field:
-        parser.error("--response-field needs --prompt-field")
-    if args.max_length < 2:
-        parser.error("--max-length must be at least 2")

@@ -20,7 +20,7 @@ def load_data(args: argparse.Namespace) -> Any:
     _quiet_datasets(args)
     source = Source(args.data, args.split, args.subset, args.data_revision, args.streaming)
     if args.task == SEEING:
-        encoded, tokenizer = _seen(args, source, _fields(args), args.count_prompt)
+        encoded, tokenizer = _seen(args, source, _fields(args))
         _show(encoded, tokenizer)
     else:
         encoded = _images(args, source) if args.task == IMAGES else _texts(args, source)
@@ -75,7 +75,7 @@ def _show(encoded: Any, tokenizer: Any) -> None:
 
 
 def _seen(
-    args: argparse.Namespace, source: Any, fields: Any, count_prompt: bool
+    args: argparse.Namespace, source: Any, fields: Any, labelled: bool = True
 ) -> tuple[Any, Any]:
     """Texts with images, through the model's processor; and its tokenizer."""
     from filet.data.seen import seen_of
@@ -89,7 +89,8 @@ def _seen(
         samples=args.samples,
         seed=args.seed,
         max_length=args.max_length,
-        count_prompt=count_prompt,
+        count_prompt=args.count_prompt,
+        labelled=labelled,
     )
     return encoded, processor.tokenizer
 
@@ -168,7 +169,7 @@ def load_keep(args: argparse.Namespace) -> Any:
     source = Source(args.keep)
     with said_of_keep():
         if args.task == SEEING:
-            encoded = _seen(args, source, Fields(), False)[0]
+            encoded = _seen(args, source, Fields(), labelled=False)[0]
         elif args.task == CAUSAL:
             encoded = _causal_keep(args, source)
         else:
@@ -185,7 +186,7 @@ def _causal_keep(args: argparse.Namespace, source: Any) -> Any:
     samples = read_samples(source, samples=args.samples, seed=args.seed)
     with own_code(args):
         tokenizer = _tokenizer(args)
-    return encode(samples, tokenizer, max_length=args.max_length)
+    return encode(samples, tokenizer, max_length=args.max_length, labelled=False)
 
 
 def _keep_of_task(args: argparse.Namespace, source: Any) -> Any:

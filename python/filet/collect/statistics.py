@@ -40,10 +40,12 @@ from filet.system.tensorset import metadata_of, opened
 from filet_kernels import Moments, SecondMoment
 
 __all__ = [
+    "OF_PASS",
     "Statistics",
     "check_statistics",
     "collect_statistics",
     "moments_of_all",
+    "settings_of",
     "statistics_of",
 ]
 
@@ -71,6 +73,8 @@ class Statistics:
         owners: module → the rank that has its sums, where several processes took them together; on
             the others they are on the meta device (docs/distributed.md). None: all are here.
         shards: of a data set in parts, which these are of; None: of no part, or of all.
+        settings: of the pass, :data:`OF_PASS`. Merged ones have those that both had alike, and no
+            limit of samples; files that do not say have none.
     """
 
     moments: dict[str, Moments]
@@ -90,6 +94,7 @@ class Statistics:
     owners: dict[str, int] | None = None
     shards: Shards | None = None
     data: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.keep is None:
@@ -159,6 +164,7 @@ class Statistics:
             **{key: getattr(self, key) for key in (*_COUNTS, *_OF_KEEP, "keep_from")},
             "data": f"{self.data:x}",
             "shards": self.shards and self.shards.as_json(),
+            "settings": self.settings,
         }
         return tensors, {"format": _FORMAT, "statistics": json.dumps(header)}
 
@@ -252,6 +258,7 @@ class Statistics:
             keep_tokens=header.get("keep_tokens", 0),
             keep_from=header.get("keep_from", ""),
             shards=Shards.of_json(header.get("shards")),
+            settings=header.get("settings", {}),
         )
 
     @classmethod
@@ -330,11 +337,25 @@ class Statistics:
         sources = dict.fromkeys(each.keep_from for each in (self, other) if each.keep_samples)
         counts["keep_from"] = " and ".join(sources) if all(sources) else ""
         counts["data"] = self.data + other.data if self.data and other.data else 0
+        counts["settings"] = {
+            key: value
+            for key, value in self.settings.items()
+            if (key, value) in other.settings.items() and (key != "samples" or value is None)
+        }
         counts |= {"fisher": self.fisher, "peak_memory": max(self.peak_memory, other.peak_memory)}
         return Statistics(
             moments, self.fingerprints, shared, **counts, keep=keep, owners=self.owners,
             shards=shards,
         )  # fmt: skip
+
+
+OF_PASS = ("samples", "token_mask", "loss_reduction", "share_inputs", "passes")
+"""Settings by which statistics are taken, and which nothing asks for after that."""
+
+
+def settings_of(config: FiletConfig) -> dict[str, Any]:
+    """Those of :data:`OF_PASS`."""
+    return {key: getattr(config, key) for key in OF_PASS}
 
 
 _SUMS = ("samples", "tokens", "loss_terms", "seconds")
@@ -471,6 +492,7 @@ def statistics_of(
         loss_terms=counts["loss_terms"],
         data=counts["data"],
         fisher=config.fisher,
+        settings=settings_of(config),
         seconds=time.perf_counter() - start,
         peak_memory=peak_memory(devices),
         keep=kept,

@@ -135,6 +135,7 @@ def seen_of(
     seed: int,
     max_length: int,
     count_prompt: bool = False,
+    labelled: bool = True,
 ) -> Seen:
     """The drawn samples of a data set of texts with images, as the model's processor makes them.
 
@@ -145,7 +146,8 @@ def seen_of(
     tokens added, as in TRL.
 
     A sample longer than ``max_length`` loses its end. Where an image would be cut it is dropped,
-    as is one with nothing to predict; one warning counts them. Raises ValueError, naming the row,
+    as is one with nothing to predict, but where nothing is (``labelled=False``, data to keep); one
+    warning counts them. Raises ValueError, naming the row,
     for what cannot be read, and where no sample is left.
     """
     pictures = Pictures(source)
@@ -158,17 +160,19 @@ def seen_of(
         images = pictures.of_row(where, row)
         if isinstance(sample, Chat):
             sample = pictures.placed(sample, images)
-        its, more = _encoded(sample, processor, images, places, count_prompt)
-        why = why_not(its[1], max_length)
-        if any(each in places for each in its[0][max_length:]):
+        (ids, labels), more = _encoded(sample, processor, images, places, count_prompt)
+        why = why_not(labels, max_length, labelled)
+        if any(each in places for each in ids[max_length:]):
             why = f"not the whole of an image within max_length={max_length}"
-        used.add((its[0][:max_length], its[1][:max_length]), len(its[0]) > max_length, why)
+        its = ids[:max_length], labels[:max_length] if labelled else []
+        used.add(its, len(ids) > max_length, why)
         if why is None:
             of_tokens = {key: value[:max_length] for key, value in more.of_tokens.items()}
             found.append(dataclasses.replace(more, of_tokens=of_tokens))
     if not used:
         raise ValueError(f"{source.path}: no sample in it")
-    return Seen(used.encoded(pad_of(processor.tokenizer)), found)
+    text = used.encoded(pad_of(processor.tokenizer), "next" if labelled else "none")
+    return Seen(text, found)
 
 
 def _encoded(

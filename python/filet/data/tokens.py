@@ -140,6 +140,7 @@ def encode(
     *,
     max_length: int,
     count_prompt: bool = False,
+    labelled: bool = True,
 ) -> Encoded:
     """Tokenise samples for a causal language model, as TRL's SFTTrainer does.
 
@@ -154,6 +155,7 @@ def encode(
         tokenizer: a transformers tokenizer.
         max_length: tokens kept of a sample, at least 2.
         count_prompt: label the prompts too, and the turns of others than the assistant.
+        labelled: False for data to keep, of which nothing is predicted: every token will do.
 
     Raises:
         ValueError: ``max_length`` too small, no sample with anything to predict, or a conversation
@@ -165,17 +167,21 @@ def encode(
     used = Used()
     for sample in samples:
         ids, labels = row_of(sample, tokenizer, count_prompt=count_prompt)
-        row = ids[:max_length], labels[:max_length]
-        used.add(row, len(ids) > max_length, why_not(labels, max_length))
-    return used.encoded(pad_of(tokenizer))
+        row = ids[:max_length], labels[:max_length] if labelled else []
+        used.add(row, len(ids) > max_length, why_not(labels, max_length, labelled))
+    return used.encoded(pad_of(tokenizer), "next" if labelled else "none")
 
 
-def why_not(labels: Sequence[int], max_length: int) -> str | None:
+def why_not(labels: Sequence[int], max_length: int, labelled: bool) -> str | None:
     """Why a sample of these labels, of the next token, cannot be used; None where it can."""
+    if len(labels) < 2:  # one may be the end of a text without any
+        return "fewer than 2 tokens"
+    if not labelled:
+        return None
     # The model predicts labels[1:] from what stands before them.
     first = next((at for at, label in enumerate(labels) if at and label != IGNORED), None)
     if first is None:
-        return "fewer than 2 tokens" if len(labels) < 2 else "no answer in it"
+        return "no answer in it"
     return None if first < max_length else beyond(max_length)
 
 
