@@ -128,8 +128,9 @@ def _known(
     """P (m, ρ) with Pᵀ W Wᵀ P = I, of what moments of y know of W's row space; PᵀSP and PᵀS₀P.
 
     That is the singular values above ``tolerance`` of the largest; of them the first ones alone
-    where a few tokens are far larger than the others: their rounding, which P divides by the squares
-    of the smaller ones, is more than a share of the damping then, as eigenvalues below 0 show.
+    where a few tokens are far larger than the others: their rounding, which P divides by the
+    squares of the smaller ones, is more than a share of the damping then, as eigenvalues below 0
+    show.
     """
     m, n = W.shape
     K = torch.zeros(m, m, dtype=torch.float64, device=W.device)

@@ -336,8 +336,7 @@ def initialize_folder(
         TypeError, ValueError: an argument or a batch that does not fit; before any block is
             computed, a model of another task, with a weight that no file has, or that the blockwise
             engine does not do (docs/blockwise.md); a run folder of other data or settings.
-        FloatingPointError, OutOfMemoryError: naming the module, or what to change.
-        OSError: a full disk, say. The same call goes on with what was finished.
+        FloatingPointError, OutOfMemoryError: naming the module, or what to change; OSError.
     """
     folder, output = Path(model), Path(output)
     saved = None if save_statistics is None else Path(save_statistics)
@@ -348,9 +347,7 @@ def initialize_folder(
         )  # fmt: skip
         how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         how |= {"task": task, "quantization_config": quantization_config}
-        if group is not None:  # before each goes its way
-            its = {"engine": engine, "output": str(output), "save_statistics": saved and str(saved)}
-            group.check_same(its | {"keep": kind_of(keep)})
+        _check_same_call(group, engine, keep, output, saved)
         if engine == "auto":
             engine = choose_engine(folder, lora_config, keep=keep is not None, **how)
         what = (folder, batches, output, lora_config, config, show_progress_bar)
@@ -365,6 +362,15 @@ def _own_device(group: Group | None, device: torch.device | str | None) -> Any:
     if group is None or not unnamed or not torch.cuda.is_available():
         return device
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _check_same_call(
+    group: Group | None, engine: Engine, keep: Keep | None, output: Path, saved: Path | None
+) -> None:
+    """ValueError where processes would go different ways, before they do. Collective."""
+    if group is not None:
+        to = {"output": str(output), "save_statistics": None if saved is None else str(saved)}
+        group.check_same({"engine": engine, "keep": kind_of(keep), **to})
 
 
 def _by_blocks(*what: Any, **how: Any) -> FiletReport:

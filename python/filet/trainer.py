@@ -32,6 +32,7 @@ from filet.model.factors import StartedFactor
 from filet.model.isolation import adapters_put_back, gradients_put_back
 from filet.model.sharded import over_shards, whole
 from filet.model.targets import find_targets
+from filet.model.values import unpack
 from filet.report.report import FiletReport
 from filet.system.transfer import values
 
@@ -356,6 +357,10 @@ class FiletInitCallback(TrainerCallback):
                 _end(dataloader)
                 for generator, drawn in before:
                     generator.set_state(drawn)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A forward in eval mode repacks 4-bit weights on some CPUs, and a checkpoint comes next.
+        unpack(kwargs["model"])
 
 
 def _check_untrained(peft_model: Any, adapter_name: str) -> None:

@@ -91,8 +91,8 @@ def test_a_head_of_classes_is_left_whole(
     head = {key: v for key, v in adapter_weights(output).items() if "classifier" in key}
     assert head and all(value.is_floating_point() for value in head.values())
 
-    def quantised(*whole: str) -> Any:
-        bits = {"load_in_4bit": kind == "nf4", "load_in_8bit": kind == "int8"}
+    def quantised(*whole: str, **storage: torch.dtype) -> Any:
+        bits = {"load_in_4bit": kind == "nf4", "load_in_8bit": kind == "int8", **storage}
         config = BitsAndBytesConfig(**bits, llm_int8_skip_modules=list(whole))
         return AutoModelForSequenceClassification.from_pretrained(
             folder, quantization_config=config, num_labels=CLASSES
@@ -104,11 +104,12 @@ def test_a_head_of_classes_is_left_whole(
     assert torch.equal(found.weight, head["base_model.model.classifier.weight"])
     if new:
         return
-    packed = quantised("none of it")
-    packed.save_pretrained(tmp_path / "packed")
-    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "packed")
-    line = error_of(capsys, [*command, "--model", str(tmp_path / "packed"), "--overwrite"])
-    assert "classifier.weight is quantised, and a head is trained whole" in line
+    for storage in [torch.uint8, torch.bfloat16] if kind == "nf4" else [torch.int8]:
+        packed = quantised("none of it", bnb_4bit_quant_storage=storage)
+        packed.save_pretrained(tmp_path / "packed")
+        AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "packed")
+        line = error_of(capsys, [*command, "--model", str(tmp_path / "packed"), "--overwrite"])
+        assert "classifier is quantised, and a head is trained whole" in line
 
 
 def test_options_that_do_not_fit(init: list[str], capsys: pytest.CaptureFixture[str]) -> None:

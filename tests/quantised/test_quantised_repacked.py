@@ -97,7 +97,13 @@ def test_saving_and_loading_leave_its_values(kind: str, tmp_path: Path) -> None:
     for model in (base, filet.load(other, tmp_path).unload()):
         for name, its in values(model).items():
             assert torch.equal(its.weight(), before[name]), name
+    evaluated = repacked(peft_of(quantised(kind)).get_base_model())
+    filet.FiletInitCallback().on_evaluate(None, None, None, model=evaluated)
     resumed = repacked(quantised(kind))
     begin_as_saved(peft_of(resumed), tmp_path)  # before PEFT loads a checkpoint
-    states = [module.weight.quant_state for module in linears(resumed).values()]
+    states = [
+        module.weight.quant_state
+        for model in (evaluated, resumed)
+        for module in linears(model).values()
+    ]
     assert not any(getattr(state, "packing_format_for_cpu", False) for state in states)

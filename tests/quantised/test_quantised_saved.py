@@ -21,12 +21,14 @@ from quantised_bases import (
     linears,
     logits,
     peft_of,
+    plain,
     quantised,
     stored,
     trained,
     trainer_of,
     values,
 )
+from transformers import BitsAndBytesConfig
 
 import filet
 from filet import FiletConfig, Statistics, apply_statistics, collect_statistics
@@ -261,3 +263,22 @@ def test_a_folder_is_quantised_as_it_is_loaded(kind: str, double: bool, tmp_path
             tmp_path / "four bits", batches(), tmp_path / "fourth", lora,
             quantization_config=config, **how,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_a_checkpoint_with_a_packed_head(storage: torch.dtype, tmp_path: Path) -> None:
+    """PEFT's own saving has its codes, which may lie in a floating dtype: they are the base's."""
+    pytest.importorskip("bitsandbytes")
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True, llm_int8_skip_modules=[], bnb_4bit_quant_storage=storage
+    )
+
+    def base() -> Any:
+        return plain(quantization_config=bits, device_map={"": "cpu"})
+
+    peft_model = peft_of(base(), target_modules=["q_proj", "lm_head"])
+    initialised(peft_model)
+    trained(peft_model.train())
+    peft_model.save_pretrained(str(tmp_path))
+    loaded = filet.load(base(), tmp_path).train()
+    torch.testing.assert_close(logits(loaded), logits(peft_model), rtol=1e-5, atol=1e-5)

@@ -5,18 +5,21 @@ It says what the report does, and no time: two equal runs write equal cards.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftModel
 
 from filet.adapter.state import factors_of
+from filet.model.quantised import is_quantised
 from filet.model.values import dtype_of_model
 from filet.report.names import FILET_FILE, PLOT_FILE
 from filet.report.report import FiletReport
@@ -135,7 +138,7 @@ class _Facts:
         return found
 
     def _base(self) -> str:
-        dtype = str(dtype_of_model(self.base)).removeprefix("torch.")
+        dtype = _dtype(self.base)
         if self.path is None:
             return f"{type(self.base).__name__}, {dtype}; where it lay was not recorded"
         if self.repository is not None:
@@ -143,28 +146,54 @@ class _Facts:
         return f"`{self.path}`, {dtype}: a folder of the machine that this was made on"
 
     def _loading(self) -> list[str]:
-        kind, dtype = type(self.base), str(dtype_of_model(self.base)).removeprefix("torch.")
-        known = kind.__module__.startswith("transformers.")
+        kind = type(self.base)
         quantised = _quantised(self.base)
+        known = kind.__module__.startswith("transformers.") and self._loads_so(quantised)
         imports, more = [kind.__name__], ""
         if quantised.get("quant_method") == "bitsandbytes":
             imports.append("BitsAndBytesConfig")
-            its = {k: v for k, v in quantised.items() if k.startswith(("load_", "bnb_"))}
+            its = {key: value for key, value in quantised.items() if key != "quant_method"}
             arguments = ", ".join(f"{key}={value!r}" for key, value in its.items())
             more = f"    quantization_config=BitsAndBytesConfig({arguments}),\n"
         if kind.__name__.endswith("Classification"):
             more += f"    num_labels={self.base.config.num_labels},\n"
         of = self.repository or self.path or "path/to/the/base"
-        code = f"base = ...  # the {kind.__name__} above"
+        code = f"base = ...  # the {kind.__name__} above, quantised as it was"
+        if not quantised and not self._packed:
+            code = code.partition(",")[0]
         if known:
             code = f"from transformers import {', '.join(sorted(imports))}\n\n"
             code += f"base = {kind.__name__}.from_pretrained(\n"
-            code += f'    {of!r},\n    dtype="{dtype}",\n{more})'
+            code += f'    {of!r},\n    dtype="{_dtype(self.base)}",\n{more})'
         train = "model = PeftModel.from_pretrained(base, folder, is_trainable=True)"
         if self.start == "untouched":
             train = "model = PeftModel.from_pretrained(base, folder)  # to train: filet.load"
         first = "from peft import PeftModel\n"
         return ["```python", f'{first}{code}\nfolder = "..."  # this one\n{train}', "```"]
+
+    def _loads_so(self, quantised: Mapping[str, Any]) -> bool:
+        """Whether from_pretrained gives the base again, which we know how to call.
+
+        What was quantised as it was loaded, by another library than bitsandbytes, it does not; nor
+        what a library quantised after that.
+        """
+        if quantised.get("quant_method") == "bitsandbytes":
+            return True
+        quantizer = getattr(self.base, "hf_quantizer", None)
+        return getattr(quantizer, "pre_quantized", True) if quantised else not self._packed
+
+    @functools.cached_property
+    def _packed(self) -> bool:
+        """Whether a layer that was initialised has codes for a weight."""
+        layers = (self.base.get_submodule(name) for name in self._report.modules)
+        return any(is_quantised(layer.get_base_layer(), self.base) for layer in layers)
+
+
+def _dtype(base: Any) -> str:
+    """That it was loaded in: codes are of the numbers in it, whatever was cast after that."""
+    said = getattr(getattr(base, "config", None), "dtype", None)
+    loaded = said if _quantised(base) and isinstance(said, torch.dtype) else dtype_of_model(base)
+    return str(loaded).removeprefix("torch.")
 
 
 _PACKAGES = ("filet-kernels", "peft", "transformers", "torch")
@@ -195,17 +224,30 @@ def _quantised(base: Any) -> dict[str, Any]:
         return {}
     its: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
     simple = {
-        key: str(getattr(value, "value", value))
-        if not isinstance(value, (bool, int, float))
-        else value
+        key: value if isinstance(value, (bool, int, float, list)) else str(_value(value))
         for key, value in its.items()
-        if not key.startswith("_") and not isinstance(value, (Mapping, list, tuple)) and value
+        if not key.startswith("_") and not _says_nothing(value)
     }
     if not simple.get("load_in_8bit"):  # bitsandbytes names the other kind's settings as well
-        simple = {key: value for key, value in simple.items() if not key.startswith("llm_int8")}
+        simple = {
+            key: value
+            for key, value in simple.items()
+            if not key.startswith("llm_int8") or key == "llm_int8_skip_modules"
+        }
     if not simple.get("load_in_4bit"):
         simple = {key: value for key, value in simple.items() if not key.startswith("bnb_4bit")}
     return simple
+
+
+def _value(setting: Any) -> Any:
+    """Of an enumeration's member, or what it is itself."""
+    return getattr(setting, "value", setting)
+
+
+def _says_nothing(setting: Any) -> bool:
+    names = isinstance(setting, list) and all(isinstance(each, str) for each in setting)
+    other = isinstance(setting, (Mapping, list, tuple)) and not names
+    return other or setting is None or setting is False or setting in ("", [])
 
 
 def _words(values: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ from filet.adapter.state import FORMAT, describe, factors_of, key_of, set_rank, 
 from filet.distributed.group import current
 from filet.model.factors import StartedFactor, started_class
 from filet.model.fingerprint import check_weights
+from filet.model.quantised import is_quantised
 from filet.model.sharded import gathering, resharded, units, whole
 from filet.model.targets import check_init, check_peft_model, find_targets
 from filet.model.values import Unreadable, dtype_of_model, unpack, values_of
@@ -133,14 +134,7 @@ def _with_embeddings(peft_model: PeftModel) -> Any:
     model: Any = peft_model.base_model.model
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     base = head.get_base_layer() if isinstance(head, LoraLayer) else None
-    return False if isinstance(base, nn.Module) and _is_packed(base, model) else "auto"
-
-
-def _is_packed(base: nn.Module, model: Any) -> bool:
-    try:
-        return values_of(base, dtype_of_model(model)).quantised
-    except Unreadable:
-        return any(not value.is_floating_point() for value in base.parameters())
+    return False if isinstance(base, nn.Module) and is_quantised(base, model) else "auto"
 
 
 def _without_packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,10 +142,12 @@ def _without_packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
     They are the base's, where it is the same; any other would be left with no head.
     """
+    weights = {key for key in tensors if key.endswith(".base_layer.weight")}
     packed = {
         key.removesuffix("weight")
-        for key, value in tensors.items()
-        if key.endswith(".base_layer.weight") and not value.is_floating_point()
+        for key in weights
+        # In 4 bits codes may lie in a floating dtype; their scales are beside them.
+        if not tensors[key].is_floating_point() or f"{key}.absmax" in tensors
     }
     return {k: value for k, value in tensors.items() if not k.startswith(tuple(packed))}
 

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -337,15 +337,10 @@ class Statistics:
         sources = dict.fromkeys(each.keep_from for each in (self, other) if each.keep_samples)
         counts["keep_from"] = " and ".join(sources) if all(sources) else ""
         counts["data"] = self.data + other.data if self.data and other.data else 0
-        counts["settings"] = {
-            key: value
-            for key, value in self.settings.items()
-            if (key, value) in other.settings.items() and (key != "samples" or value is None)
-        }
         counts |= {"fisher": self.fisher, "peak_memory": max(self.peak_memory, other.peak_memory)}
         return Statistics(
             moments, self.fingerprints, shared, **counts, keep=keep, owners=self.owners,
-            shards=shards,
+            shards=shards, settings=_alike(self.settings, other.settings),
         )  # fmt: skip
 
 
@@ -356,6 +351,12 @@ OF_PASS = ("samples", "token_mask", "loss_reduction", "share_inputs", "passes")
 def settings_of(config: FiletConfig) -> dict[str, Any]:
     """Those of :data:`OF_PASS`."""
     return {key: getattr(config, key) for key in OF_PASS}
+
+
+def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """What both have; no limit of samples, which each reached by itself."""
+    both = {key: value for key, value in one.items() if (key, value) in other.items()}
+    return {key: value for key, value in both.items() if key != "samples" or value is None}
 
 
 _SUMS = ("samples", "tokens", "loss_terms", "seconds")

@@ -28,6 +28,7 @@ from filet.model.checkpoint import (
 )
 from filet.model.gptq import KERNELS, choose_kernel, method_of
 from filet.model.packed import check_tied
+from filet.model.quantised import is_quantised
 from filet.model.targets import adapted
 from filet.model.tasks import CAUSAL, SEEING, TASKS
 from filet.system.memory import named_shortage
@@ -363,11 +364,12 @@ def _but_heads(config: Any, settings: Any, trust_remote_code: bool, task: str) -
 def _check_heads(folder: str | os.PathLike[str], model: Any) -> None:
     heads = _heads_of(model)
     for head in heads:
-        for name, parameter in model.get_submodule(head).named_parameters():
-            if not parameter.is_floating_point():
+        for name, module in model.get_submodule(head).named_modules(prefix=head):
+            if is_quantised(module, model):
                 raise ValueError(
-                    f"{folder}: {head}.{name} is quantised, and a head is trained whole; expected "
-                    f"a model that was quantised with llm_int8_skip_modules={heads}"
+                    f"{folder}: {name} is quantised, and a head is trained whole; expected a model "
+                    f"that was quantised without it, by llm_int8_skip_modules={heads} or as its "
+                    "library names what it leaves out"
                 )
 
 

@@ -1,0 +1,69 @@
+"""What a card says of a quantised base: its code loads that base again, or says that it cannot."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, prepare_model_for_kbit_training
+from quantised_bases import initialised, kinds, logits, peft_of, plain, quantised, trained
+
+import filet
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+def of_bits(dtype: torch.dtype, **config: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return plain(dtype, quantization_config=BitsAndBytesConfig(**config), device_map={"": "cpu"})
+
+
+BASES = {
+    "some layers left whole": lambda: of_bits(
+        torch.float32, llm_int8_skip_modules=["lm_head", "q_proj", "down_proj"], **NF4
+    ),
+    "prepared": lambda: prepare_model_for_kbit_training(
+        of_bits(torch.bfloat16, bnb_4bit_compute_dtype=torch.bfloat16, **NF4)
+    ),
+    "int8 with outliers": lambda: of_bits(
+        torch.float32, load_in_8bit=True, llm_int8_threshold=0.5, llm_int8_skip_modules=["q_proj"]
+    ),
+}
+
+
+def card_of(model: Any, folder: Path, start: str) -> tuple[PeftModel, str]:
+    """A trained adapter, saved; and the code of its card, of that folder."""
+    peft_model = peft_of(model)
+    report = initialised(peft_model, start=start)
+    trained(peft_model.train())
+    filet.save_as_lora(peft_model, folder, report=report)
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    return peft_model, code.replace('folder = "..."', f"folder = {str(folder)!r}")
+
+
+@pytest.mark.parametrize("start", ["zero", "untouched"])
+@pytest.mark.parametrize("base", BASES)
+def test_its_code_loads_the_base_that_it_was(base: str, start: str, tmp_path: Path) -> None:
+    peft_model, code = card_of(BASES[base](), tmp_path, start)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    loaded = names["model"]
+    if base == "prepared":
+        loaded = prepare_model_for_kbit_training(loaded)
+    torch.testing.assert_close(
+        logits(loaded.train()), logits(peft_model.train()), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", kinds("torchao", "hqq"))
+def test_what_from_pretrained_would_not_quantise_so_is_left_to_the_user(
+    kind: str, tmp_path: Path
+) -> None:
+    _, code = card_of(quantised(kind), tmp_path, "zero")
+    assert "base = ...  # the LlamaForCausalLM above, quantised as it was" in code
+    assert "from_pretrained(base, folder" in code
