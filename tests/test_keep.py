@@ -98,6 +98,13 @@ def test_moments_are_sums_over_hooks(kind: str, device: torch.device) -> None:
         assert float((whole(moment) - truth).norm() / truth.norm()) < 1e-5, name
 
 
+def test_an_encoder_decoder_without_input_for_its_decoder() -> None:
+    c = case("t5")
+    keep = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches_of(c, True)]
+    with pytest.raises(ValueError, match=r"^data to keep: the decoder has no input \(.* labels"):
+        collected(c, keep)
+
+
 def test_padding_does_not_count_and_labels_do_not_matter() -> None:
     c = case("llama")
     one, two = (collected(c, batches_of(c, labels)) for labels in (False, True))

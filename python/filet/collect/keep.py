@@ -224,6 +224,14 @@ class _Run(BatchRun):
     @torch.no_grad()
     def through(self, prepared: Prepared) -> int:
         _, given = self.begin(prepared)
-        self.loss.alone(given)
+        try:
+            self.loss.alone(given)
+        except ValueError as error:
+            if self.inputs.is_encoder_decoder and "labels" not in prepared.batch:
+                raise ValueError(
+                    f"the decoder has no input ({error}); expected batches with labels, or with "
+                    "decoder_input_ids"
+                ) from error
+            raise
         self.hooks.phase = "idle"
         return 0
