@@ -43,6 +43,8 @@ def card_of(model: Any, folder: Path, start: str) -> tuple[PeftModel, str]:
     trained(peft_model.train())
     filet.save_as_lora(peft_model, folder, report=report)
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    on_cpu = '    device_map={"": "cpu"},\n'  # where there is a GPU
+    code = code.replace("    dtype=", f"{on_cpu}    dtype=")
     return peft_model, code.replace('folder = "..."', f"folder = {str(folder)!r}")
 
 
