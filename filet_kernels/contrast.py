@@ -34,8 +34,7 @@ _RESTARTS = 40  # after which all eigenvectors are computed; four are usual
 # Residuals of the eigenvectors, over their eigenvalue and over the largest. Angles are off by that
 # over the gap to the other eigenvalues, eigenvalues by its square.
 _RESIDUAL, _ROUNDING = 1e-9, 1e-13
-# Of the damping, which the rounding of what is kept may reach.
-_SHARE = 0.1
+_DAMPING = 1e-2  # what is below it is the user's choice, and to be made larger
 
 _DEFECT = 1e-9  # of an orthonormal basis, beyond which its eigenvalues are not to be trusted
 
@@ -66,8 +65,9 @@ def contrast_directions(
 
     In space "y" the rank of W is how many of its singular values are above √ε of the largest, ε of
     the moments' dtype: what W makes smaller than that is rounding of S_y, whose eigenvalues are
-    their squares. It is less where a few tokens are so much larger than the others that their
-    rounding leaves eigenvalues below −δ / 10: then the largest singular values alone count.
+    their squares. It is less where a few tokens of ``keep`` are so much larger than the others that
+    their rounding leaves eigenvalues below −δ, were δ 1e-2: the largest singular values alone count
+    then.
 
     Raises:
         ValueError: moments of other spaces or shapes, a rank out of range, a damping that is not
@@ -129,8 +129,7 @@ def _known(
 
     That is the singular values above ``tolerance`` of the largest; of them the first ones alone
     where a few tokens are far larger than the others: their rounding, which P divides by the
-    squares of the smaller ones, is more than a share of the damping then, as eigenvalues below 0
-    show.
+    squares of the smaller ones, is more than the damping then, as eigenvalues below −δ show.
     """
     m, n = W.shape
     K = torch.zeros(m, m, dtype=torch.float64, device=W.device)
@@ -139,22 +138,23 @@ def _known(
         K.addmm_(columns, columns.T)
     P = _row_space(K, tolerance)
     moments = P.T @ S @ P, P.T @ S0 @ P
-    if any(_negative(moment, damping) for moment in moments):
+    enough = max(damping, _DAMPING)
+    if _negative(moments[1], enough):
         squares, U = (x.flip(-1) for x in torch.linalg.eigh(K))  # descending
         P = U[:, : P.shape[1]] * squares[: P.shape[1]].rsqrt()
         moments = P.T @ S @ P, P.T @ S0 @ P
         size = P.shape[1]
-        for moment in moments:
-            while known := _negative(moment[:size, :size], damping):
+        for moment, least in zip(moments, (enough, damping), strict=True):
+            while known := _negative(moment[:size, :size], least):
                 size = known - 1
         P, moments = P[:, :size], (moments[0][:size, :size], moments[1][:size, :size])
     return P, *moments
 
 
 def _negative(M: Tensor, damping: float) -> int:
-    """The least order of which M's leading block has an eigenvalue below −δ / 10; 0 for none."""
+    """The least order of which M's leading block has an eigenvalue below −δ; 0 for none."""
     M = _over_mean(M)
-    M.diagonal().add_(_SHARE * damping)
+    M.diagonal().add_(damping)
     return int(torch.linalg.cholesky_ex(M).info)
 
 

@@ -216,7 +216,7 @@ def test_a_damping_below_the_rounding_of_the_sums_is_refused() -> None:
         contrast_directions(torch.ones(3, 6), moment(inputs(6, 1)), keep, 2, damping=1e-6)
 
 
-@pytest.mark.parametrize("condition", [100, 300, 1000])
+@pytest.mark.parametrize("condition", [300, 1000])
 def test_a_token_far_larger_than_others_leaves_the_large_singular_vectors(
     condition: float, device: torch.device
 ) -> None:

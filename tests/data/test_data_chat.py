@@ -105,8 +105,9 @@ def test_turns_that_are_no_beginning_of_the_whole() -> None:
         ValueError, match=r"row 3: by the chat template, the turns up to turn 2 \(of 4"
     ):
         predicted(tokenizer, Chat(FOUR, where="a.jsonl, row 3"))
-    # Asked for all tokens, nothing has to be told apart.
+    # Asked for all tokens, or for none to predict, nothing has to be told apart.
     encode_chat(Chat(FOUR), tokenizer, count_prompt=True)
+    assert encode([Chat(FOUR)], tokenizer, max_length=99, labelled=False).rows[0][1] == []
 
 
 def test_what_a_template_refuses() -> None:

@@ -24,6 +24,7 @@ def of_bits(dtype: torch.dtype, **config: Any) -> Any:
 
 
 BASES = {
+    "a head in 4 bits": lambda: of_bits(torch.float32, llm_int8_skip_modules=[], **NF4),
     "some layers left whole": lambda: of_bits(
         torch.float32, llm_int8_skip_modules=["lm_head", "q_proj", "down_proj"], **NF4
     ),
@@ -69,3 +70,24 @@ def test_what_from_pretrained_would_not_quantise_so_is_left_to_the_user(
     _, code = card_of(quantised(kind), tmp_path, "zero")
     assert "base = ...  # the LlamaForCausalLM above, quantised as it was" in code
     assert "from_pretrained(base, folder" in code
+
+
+def test_what_was_dequantised_as_it_was_loaded_is_left_to_the_user(tmp_path: Path) -> None:
+    """Its folder says that it is quantised, and from_pretrained would load it so."""
+    of_bits(torch.float32, **NF4).save_pretrained(tmp_path / "nf4")
+    model = plain()
+    model.save_pretrained(tmp_path / "whole")
+    for folder, said in (
+        ("nf4", "base = ...  # the LlamaForCausalLM above, dequantised"),
+        ("whole", "base = LlamaForCausalLM.from_pretrained("),
+    ):
+        model.name_or_path = model.config._name_or_path = str(tmp_path / folder)
+        assert said in card_of(model, tmp_path / f"of {folder}", "zero")[1]
+        model = plain()
+
+
+def test_the_report_of_another_adapter_is_no_reason_not_to_save(tmp_path: Path) -> None:
+    report = initialised(peft_of(plain(), target_modules=["q_proj", "k_proj"]))
+    peft_model = peft_of(plain(), target_modules=["q_proj"])
+    filet.save_as_lora(peft_model, tmp_path, report=report)
+    assert "from_pretrained(" in (tmp_path / "README.md").read_text()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +18,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 from filet.adapter.state import factors_of
-from filet.model.quantised import is_quantised
-from filet.model.values import dtype_of_model
+from filet.model.values import dtype_of_model, is_quantised
 from filet.report.names import FILET_FILE, PLOT_FILE
 from filet.report.report import FiletReport
 from filet.report.table import hash_text, kept_text
@@ -158,9 +159,9 @@ class _Facts:
         if kind.__name__.endswith("Classification"):
             more += f"    num_labels={self.base.config.num_labels},\n"
         of = self.repository or self.path or "path/to/the/base"
-        code = f"base = ...  # the {kind.__name__} above, quantised as it was"
-        if not quantised and not self._packed:
-            code = code.partition(",")[0]
+        so = ", quantised as it was" if quantised or self._packed else ""
+        so = so or (", dequantised" if _is_quantised_folder(self.path) else "")
+        code = f"base = ...  # the {kind.__name__} above{so}"
         if known:
             code = f"from transformers import {', '.join(sorted(imports))}\n\n"
             code += f"base = {kind.__name__}.from_pretrained(\n"
@@ -175,18 +176,28 @@ class _Facts:
         """Whether from_pretrained gives the base again, which we know how to call.
 
         What was quantised as it was loaded, by another library than bitsandbytes, it does not; nor
-        what a library quantised after that.
+        what a library quantised after that, or dequantised as it was loaded.
         """
         if quantised.get("quant_method") == "bitsandbytes":
             return True
-        quantizer = getattr(self.base, "hf_quantizer", None)
-        return getattr(quantizer, "pre_quantized", True) if quantised else not self._packed
+        if quantised:
+            quantizer = getattr(self.base, "hf_quantizer", None)
+            return bool(getattr(quantizer, "pre_quantized", True))
+        return not self._packed and not _is_quantised_folder(self.path)
 
     @functools.cached_property
     def _packed(self) -> bool:
         """Whether a layer that was initialised has codes for a weight."""
-        layers = (self.base.get_submodule(name) for name in self._report.modules)
-        return any(is_quantised(layer.get_base_layer(), self.base) for layer in layers)
+        layers = dict(self.base.named_modules())
+        found = (layers.get(name) for name in self._report.modules)
+        return any(is_quantised(x.get_base_layer()) for x in found if isinstance(x, LoraLayer))
+
+
+def _is_quantised_folder(path: str | None) -> bool:
+    """Whether the model's config.json says so, where that is a folder of this machine."""
+    if path is None or not (file := Path(path) / "config.json").is_file():
+        return False
+    return json.loads(file.read_text("utf-8")).get("quantization_config") is not None
 
 
 def _dtype(base: Any) -> str:
@@ -223,11 +234,14 @@ def _quantised(base: Any) -> dict[str, Any]:
     if config is None:
         return {}
     its: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
-    simple = {
-        key: value if isinstance(value, (bool, int, float, list)) else str(_value(value))
+    simple: dict[str, Any] = {
+        key: value if isinstance(value, (bool, int, float)) else str(getattr(value, "value", value))
         for key, value in its.items()
-        if not key.startswith("_") and not _says_nothing(value)
+        if not key.startswith("_") and not isinstance(value, (Mapping, list, tuple))
+        if value is not None and value is not False and value != ""
     }
+    if its.get("llm_int8_skip_modules") is not None:  # none of them is said too
+        simple["llm_int8_skip_modules"] = list(its["llm_int8_skip_modules"])
     if not simple.get("load_in_8bit"):  # bitsandbytes names the other kind's settings as well
         simple = {
             key: value
@@ -237,17 +251,6 @@ def _quantised(base: Any) -> dict[str, Any]:
     if not simple.get("load_in_4bit"):
         simple = {key: value for key, value in simple.items() if not key.startswith("bnb_4bit")}
     return simple
-
-
-def _value(setting: Any) -> Any:
-    """Of an enumeration's member, or what it is itself."""
-    return getattr(setting, "value", setting)
-
-
-def _says_nothing(setting: Any) -> bool:
-    names = isinstance(setting, list) and all(isinstance(each, str) for each in setting)
-    other = isinstance(setting, (Mapping, list, tuple)) and not names
-    return other or setting is None or setting is False or setting in ("", [])
 
 
 def _words(values: Mapping[str, Any]) -> str:

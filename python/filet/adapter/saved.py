@@ -30,10 +30,9 @@ from filet.adapter.state import FORMAT, describe, factors_of, key_of, set_rank, 
 from filet.distributed.group import current
 from filet.model.factors import StartedFactor, started_class
 from filet.model.fingerprint import check_weights
-from filet.model.quantised import is_quantised
 from filet.model.sharded import gathering, resharded, units, whole
 from filet.model.targets import check_init, check_peft_model, find_targets
-from filet.model.values import Unreadable, dtype_of_model, unpack, values_of
+from filet.model.values import Unreadable, dtype_of_model, is_quantised, unpack, values_of
 from filet.report.names import (
     CARD_FILE,
     CONFIG_FILE,
@@ -134,7 +133,7 @@ def _with_embeddings(peft_model: PeftModel) -> Any:
     model: Any = peft_model.base_model.model
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     base = head.get_base_layer() if isinstance(head, LoraLayer) else None
-    return False if isinstance(base, nn.Module) and is_quantised(base, model) else "auto"
+    return False if isinstance(base, nn.Module) and is_quantised(base) else "auto"
 
 
 def _without_packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -153,6 +153,7 @@ def seen_of(
     pictures = Pictures(source)
     places = {getattr(settings, name, None) for name in _PLACES} - {None}
     used, found = Used(), list[_More]()
+    counts_all = count_prompt or not labelled
     for where, row in draw(source, samples, seed):
         sample = sample_of(where, row, fields)
         if isinstance(sample, Tokens):
@@ -160,7 +161,7 @@ def seen_of(
         images = pictures.of_row(where, row)
         if isinstance(sample, Chat):
             sample = pictures.placed(sample, images)
-        (ids, labels), more = _encoded(sample, processor, images, places, count_prompt)
+        (ids, labels), more = _encoded(sample, processor, images, places, counts_all)
         why = why_not(labels, max_length, labelled)
         if any(each in places for each in ids[max_length:]):
             why = f"not the whole of an image within max_length={max_length}"

@@ -166,7 +166,8 @@ def encode(
         raise ValueError(f"max_length must be at least 2, got {max_length}")
     used = Used()
     for sample in samples:
-        ids, labels = row_of(sample, tokenizer, count_prompt=count_prompt)
+        # Where nothing is predicted it does not matter where a conversation's answers begin.
+        ids, labels = row_of(sample, tokenizer, count_prompt=count_prompt or not labelled)
         row = ids[:max_length], labels[:max_length] if labelled else []
         used.add(row, len(ids) > max_length, why_not(labels, max_length, labelled))
     return used.encoded(pad_of(tokenizer), "next" if labelled else "none")

@@ -28,9 +28,9 @@ from filet.model.checkpoint import (
 )
 from filet.model.gptq import KERNELS, choose_kernel, method_of
 from filet.model.packed import check_tied
-from filet.model.quantised import is_quantised
 from filet.model.targets import adapted
 from filet.model.tasks import CAUSAL, SEEING, TASKS
+from filet.model.values import is_quantised
 from filet.system.memory import named_shortage
 
 __all__ = [
@@ -365,7 +365,7 @@ def _check_heads(folder: str | os.PathLike[str], model: Any) -> None:
     heads = _heads_of(model)
     for head in heads:
         for name, module in model.get_submodule(head).named_modules(prefix=head):
-            if is_quantised(module, model):
+            if is_quantised(module):
                 raise ValueError(
                     f"{folder}: {name} is quantised, and a head is trained whole; expected a model "
                     f"that was quantised without it, by llm_int8_skip_modules={heads} or as its "

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DOUBLE", "comes_from", "flat", "numbers", "tensors_in"]
+__all__ = ["DOUBLE", "comes_from", "flat", "is_a", "numbers", "tensors_in"]
 
 DOUBLE = " with double quantisation"  # in the kind of a base whose scales are quantised too
 
@@ -15,6 +15,12 @@ DOUBLE = " with double quantisation"  # in the kind of a base whose scales are q
 def comes_from(kind: type, library: str) -> bool:
     """Whether a class is of a library, which is not imported."""
     return kind.__module__.partition(".")[0] == library
+
+
+def is_a(module: Any, library: str, name: str) -> bool:
+    """Whether a module is of this class, or of one made from it; the library is not imported."""
+    kinds = type(module).__mro__
+    return any(each.__name__ == name and comes_from(each, library) for each in kinds)
 
 
 def numbers(*values: int) -> Tensor:

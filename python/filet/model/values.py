@@ -17,11 +17,19 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from filet.model.gptq import is_gptqmodel
-from filet.model.parts import DOUBLE, comes_from, flat, numbers, tensors_in
+from filet.model.parts import DOUBLE, comes_from, flat, is_a, numbers, tensors_in
 from filet.model.product import is_product
 from filet.model.sharded import local
 
-__all__ = ["Unreadable", "Values", "as_trained", "dtype_of_model", "unpack", "values_of"]
+__all__ = [
+    "Unreadable",
+    "Values",
+    "as_trained",
+    "dtype_of_model",
+    "is_quantised",
+    "unpack",
+    "values_of",
+]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _READABLE = (
@@ -155,7 +163,7 @@ class _Bnb4bit(_Quantised):
 
     @classmethod
     def claims(cls, module: Any) -> bool:
-        return _is(module, "bitsandbytes", "Linear4bit")
+        return is_a(module, "bitsandbytes", "Linear4bit")
 
     @property
     def kind(self) -> str:
@@ -230,7 +238,7 @@ class _Bnb8bit(_Quantised):
 
     @classmethod
     def claims(cls, module: Any) -> bool:
-        return _is(module, "bitsandbytes", "Linear8bitLt")
+        return is_a(module, "bitsandbytes", "Linear8bitLt")
 
     @property
     def kind(self) -> str:
@@ -269,7 +277,7 @@ class _Hqq(_Quantised):
 
     @classmethod
     def claims(cls, module: Any) -> bool:
-        return _is(module, "hqq", "HQQLinear")
+        return is_a(module, "hqq", "HQQLinear")
 
     @property
     def kind(self) -> str:
@@ -451,7 +459,7 @@ class _Fp8(_Quantised):
 
     @classmethod
     def claims(cls, module: Any) -> bool:
-        return _is(module, "transformers", "FP8Linear") and module.weight.element_size() == 1
+        return is_a(module, "transformers", "FP8Linear") and module.weight.element_size() == 1
 
     @property
     def kind(self) -> str:
@@ -549,6 +557,12 @@ def dtype_of_model(model: Any) -> torch.dtype:
     return next((each for each in found if each in _DTYPES), torch.float32)
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Whether it keeps codes for a weight, in whatever dtype; one that cannot be read as well."""
+    codes = any(not value.is_floating_point() for value in module.parameters(recurse=False))
+    return codes or any(kind.claims(module) for kind in _KINDS)
+
+
 def unpack(model: nn.Module) -> None:
     """Undo bitsandbytes' repacking of 4-bit weights for a CPU, before its ``state_dict`` does.
 
@@ -582,9 +596,3 @@ def as_trained(model: nn.Module) -> Iterator[set[nn.Module]]:
             module.train(flag)
         for bias, data in biases:
             bias.data = data
-
-
-def _is(module: nn.Module, library: str, name: str) -> bool:
-    """Whether a module is of this class, or of one made from it; the library is not imported."""
-    kinds = type(module).__mro__
-    return any(each.__name__ == name and comes_from(each, library) for each in kinds)

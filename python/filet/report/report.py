@@ -44,7 +44,8 @@ class FiletReport:
         samples: samples that went through the model.
         tokens: positions counted, padding excluded.
         loss_terms: labels that entered the loss.
-        config: the :class:`filet.FiletConfig` as a JSON-able dict.
+        config: the :class:`filet.FiletConfig` as a JSON-able dict; of how the data were read only
+            what the statistics say.
         data: of :class:`filet.Statistics`: which samples they were; 0 where it is not known.
         keep: of the data to keep by which directions were chosen, how many "samples" and "tokens"
             there were and where they came "from" (:class:`filet.Statistics`); empty without.
