@@ -34,9 +34,9 @@ _RESTARTS = 40  # after which all eigenvectors are computed; four are usual
 # Residuals of the eigenvectors, over their eigenvalue and over the largest. Angles are off by that
 # over the gap to the other eigenvalues, eigenvalues by its square.
 _RESIDUAL, _ROUNDING = 1e-9, 1e-13
-_DAMPING = 1e-2  # what is below it is the user's choice, and to be made larger
-
 _DEFECT = 1e-9  # of an orthonormal basis, beyond which its eigenvalues are not to be trusted
+
+_DAMPING = 1e-2  # one below it that is too small is the user's, to be made larger
 
 
 @torch.no_grad()
@@ -76,15 +76,15 @@ def contrast_directions(
     _check(W, task, keep, rank, damping)
     S, S0 = (_whole(moment, W.device) for moment in (task, keep))
     if task.space == "x":
-        rows, values = _solved(S, S0, rank, damping)
+        rows, values = _solved(S, _factored(S0, damping), rank, damping)
     else:
-        P, S, S0 = _known(W, S, S0, damping, torch.finfo(task.sum.dtype).eps ** 0.5)
+        P, S, factored = _known(W, S, S0, damping, torch.finfo(task.sum.dtype).eps ** 0.5)
         if rank > P.shape[1]:
             raise ValueError(
                 f"rank={rank} exceeds the rank of W {tuple(W.shape)}, {P.shape[1]} to the "
                 "precision of its moments; expected at most that with moments in space 'y'"
             )
-        z, values = _solved(S, S0, rank, damping)
+        z, values = _solved(S, factored, rank, damping)
         coordinates = z @ P.T
         parts = slices(W.shape[1], max(W.shape))
         rows = torch.cat([coordinates @ W[:, part].double() for part in parts], 1)
@@ -124,12 +124,15 @@ def _whole(moment: SecondMoment, device: torch.device) -> Tensor:
 
 def _known(
     W: Tensor, S: Tensor, S0: Tensor, damping: float, tolerance: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """P (m, ρ) with Pᵀ W Wᵀ P = I, of what moments of y know of W's row space; PᵀSP and PᵀS₀P.
+) -> tuple[Tensor, Tensor, tuple[Tensor, int]]:
+    """P (m, ρ) with Pᵀ W Wᵀ P = I, of what moments of y know of W's row space.
 
     That is the singular values above ``tolerance`` of the largest; of them the first ones alone
     where a few tokens are far larger than the others: their rounding, which P divides by the
     squares of the smaller ones, is more than the damping then, as eigenvalues below −δ show.
+
+    Returns:
+        P, Pᵀ S P, and of Pᵀ S₀ P what :func:`_factored` gives.
     """
     m, n = W.shape
     K = torch.zeros(m, m, dtype=torch.float64, device=W.device)
@@ -137,25 +140,30 @@ def _known(
         columns = W[:, part].double()
         K.addmm_(columns, columns.T)
     P = _row_space(K, tolerance)
-    moments = P.T @ S @ P, P.T @ S0 @ P
-    enough = max(damping, _DAMPING)
-    if _negative(moments[1], enough):
+    task, keep = P.T @ S @ P, P.T @ S0 @ P
+    factored, enough = _factored(keep, damping), max(damping, _DAMPING)
+    if factored[1] and _factored(keep, enough)[1]:
         squares, U = (x.flip(-1) for x in torch.linalg.eigh(K))  # descending
-        P = U[:, : P.shape[1]] * squares[: P.shape[1]].rsqrt()
-        moments = P.T @ S @ P, P.T @ S0 @ P
         size = P.shape[1]
-        for moment, least in zip(moments, (enough, damping), strict=True):
-            while known := _negative(moment[:size, :size], least):
-                size = known - 1
-        P, moments = P[:, :size], (moments[0][:size, :size], moments[1][:size, :size])
-    return P, *moments
+        P = U[:, :size] * squares[:size].rsqrt()
+        task, keep = P.T @ S @ P, P.T @ S0 @ P
+        for moment, least in ((task, enough), (keep, damping)):
+            while order := _factored(moment[:size, :size], least)[1]:
+                size = order - 1
+        P, task = P[:, :size], task[:size, :size]
+        factored = _factored(keep[:size, :size], damping)
+    return P, task, factored
 
 
-def _negative(M: Tensor, damping: float) -> int:
-    """The least order of which M's leading block has an eigenvalue below −δ; 0 for none."""
-    M = _over_mean(M)
-    M.diagonal().add_(damping)
-    return int(torch.linalg.cholesky_ex(M).info)
+def _factored(S: Tensor, damping: float) -> tuple[Tensor, int]:
+    """The Cholesky factor of S over its mean eigenvalue + δ I, and 0.
+
+    Or the least order of which its leading block has an eigenvalue below 0, and no factor.
+    """
+    damped = _over_mean(S)
+    damped.diagonal().add_(damping)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    return factor, int(info)
 
 
 def _row_space(K: Tensor, tolerance: float) -> Tensor:
@@ -180,19 +188,22 @@ def _row_space(K: Tensor, tolerance: float) -> Tensor:
     return P
 
 
-def _solved(S: Tensor, S0: Tensor, rank: int, damping: float) -> tuple[Tensor, Tensor]:
-    """The top of S a = λ (S₀ + δ I) a, both over their mean eigenvalue: a as rows (r, n), and λ."""
-    S, S0 = _over_mean(S), _over_mean(S0)
-    S0.diagonal().add_(damping)
-    factor, info = torch.linalg.cholesky_ex(S0)
-    if int(info):
+def _solved(
+    S: Tensor, factored: tuple[Tensor, int], rank: int, damping: float
+) -> tuple[Tensor, Tensor]:
+    """The top of S a = λ (S₀ + δ I) a, both over their mean eigenvalue: a as rows (r, n), and λ.
+
+    ``factored``: of S₀, by :func:`_factored`.
+    """
+    factor, negative = factored
+    if negative:
         raise ValueError(
             f"damping={damping!r} is too small: with it the moment to keep has eigenvalues below 0 "
             f"by the rounding of its sums; expected a larger one, {max(1e-2, 10 * damping):g} say"
         )
-    half = torch.linalg.solve_triangular(factor, S, upper=False)
+    half = torch.linalg.solve_triangular(factor, _over_mean(S), upper=False)
     M = torch.linalg.solve_triangular(factor, half.T, upper=False)
-    del half, S, S0
+    del half, S
     M = (M + M.T).mul_(0.5)
     found = None
     if M.shape[0] > _FULL and _BLOCKS * _block(rank) <= M.shape[0] // 2:

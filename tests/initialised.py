@@ -1,9 +1,11 @@
-"""What tests of the initialisation share: the call, and the weights it wrote."""
+"""What tests of the initialisation share: the call, the weights it wrote, and the card's code."""
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,3 +82,17 @@ def warnings_of(peft_model: PeftModel, *args: Any, **config: Any) -> tuple[Filet
         warnings.simplefilter("always")
         report = initialized(peft_model, *args, **config)
     return report, [str(w.message) for w in caught if "default LoRA init" in str(w.message)]
+
+
+def code_of(card: str, folder: Path) -> str:
+    """The code of a model card, of its own folder."""
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    return code.replace('folder = "..."', f"folder = {str(folder)!r}")
+
+
+def run(code: str) -> PeftModel:
+    """What it makes."""
+    names: dict[str, Any] = {}
+    exec(code, names)
+    model: PeftModel = names["model"]
+    return model

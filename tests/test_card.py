@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import filet
 from filet.adapter.card import card_of
 from filet.report.table import hash_text
-from initialised import initialized
+from initialised import code_of, initialized, run
 from models import case, collate, llama, loader, peft_of
 
 pytest.importorskip("matplotlib")
@@ -49,15 +49,6 @@ def facts(card: str) -> dict[str, str]:
     return {label: text.replace("\\|", "|").strip("`") for label, text in rows}
 
 
-def run(card: str, folder: Path) -> PeftModel:
-    """What the card's code makes, of its own folder."""
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code.replace('folder = "..."', f"folder = {str(folder)!r}"), names)
-    model: PeftModel = names["model"]
-    return model
-
-
 @pytest.mark.parametrize("start", ["zero", "untouched"])
 @pytest.mark.parametrize("engine", ["memory", "blockwise"])
 def test_a_card_says_what_the_report_does(
@@ -84,7 +75,7 @@ def test_a_card_says_what_the_report_does(
     assert hash_text(report.data) in report.table()
     assert filet.FiletReport.load(tmp_path / "adapter").data == report.data
 
-    model = run(card.text, tmp_path / "adapter")
+    model = run(code_of(card.text, tmp_path / "adapter"))
     plain = AutoModelForCausalLM.from_pretrained(base)
     batch = collate(SAMPLES[:2])
     with torch.no_grad():
@@ -112,7 +103,7 @@ def test_a_quantised_base_is_quantised_as_it_was(engine: str, base: Path, tmp_pa
     said = facts(card)["quantised"].split(", ")
     assert {"quant_method=bitsandbytes", "load_in_4bit=True"} <= set(said)
     assert {"bnb_4bit_quant_type=nf4", "bnb_4bit_use_double_quant=True"} <= set(said)
-    model = run(card, tmp_path / "adapter")
+    model = run(code_of(card, tmp_path / "adapter"))
     its, expected = model.config.quantization_config.to_dict(), how.to_dict()
     assert {key: its[key] for key in expected} == expected
 

@@ -336,7 +336,8 @@ def initialize_folder(
         TypeError, ValueError: an argument or a batch that does not fit; before any block is
             computed, a model of another task, with a weight that no file has, or that the blockwise
             engine does not do (docs/blockwise.md); a run folder of other data or settings.
-        FloatingPointError, OutOfMemoryError: naming the module, or what to change; OSError.
+        FloatingPointError, OutOfMemoryError: naming the module, or what to change.
+        OSError: a full disk, say. The same call goes on with what was finished.
     """
     folder, output = Path(model), Path(output)
     saved = None if save_statistics is None else Path(save_statistics)
@@ -347,9 +348,7 @@ def initialize_folder(
         )  # fmt: skip
         how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         how |= {"task": task, "quantization_config": quantization_config}
-        _check_same_call(group, engine, keep, output, saved)
-        if engine == "auto":
-            engine = choose_engine(folder, lora_config, keep=keep is not None, **how)
+        engine = _one_engine(group, engine, folder, lora_config, keep, output, saved, how)
         what = (folder, batches, output, lora_config, config, show_progress_bar)
         if engine == "memory":
             return _in_memory(*what, keep, saved, group, **how)
@@ -364,13 +363,23 @@ def _own_device(group: Group | None, device: torch.device | str | None) -> Any:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _check_same_call(
-    group: Group | None, engine: Engine, keep: Keep | None, output: Path, saved: Path | None
-) -> None:
-    """ValueError where processes would go different ways, before they do. Collective."""
+def _one_engine(
+    group: Group | None,
+    engine: Engine,
+    folder: Path,
+    lora_config: LoraConfig,
+    keep: Keep | None,
+    output: Path,
+    saved: Path | None,
+    how: dict[str, Any],
+) -> Engine:
+    """Which engine, of all processes; ValueError where they would go different ways. Collective."""
     if group is not None:
         to = {"output": str(output), "save_statistics": None if saved is None else str(saved)}
         group.check_same({"engine": engine, "keep": kind_of(keep), **to})
+    if engine != "auto":
+        return engine
+    return choose_engine(folder, lora_config, keep=keep is not None, **how)
 
 
 def _by_blocks(*what: Any, **how: Any) -> FiletReport:

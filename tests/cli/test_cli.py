@@ -265,7 +265,7 @@ def test_statistics_of_another_model_are_refused(
     command = [*stats, "--data", str(data)]
     assert main([*command, "--model", str(other), "--output", str(output)]) == 0
     assert main([*command, "--output", str(own)]) == 0
-    message = error_of(capsys, [*without_data(init), *["--statistics", str(output)]])
+    message = error_of(capsys, [*without_data(init), "--statistics", str(output)])
     assert "model.layers.1.mlp.up_proj" in message
     assert not (tmp_path / "out").exists()
     merged = tmp_path / "merged.safetensors"

@@ -83,28 +83,36 @@ def plain(dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(plain_folder(), dtype=dtype, **more)
 
 
+def of_bits(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", **config: Any
+) -> Any:
+    """The model as bitsandbytes quantises it by these settings."""
+    how = BitsAndBytesConfig(**config)
+    return plain(dtype, quantization_config=how, device_map={"": device})
+
+
 def quantised(
     kind: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Any:
     """The model in eval mode, its linear layers quantised anew, but for the head."""
     if kind == "hqq":
         return _with_hqq(plain(dtype).to(device), dtype)
-    config: Any
     if kind == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
         from transformers import TorchAoConfig
 
-        config = TorchAoConfig(Int8WeightOnlyConfig())
-    elif kind == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=kind.split()[0],
-            bnb_4bit_use_double_quant="twice" in kind,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    return plain(dtype, quantization_config=config, device_map={"": device})
+        how = TorchAoConfig(Int8WeightOnlyConfig())
+        return plain(dtype, quantization_config=how, device_map={"": device})
+    if kind == "int8":
+        return of_bits(dtype, device, load_in_8bit=True)
+    return of_bits(
+        dtype,
+        device,
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind.split()[0],
+        bnb_4bit_use_double_quant="twice" in kind,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _with_hqq(model: Any, dtype: torch.dtype) -> Any:

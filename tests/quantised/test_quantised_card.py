@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
-from quantised_bases import initialised, kinds, logits, peft_of, plain, quantised, trained
+from quantised_bases import initialised, kinds, logits, of_bits, peft_of, plain, quantised, trained
 
 import filet
+from initialised import code_of, run
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-
-
-def of_bits(dtype: torch.dtype, **config: Any) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return plain(dtype, quantization_config=BitsAndBytesConfig(**config), device_map={"": "cpu"})
 
 
 BASES = {
@@ -37,25 +31,22 @@ BASES = {
 }
 
 
-def card_of(model: Any, folder: Path, start: str) -> tuple[PeftModel, str]:
+def saved(model: Any, folder: Path, start: str) -> tuple[PeftModel, str]:
     """A trained adapter, saved; and the code of its card, of that folder."""
     peft_model = peft_of(model)
     report = initialised(peft_model, start=start)
     trained(peft_model.train())
     filet.save_as_lora(peft_model, folder, report=report)
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     on_cpu = '    device_map={"": "cpu"},\n'  # where there is a GPU
-    code = code.replace("    dtype=", f"{on_cpu}    dtype=")
-    return peft_model, code.replace('folder = "..."', f"folder = {str(folder)!r}")
+    code = code_of((folder / "README.md").read_text(), folder)
+    return peft_model, code.replace("    dtype=", f"{on_cpu}    dtype=")
 
 
 @pytest.mark.parametrize("start", ["zero", "untouched"])
 @pytest.mark.parametrize("base", BASES)
 def test_its_code_loads_the_base_that_it_was(base: str, start: str, tmp_path: Path) -> None:
-    peft_model, code = card_of(BASES[base](), tmp_path, start)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    loaded = names["model"]
+    peft_model, code = saved(BASES[base](), tmp_path, start)
+    loaded: Any = run(code)
     if base == "prepared":
         loaded = prepare_model_for_kbit_training(loaded)
     torch.testing.assert_close(
@@ -67,7 +58,7 @@ def test_its_code_loads_the_base_that_it_was(base: str, start: str, tmp_path: Pa
 def test_what_from_pretrained_would_not_quantise_so_is_left_to_the_user(
     kind: str, tmp_path: Path
 ) -> None:
-    _, code = card_of(quantised(kind), tmp_path, "zero")
+    _, code = saved(quantised(kind), tmp_path, "zero")
     assert "base = ...  # the LlamaForCausalLM above, quantised as it was" in code
     assert "from_pretrained(base, folder" in code
 
@@ -82,7 +73,7 @@ def test_what_was_dequantised_as_it_was_loaded_is_left_to_the_user(tmp_path: Pat
         ("whole", "base = LlamaForCausalLM.from_pretrained("),
     ):
         model.name_or_path = model.config._name_or_path = str(tmp_path / folder)
-        assert said in card_of(model, tmp_path / f"of {folder}", "zero")[1]
+        assert said in saved(model, tmp_path / f"of {folder}", "zero")[1]
         model = plain()
 
 

@@ -20,15 +20,14 @@ from quantised_bases import (
     kinds,
     linears,
     logits,
+    of_bits,
     peft_of,
-    plain,
     quantised,
     stored,
     trained,
     trainer_of,
     values,
 )
-from transformers import BitsAndBytesConfig
 
 import filet
 from filet import FiletConfig, Statistics, apply_statistics, collect_statistics
@@ -269,12 +268,9 @@ def test_a_folder_is_quantised_as_it_is_loaded(kind: str, double: bool, tmp_path
 def test_a_checkpoint_with_a_packed_head(storage: torch.dtype, tmp_path: Path) -> None:
     """PEFT's own saving has its codes, which may lie in a floating dtype: they are the base's."""
     pytest.importorskip("bitsandbytes")
-    bits = BitsAndBytesConfig(
-        load_in_4bit=True, llm_int8_skip_modules=[], bnb_4bit_quant_storage=storage
-    )
 
     def base() -> Any:
-        return plain(quantization_config=bits, device_map={"": "cpu"})
+        return of_bits(load_in_4bit=True, llm_int8_skip_modules=[], bnb_4bit_quant_storage=storage)
 
     peft_model = peft_of(base(), target_modules=["q_proj", "lm_head"])
     initialised(peft_model)

@@ -159,9 +159,11 @@ class _Facts:
         if kind.__name__.endswith("Classification"):
             more += f"    num_labels={self.base.config.num_labels},\n"
         of = self.repository or self.path or "path/to/the/base"
-        so = ", quantised as it was" if quantised or self._packed else ""
-        so = so or (", dequantised" if _is_quantised_folder(self.path) else "")
-        code = f"base = ...  # the {kind.__name__} above{so}"
+        code = f"base = ...  # the {kind.__name__} above"
+        if quantised or self._packed:
+            code += ", quantised as it was"
+        elif self._dequantised:
+            code += ", dequantised"
         if known:
             code = f"from transformers import {', '.join(sorted(imports))}\n\n"
             code += f"base = {kind.__name__}.from_pretrained(\n"
@@ -183,7 +185,7 @@ class _Facts:
         if quantised:
             quantizer = getattr(self.base, "hf_quantizer", None)
             return bool(getattr(quantizer, "pre_quantized", True))
-        return not self._packed and not _is_quantised_folder(self.path)
+        return not self._packed and not self._dequantised
 
     @functools.cached_property
     def _packed(self) -> bool:
@@ -192,12 +194,12 @@ class _Facts:
         found = (layers.get(name) for name in self._report.modules)
         return any(is_quantised(x.get_base_layer()) for x in found if isinstance(x, LoraLayer))
 
-
-def _is_quantised_folder(path: str | None) -> bool:
-    """Whether the model's config.json says so, where that is a folder of this machine."""
-    if path is None or not (file := Path(path) / "config.json").is_file():
-        return False
-    return json.loads(file.read_text("utf-8")).get("quantization_config") is not None
+    @functools.cached_property
+    def _dequantised(self) -> bool:
+        """Of a base that is not quantised, whether its folder on this machine is."""
+        if self.path is None or not (file := Path(self.path) / "config.json").is_file():
+            return False
+        return json.loads(file.read_text("utf-8")).get("quantization_config") is not None
 
 
 def _dtype(base: Any) -> str:

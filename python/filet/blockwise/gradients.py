@@ -10,7 +10,7 @@ import json
 import re
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,19 +94,14 @@ class Gradients:
             )
         return Gradient(arena, scale, peak)
 
-    def unlink(self, but: int | None = None) -> None:
-        """Remove all files but those of one block."""
-        for block, _, _, path in self._files():
-            if block != but:
-                path.unlink(missing_ok=True)
+    def unlink(self, these: Callable[[int], bool] = lambda block: True) -> None:
+        """Remove the files of these blocks, by default of all.
 
-    def unlink_above(self, block: int) -> None:
-        """Remove the files of higher blocks, which the reverse sweep came to before.
-
-        Those below, of other processes that are faster, stay.
+        While a sweep goes on, of higher ones than its own alone, to which it came before: those
+        below are of other processes that are faster.
         """
-        for its, _, _, path in self._files():
-            if its > block:
+        for block, _, _, path in self._files():
+            if these(block):
                 path.unlink(missing_ok=True)
 
     def _pick(

@@ -161,7 +161,7 @@ class Journal:
         for block in self._blocks():
             if block <= self.top:  # not finished: its gradient never came
                 self._block_file(block).unlink()
-        self._gradients.unlink(but=self.top)
+        self._gradients.unlink(lambda block: block != self.top)
 
     def _blocks(self) -> set[int]:
         """Those that there is a file of."""
@@ -249,7 +249,8 @@ class Journal:
         """
         if self._group is not None and self._last is not None:
             # Only now is it known that all processes have the one before, and who needs no older.
-            self._gradients.unlink_above(self._last)
+            last = self._last
+            self._gradients.unlink(lambda its: its > last)
         self._last = block
         self._being_written = gradient.arena
         above = list(self._saved)
@@ -304,4 +305,4 @@ class Journal:
             for each in above:
                 each.result()
         if self._group is None:
-            self._gradients.unlink_above(block)
+            self._gradients.unlink(lambda its: its > block)

@@ -147,8 +147,8 @@ def seen_of(
 
     A sample longer than ``max_length`` loses its end. Where an image would be cut it is dropped,
     as is one with nothing to predict, but where nothing is (``labelled=False``, data to keep); one
-    warning counts them. Raises ValueError, naming the row,
-    for what cannot be read, and where no sample is left.
+    warning counts them. Raises ValueError, naming the row, for what cannot be read, and where no
+    sample is left.
     """
     pictures = Pictures(source)
     places = {getattr(settings, name, None) for name in _PLACES} - {None}
@@ -162,7 +162,7 @@ def seen_of(
         if isinstance(sample, Chat):
             sample = pictures.placed(sample, images)
         (ids, labels), more = _encoded(sample, processor, images, places, counts_all)
-        why = why_not(labels, max_length, labelled)
+        why = why_not(labels if labelled else ids, max_length)
         if any(each in places for each in ids[max_length:]):
             why = f"not the whole of an image within max_length={max_length}"
         its = ids[:max_length], labels[:max_length] if labelled else []

@@ -169,20 +169,16 @@ def encode(
         # Where nothing is predicted it does not matter where a conversation's answers begin.
         ids, labels = row_of(sample, tokenizer, count_prompt=count_prompt or not labelled)
         row = ids[:max_length], labels[:max_length] if labelled else []
-        used.add(row, len(ids) > max_length, why_not(labels, max_length, labelled))
+        used.add(row, len(ids) > max_length, why_not(labels if labelled else ids, max_length))
     return used.encoded(pad_of(tokenizer), "next" if labelled else "none")
 
 
-def why_not(labels: Sequence[int], max_length: int, labelled: bool) -> str | None:
+def why_not(labels: Sequence[int], max_length: int) -> str | None:
     """Why a sample of these labels, of the next token, cannot be used; None where it can."""
-    if len(labels) < 2:  # one may be the end of a text without any
-        return "fewer than 2 tokens"
-    if not labelled:
-        return None
     # The model predicts labels[1:] from what stands before them.
     first = next((at for at, label in enumerate(labels) if at and label != IGNORED), None)
     if first is None:
-        return "no answer in it"
+        return "fewer than 2 tokens" if len(labels) < 2 else "no answer in it"
     return None if first < max_length else beyond(max_length)
 
 
